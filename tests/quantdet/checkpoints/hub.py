@@ -1,0 +1,77 @@
+"""Weights that exist as Hugging Face folders: on the hub (or its local cache) and at a path."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantdet.checkpoints.base import Base
+from quantdet.checkpoints.errors import Unavailable
+from quantdet.checkpoints.tensors import by_layer, load_folder, tensors_sha256
+
+# No *.bin, no *.pt: pickles run code when they are read.
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_EXTRA = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def snapshot(repository: str, *, allow_download: bool) -> Path:
+    """The folder of a hub repository's main revision, from the local hub cache unless `allow_download`.
+
+    Raises:
+        Unavailable: huggingface_hub is not installed, the repository is not here, or the download failed.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise Unavailable(
+            f"{repository}: need the package huggingface_hub, have none; pip install huggingface_hub, then --allow-download"
+        ) from None
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=not allow_download, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError:
+        if allow_download:
+            raise Unavailable(f"{repository}: need it in the local hub cache, have no connection to the hub") from None
+        raise Unavailable(f"{repository}: need it in the local hub cache, have none; --allow-download") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise Unavailable(f"{repository}: need it from the hub, have {type(error).__name__}") from None
+    if not list(folder.glob("*.safetensors")):
+        raise Unavailable(f"{repository}: need *.safetensors, have a snapshot without; --allow-download")
+    return folder
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A local Hugging Face folder with unquantized safetensors."""
+
+    folder: Path
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`.
+
+        Raises:
+            Unavailable: no such folder, no or bad config.json, no safetensors, weights that are already quantized.
+        """
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"{self.folder}: need a readable config.json, have {type(error).__name__}") from None
+        if not isinstance(config, dict):
+            raise Unavailable(f"{self.folder}: need an object in config.json, have {type(config).__name__}")
+        if "quantization_config" in config:
+            raise Unavailable(f"{self.folder}: need unquantized weights, have a quantization_config")
+        if not list(self.folder.glob("*.safetensors")):
+            raise Unavailable(f"{self.folder}: need *.safetensors, have none")
+        return config
+
+    def identity(self) -> dict[str, Any]:
+        """Digest of the tensors and the configuration; not cheap, but a folder may change at any time."""
+        return {"source": "folder", "config": self.config(), "sha256": tensors_sha256(self.folder)}
+
+    @contextmanager
+    def open(self) -> Iterator[Base]:
+        """The weights, memory-mapped."""
+        extra = sorted({path for pattern in _EXTRA for path in self.folder.glob(pattern) if path.is_file()})
+        yield Base(self.config(), by_layer(load_folder(self.folder)), tuple(extra))

@@ -1,0 +1,46 @@
+"""GPTQ, checkpoint format v1 (AutoGPTQ): 4 or 8 bit, symmetric, packed along the input dimension.
+
+Per module, with W [N, K] and groups of g: `qweight` int32 [K * bits / 32, N], `qzeros` int32 [K/g, N * bits / 32],
+`scales` float16 [K/g, N], `g_idx` int32 [K]. Version 1 stores z - 1: 7 for 4 bit, 127 for 8 bit
+(AutoGPTQ, `auto_gptq/nn_modules/qlinear/qlinear_cuda.py`, `pack`).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from quantdet.checkpoints.layouts.packing import pack, unsigned
+from quantdet.checkpoints.quantize import Quantized
+from quantdet.checkpoints.tensors import Array
+from quantdet.matrix import Activations, Weights
+
+
+def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
+    """`qweight`, `qzeros`, `scales` and `g_idx` of one module."""
+    assert q.group is not None
+    bits = _bits(q.weights)
+    rows, columns = q.codes.shape
+    zeros = np.full((columns // q.group, rows), 2 ** (bits - 1) - 1, np.uint8)
+    return {
+        "qweight": np.ascontiguousarray(pack(unsigned(q.codes, bits), bits).T),
+        "qzeros": pack(zeros, bits),
+        "scales": np.ascontiguousarray(q.scales.T).astype(np.float16),
+        "g_idx": (np.arange(columns) // q.group).astype(np.int32),
+    }
+
+
+def config(weights: Weights, activations: Activations, group: int) -> dict[str, Any]:
+    """The `quantization_config`."""
+    return {
+        "quant_method": "gptq",
+        "bits": _bits(weights),
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+    }
+
+
+def _bits(weights: Weights) -> int:
+    return 4 if weights.startswith("int4") else 8

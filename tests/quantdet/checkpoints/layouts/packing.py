@@ -1,0 +1,34 @@
+"""Small unsigned integers in int32 words, the first in the lowest bits."""
+
+import numpy as np
+
+from quantdet.checkpoints.errors import Unavailable
+from quantdet.checkpoints.tensors import Array
+
+
+def unsigned(codes: Array, bits: int) -> Array:
+    """`codes` as uint8 0 .. 2^bits - 1: symmetric codes (int8) are offset by 2^(bits-1), unsigned ones stay."""
+    if codes.dtype == np.uint8:
+        return codes
+    return (codes.view(np.uint8) + np.uint8(2 ** (bits - 1))).astype(np.uint8, copy=False)
+
+
+def pack(values: Array, bits: int) -> Array:
+    """Pack uint8 values below 2^bits (bits 4 or 8) along the last axis: [..., n] -> int32 [..., n * bits / 32].
+
+    Raises:
+        Unavailable: n does not fill whole words.
+    """
+    per_word = 32 // bits
+    if values.shape[-1] % per_word:
+        raise Unavailable(
+            f"packing {bits}-bit numbers into 32-bit words: need a multiple of {per_word}, have {values.shape[-1]}"
+        )
+    if bits == 4:
+        values = pack_nibbles(values)
+    return np.ascontiguousarray(values).view("<i4")
+
+
+def pack_nibbles(values: Array) -> Array:
+    """Two uint8 values below 16 a byte, the even one in the low half: [..., n] -> uint8 [..., n / 2]."""
+    return np.asarray(values[..., 0::2] | (values[..., 1::2] << np.uint8(4)), np.uint8)
