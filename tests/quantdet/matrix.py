@@ -81,6 +81,14 @@ class RunLengths(_Row):
     time_limit_s: float = Field(300, gt=0)
 
 
+class Engine(_Row):
+    """Arguments and environment that every engine lifetime gets; a pin adds to them."""
+
+    args: dict[str, str | int | float | bool] = {}
+    env: dict[str, str] = {}
+    max_text_tokens: PositiveInt = 1024
+
+
 class Hardware(_Row):
     """One kind of machine: what identifies it and what it multiplies natively."""
 
@@ -269,6 +277,7 @@ class Matrix(_Row):
 
     schema_: Literal[1] = Field(alias="schema")
     run: RunLengths = RunLengths()
+    engine: Engine = Engine()
     hardware: dict[str, Hardware] = Field(min_length=1)
     kernels: dict[str, Kernel]
     formats: dict[str, Format] = Field(min_length=1)

@@ -1,0 +1,12 @@
+"""Formats of one model can be told apart by their logits, except where the matrix says that they are the same."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.matrix import Cell
+
+
+@pytest.mark.compares_formats
+def test_distinct(cell: Cell, judge: Judge) -> None:
+    """On the same forced token ids the format differs from every other one measured on this hardware."""
+    judge.distinct(cell)

@@ -1,0 +1,12 @@
+"""Formats that the matrix declares unsupported on a hardware are refused there, not run as something else."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.matrix import Cell
+
+
+@pytest.mark.declared_unsupported
+def test_hardware(cell: Cell, judge: Judge) -> None:
+    """The engine refuses the format, with a message."""
+    judge.refused(cell)

@@ -1,0 +1,9 @@
+"""The kernel that ran is the kernel that the row asks for."""
+
+from quantdet.judge import Judge
+from quantdet.matrix import Cell
+
+
+def test_kernel(cell: Cell, judge: Judge) -> None:
+    """Every linear layer executes the requested kernel: none substituted, none mixed in."""
+    judge.kernel(cell)

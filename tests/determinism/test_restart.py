@@ -1,0 +1,12 @@
+"""Another engine process gives the same bits (collected with --lifetimes 2 or more)."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.matrix import Cell
+
+
+@pytest.mark.several_lifetimes
+def test_restart(cell: Cell, judge: Judge) -> None:
+    """Lifetimes have bit-identical logits for the same requests."""
+    judge.restart(cell)

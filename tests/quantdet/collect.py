@@ -1,0 +1,138 @@
+"""Which cases are collected, in which order, with which marks: from the matrix, before any engine starts."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from quantdet.expectations import Expectations, describe
+from quantdet.matrix import PHASES, Cell, Matrix
+from quantdet.session import Session
+from quantdet.verdicts import Divergence, Verdict
+
+SESSION = pytest.StashKey[Session]()
+REQUIRED = pytest.StashKey[str]()
+
+MARKERS = (
+    "cpu: the case needs a CPU backend",
+    "cuda: the case needs an NVIDIA GPU",
+    "rocm: the case needs an AMD GPU",
+    "native_fp8: the format multiplies FP8; skipped on a GPU without native FP8 (below compute capability 8.9)",
+    "native_fp4: the format multiplies FP4; skipped on a GPU without native FP4 (below compute capability 10.0)",
+    "multi_gpu: the case needs several GPUs",
+    "slow: a full-size model",
+    "compares_formats: judged after every cell of its model has been measured",
+    "declared_unsupported: collected for the cells that the matrix declares unsupported",
+    "several_lifetimes: collected when cells have more than one engine lifetime",
+)
+
+
+class RequiredHardware(Exception):
+    """A case that --require-hardware demands cannot be measured here."""
+
+
+def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
+    """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
+    if "cell" not in metafunc.fixturenames:
+        return
+    cells = session.cells()
+    if metafunc.definition.get_closest_marker("declared_unsupported"):
+        cells = [cell for cell in cells if session.expectations.unsupported(cell) is not None]
+    if metafunc.definition.get_closest_marker("several_lifetimes") and _lifetimes(session) < 2:
+        cells = []
+    if "phase" in metafunc.fixturenames:
+        values = [(cell, phase) for cell in cells for phase in PHASES]
+        metafunc.parametrize(("cell", "phase"), values, ids=[f"{cell.id}-{phase}" for cell, phase in values])
+    else:
+        metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
+
+
+def _lifetimes(session: Session) -> int:
+    return session.options.lifetimes or session.matrix.run.lifetimes
+
+
+def cell_of(item: pytest.Item) -> Cell | None:
+    """The cell that a test is about; None for a self-test."""
+    callspec = getattr(item, "callspec", None)
+    cell = callspec.params.get("cell") if callspec is not None else None
+    return cell if isinstance(cell, Cell) else None
+
+
+def order(items: list[pytest.Item], matrix: Matrix) -> None:
+    """Cell by cell within a model, and the pair tests last, when everything that they compare has been measured."""
+    models, cells = list(matrix.models), {cell: index for index, cell in enumerate(matrix.cells())}
+
+    def rank(item: pytest.Item) -> tuple[int, int, int]:
+        cell = cell_of(item)
+        if cell is None:
+            return (-1, 0, 0)
+        late = item.get_closest_marker("compares_formats") is not None
+        return (models.index(cell.model_id), int(late), cells.get(cell, 0))
+
+    items.sort(key=rank)
+
+
+def mark(items: Iterable[pytest.Item], session: Session) -> None:
+    """Markers for selection (`-m native_fp8`), before deselection."""
+    for item in items:
+        cell = cell_of(item)
+        if cell is None:
+            continue
+        row, format_ = session.matrix.hardware[cell.hardware_id], session.matrix.formats[cell.format_id]
+        item.add_marker(row.kind)
+        if format_.native is not None:
+            item.add_marker(f"native_{format_.native}")
+        if session.matrix.models[cell.model_id].slow:
+            item.add_marker("slow")
+
+
+def gate(items: Iterable[pytest.Item], session: Session) -> None:
+    """Skips, strict expectations and case properties; remembers the cells that are going to be measured."""
+    selected = set()
+    reasons: dict[Cell, str | None] = {}
+    for item in items:
+        cell = cell_of(item)
+        if cell is None:
+            continue
+        item.user_properties.extend(case_properties(item, cell, session))
+        if cell not in reasons:
+            reasons[cell] = session.gate(cell)
+        reason = reasons[cell]
+        if reason is not None and session.options.require_hardware == cell.hardware_id:
+            item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
+        elif reason is not None:
+            skip(item, Verdict.UNAVAILABLE, reason)
+        elif (row := session.expectations.unsupported(cell)) is not None and not item.get_closest_marker(
+            "declared_unsupported"
+        ):
+            skip(item, Verdict.UNSUPPORTED, f"declared in the matrix, see test_hardware: {row.reason}")
+        else:
+            selected.add(cell)
+            _strict(item, cell, session.expectations)
+    session.selected = frozenset(selected)
+
+
+def skip(item: pytest.Item, verdict: Verdict, reason: str) -> None:
+    item.user_properties.append(("verdict", str(verdict)))
+    item.add_marker(pytest.mark.skip(reason=f"{verdict} {reason}"))
+
+
+def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:
+    callspec = getattr(item, "callspec", None)
+    phase = callspec.params.get("phase") if callspec is not None else None
+    if phase is None:
+        return
+    row = expectations.noise(cell, phase)
+    if row is not None and row.outcome == "noisy":
+        # Only this divergence satisfies it; if the known-noisy kernel shows no noise, the test fails.
+        item.add_marker(pytest.mark.xfail(raises=Divergence, strict=True, reason=describe(row, "")))
+
+
+def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tuple[str, str]]:
+    """The properties that a case has whatever happens to it."""
+    properties = [("case.model", cell.model_id), ("case.format", cell.format_id), ("case.hardware", cell.hardware_id)]
+    phase = item.callspec.params.get("phase") if hasattr(item, "callspec") else None
+    if phase is not None:
+        properties.append(("case.phase", str(phase)))
+    properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
+    properties.append(("kernel.requested", session.matrix.formats[cell.format_id].kernel))
+    return properties

@@ -1,0 +1,69 @@
+"""Engines: a plan in, an observation out. Each runs in a child process of its own (`quantdet.engines.process`)."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class EngineRefused(Exception):
+    """The engine does not take this checkpoint or these arguments here; the message is the engine's own."""
+
+
+class InvalidMeasurement(Exception):
+    """A precondition of the measurement does not hold; nothing can be said about the cell."""
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """One request. Ids, or texts for a model whose checkpoint carries its tokenizer."""
+
+    id: str
+    token_ids: tuple[int, ...] = ()
+    forced_ids: tuple[int, ...] = ()
+    content_start: int = 1
+    text: str | None = None
+    forced_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an engine lifetime has to do; JSON-able, since it crosses a process boundary.
+
+    `identity` are the header fields that are known before the run (`quantdet.observation.Header`).
+    """
+
+    identity: dict[str, Any]
+    checkpoint: str
+    dtype: str
+    args: dict[str, Any]
+    env: dict[str, str]
+    prompts: tuple[PlannedPrompt, ...]
+    repeats: int
+    decode_tokens: int
+    top_k: int
+    inject: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        raw = json.loads(text)
+        prompts = tuple(
+            PlannedPrompt(**{**p, "token_ids": tuple(p["token_ids"]), "forced_ids": tuple(p["forced_ids"])})
+            for p in raw.pop("prompts")
+        )
+        return cls(prompts=prompts, **raw)
+
+
+class Engine(Protocol):
+    """What `quantdet.engines.process` runs in the child."""
+
+    def measure(self, plan: Plan, directory: Path) -> None:
+        """Execute `plan` and write one observation into `directory`.
+
+        Raises:
+            EngineRefused: the engine does not take this cell.
+        """

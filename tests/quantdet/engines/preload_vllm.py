@@ -1,0 +1,28 @@
+"""Imported once by the forkserver, so that the children that it forks find vLLM already imported.
+
+It must not initialise CUDA (a forked child could not use it) and must be importable where vLLM is not: the child then
+meets the real error itself.
+"""
+
+import contextlib
+import sys
+
+# Builds of these that do not match torch break `import vllm`, and a text model needs none of them. transformers
+# imports an installed torchao, whose import initialises CUDA; cells that need torchao are spawned, not forked.
+MASKED = ("torchvision", "torchaudio", "torchcodec")
+FORK_MASKED = (*MASKED, "torchao")
+
+for _name in FORK_MASKED:
+    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
+
+with contextlib.suppress(Exception):
+    import torch
+    import vllm.entrypoints.llm  # noqa: F401
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # on CUDA these initialise the device
+        import vllm.model_executor.models.llama
+        import vllm.model_executor.models.qwen3
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    FORK_SAFE = not torch.cuda.is_initialized()

@@ -1,0 +1,250 @@
+"""Runs an engine in a child process of its own: a plan goes in, a completion record comes out.
+
+The absence of a completion record is itself a result (`Crashed`, with signal or exit code and the log's last lines).
+The child leads its own process group; whatever the way out (end, time limit, crash, Ctrl-C here, death of this
+process), that group is killed, so that no worker of an engine stays behind.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from quantdet.engines import EngineRefused, InvalidMeasurement, Plan
+
+_TESTS = Path(__file__).resolve().parents[2]
+_SHIM = Path(__file__).resolve().parent / "shim"
+_LOG_TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Where the engine class is (`module:Class`), and the module that a forkserver imports ahead for it."""
+
+    target: str
+    preload: str = ""
+
+    def load(self) -> Any:
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)()
+
+
+VLLM = EngineSpec("quantdet.engines.vllm:VllmEngine", "quantdet.engines.preload_vllm")
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The observation is in the directory that was given."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The engine refused the cell; `message` is its own."""
+
+    message: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The child ended without a completion record, or with an unexpected exception."""
+
+    message: str
+    log: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A precondition of the measurement did not hold in the engine."""
+
+    message: str
+    log: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """The time limit was reached and the process group was killed."""
+
+    limit_s: float
+    log: Path
+
+
+Outcome = Completed | Refused | Invalid | Crashed | TimedOut
+
+
+def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: float) -> Outcome:
+    """Execute `plan` in a child process; blocks until it ends or the limit is reached.
+
+    Args:
+        spec: the engine.
+        plan: what to do.
+        directory: existing, empty; the engine writes its observation here.
+        log: file that gets the child's standard output and error.
+        time_limit_s: seconds; then the child's process group is killed.
+    """
+    started = time.monotonic()
+    context = _context(spec, plan)
+    ours, theirs = context.Pipe(duplex=False)
+    lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
+    # Engines leave rendezvous files behind when they are killed: give each its own place, and remove that.
+    scratch = Path(tempfile.mkdtemp(prefix="quantdet-"))
+    child = context.Process(
+        target=_child,
+        args=(spec, plan.to_json(), str(directory), str(log), str(scratch), theirs, lifeline_theirs),
+        name=f"engine {plan.identity.get('model')}/{plan.identity.get('format')}",
+    )
+    try:
+        with _environment(plan.env):  # a spawned child reads it at import; a forked one sets it itself
+            child.start()
+        theirs.close()
+        lifeline_theirs.close()
+        wait([ours, child.sentinel], timeout=max(0.0, time_limit_s - (time.monotonic() - started)))
+        record = _receive(ours)
+        if record is not None:
+            child.join(timeout=10)
+        elif child.is_alive() and time.monotonic() - started >= time_limit_s:
+            return TimedOut(time_limit_s, log)
+        else:
+            child.join(timeout=10)
+        seconds = time.monotonic() - started
+        if record is None:
+            return Crashed(f"engine process {_ended(child.exitcode)}, no completion record{_tail(log)}", log, seconds)
+        if record["status"] == "completed":
+            return Completed(seconds)
+        if record["status"] == "refused":
+            return Refused(record["message"], seconds)
+        if record["status"] == "invalid":
+            return Invalid(record["message"], log, seconds)
+        return Crashed(f"{record['message']}{_tail(log)}", log, seconds)
+    finally:
+        if child.pid is not None:
+            _kill_group(child.pid)
+            child.join(timeout=10)
+        ours.close()
+        lifeline_ours.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _context(spec: EngineSpec, plan: Plan) -> Any:
+    """Forkserver with the engine imported ahead; spawn where the cell needs its own environment or a masked package.
+
+    Environment variables that are read at import cannot be changed in a server that has imported already.
+    """
+    if plan.extra.get("spawn") or not spec.preload:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([spec.preload])
+    with _environment({}):
+        # Python 3.11 and 3.12 hand no sys.path to the server and swallow a failed preload: it must find the module
+        # through PYTHONPATH, which is read when it starts.
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """The environment that engine processes start with, for the time of the block."""
+    inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    path = [str(_SHIM), str(_TESTS), *(p for p in inherited if p not in (str(_SHIM), str(_TESTS)))]
+    wanted = {**changes, "PYTHONPATH": os.pathsep.join(path)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _child(
+    spec: EngineSpec, plan_json: str, directory: str, log: str, scratch: str, record: Connection, lifeline: Connection
+) -> None:
+    os.setsid()
+    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_SHIM), str(_TESTS), os.environ.get("PYTHONPATH", "")])
+    plan = Plan.from_json(plan_json)
+    os.environ.update(plan.env)
+    answer: dict[str, str]
+    try:
+        spec.load().measure(plan, Path(directory))
+        answer = {"status": "completed"}
+    except EngineRefused as refusal:
+        answer = {"status": "refused", "message": str(refusal)}
+    except InvalidMeasurement as error:
+        answer = {"status": "invalid", "message": str(error)}
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        answer = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    record.send_bytes(json.dumps(answer).encode())
+    os._exit(0)  # a normal exit would run the engine's teardown, which says nothing about the cell and takes a second
+
+
+def _die_with_parent(lifeline: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _receive(connection: Connection) -> dict[str, str] | None:
+    try:
+        if connection.poll():
+            answer = json.loads(connection.recv_bytes())
+            return answer if isinstance(answer, dict) else None
+    except (EOFError, OSError, ValueError):
+        pass
+    return None
+
+
+def _kill_group(pid: int) -> None:
+    # The child may not have reached setsid yet; then it is alone in nobody's group and is killed by its own id.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _ended(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "closed its pipe but did not end"
+    if exitcode < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-exitcode).name}"
+        return f"killed by signal {-exitcode}"
+    return f"ended with exit code {exitcode}"
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            lines = file.read().decode("utf-8", "replace").splitlines()[-_LOG_TAIL_LINES:]
+    except OSError:
+        lines = []
+    return "".join(f"\n    | {line}" for line in lines) + f"\n  log: {log}"

@@ -1,0 +1,19 @@
+"""First on PYTHONPATH of engine processes: hides packages that break `import vllm` in processes that vLLM starts.
+
+vLLM inspects a model's class in a fresh interpreter, which knows nothing of what its parent masked.
+"""
+
+import importlib.util
+import os
+import sys
+
+for _name in ("torchvision", "torchaudio", "torchcodec"):
+    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
+
+# Only one sitecustomize is imported: hand on to the one that this file shadows.
+_here = os.path.dirname(os.path.abspath(__file__))
+_spec = importlib.machinery.PathFinder.find_spec(
+    "sitecustomize", [p for p in sys.path if os.path.abspath(p or ".") != _here]
+)
+if _spec is not None and _spec.loader is not None:
+    _spec.loader.exec_module(importlib.util.module_from_spec(_spec))

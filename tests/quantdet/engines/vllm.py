@@ -1,0 +1,186 @@
+"""vLLM, driven in this process. The only module that imports vllm; runs in a child process only."""
+
+import contextlib
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet import kernels
+from quantdet.compare import stable_topk
+from quantdet.engines import EngineRefused, Plan, PlannedPrompt
+from quantdet.engines.capture import LogitsTap, digest_rows
+from quantdet.engines.preload_vllm import FORK_MASKED, MASKED
+from quantdet.engines.recorder import Recorder
+from quantdet.observation import SCHEMA, Block, Executed, Header, write
+
+# Start-up failures that say nothing about the format.
+_NOT_A_REFUSAL = ("failed to be inspected", "out of memory", "No available memory", "No space left")
+
+
+class VllmEngine:
+    """Loads one checkpoint once, executes a plan, writes one observation."""
+
+    def measure(self, plan: Plan, directory: Path) -> None:
+        """See `quantdet.engines.Engine`."""
+        began = time.monotonic()
+        for name in MASKED if plan.extra.get("spawn") else FORK_MASKED:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        import vllm
+
+        if plan.args.get("enforce_eager"):
+            # Eager cells: leave Inductor out of vLLM's helpers too (ranks of logprobs), 3 s a process and no logits.
+            import torch._dynamo
+
+            torch._dynamo.config.disable = True
+        imported = time.monotonic()
+        llm = self._load(vllm, plan)
+        loaded = time.monotonic()
+        executed = self._executed(llm)
+        tap = LogitsTap(_model(llm))
+        recorder = Recorder(plan)
+        for prompt in plan.prompts:
+            given, forced_from = self._ids(llm, prompt)
+            recorder.begin(prompt, given, forced_from)
+            for repeat in range(plan.repeats):
+                flip = plan.inject == "bitflip" and repeat == plan.repeats - 1 and prompt is plan.prompts[0]
+                self._request(vllm, llm, tap, recorder, plan, given, (1, 0) if flip else None)
+            recorder.end()
+        measured = time.monotonic()
+        header = Header.model_validate(
+            {
+                **plan.identity,
+                "schema": SCHEMA,
+                "kind": "observation",
+                "environment": {**plan.identity.get("environment", {}), **environment(plan)},
+                "executed": executed.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
+                "nonfinite": [row.model_dump() for row in recorder.nonfinite],
+                "divergences": [row.model_dump() for row in recorder.divergences],
+                "prompts": [record.header.model_dump() for record in recorder.records],
+                "timings": {
+                    "import_s": imported - began,
+                    "load_s": loaded - imported,
+                    "measure_s": measured - loaded,
+                    "generate_s": recorder.generate_s,
+                    "tokens_per_second": recorder.tokens / max(recorder.generate_s, 1e-9),
+                },
+            }
+        )
+        write(directory, header, tuple(recorder.records))
+
+    @staticmethod
+    def _load(vllm: Any, plan: Plan) -> Any:
+        try:
+            return vllm.LLM(model=plan.checkpoint, dtype=plan.dtype, **plan.args)
+        except (ImportError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if any(text in str(error) for text in _NOT_A_REFUSAL) or "OutOfMemory" in type(error).__name__:
+                raise
+            import traceback
+
+            traceback.print_exc()
+            raise EngineRefused(_first_reason(error)) from error
+
+    @staticmethod
+    def _ids(llm: Any, prompt: PlannedPrompt) -> tuple[list[int], int]:
+        """Forced ids of the request, and where its continuation begins."""
+        if prompt.text is None:
+            return [*prompt.token_ids, *prompt.forced_ids], len(prompt.token_ids)
+        tokenizer = llm.get_tokenizer()
+        ids = tokenizer.encode(prompt.text)
+        return [*ids, *tokenizer.encode(prompt.forced_text or "", add_special_tokens=False)], len(ids)
+
+    @staticmethod
+    def _request(
+        vllm: Any, llm: Any, tap: LogitsTap, recorder: Recorder, plan: Plan, ids: list[int], flip: tuple[int, int] | None
+    ) -> None:
+        parameters = vllm.SamplingParams(
+            temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,
+            logprobs=plan.top_k, prompt_logprobs=plan.top_k,
+        )  # fmt: skip
+        tap.start(flip)
+        began = time.monotonic()
+        (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+        recorder.generate_s += time.monotonic() - began
+        decode, prefill = tap.assemble(len(ids), plan.decode_tokens)
+        output = answer.outputs[0]
+        recorder.add(
+            np.asarray(output.token_ids, dtype=np.int32),
+            decode,
+            prefill,
+            _block(decode, output.logprobs, output.token_ids, plan.top_k),
+            _block(prefill, answer.prompt_logprobs[1:], ids[1:], plan.top_k),
+        )
+
+    @staticmethod
+    def _executed(llm: Any) -> Executed:
+        executed = kernels.describe(_model(llm))
+        config = llm.llm_engine.vllm_config
+        eager = bool(config.model_config.enforce_eager)
+        runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
+        return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
+
+
+def _model(llm: Any) -> Any:
+    (model,) = llm.apply_model(lambda model: model)
+    return model
+
+
+def _block(logits: NDArray[Any], logprobs: Any, chosen: Any, k: int) -> Block:
+    """What vLLM answered at each position, beside the digests of what it computed."""
+    ids = np.empty((len(logits), k), dtype=np.int32)
+    values = np.empty((len(logits), k), dtype=np.float32)
+    picked = np.empty(len(logits), dtype=np.float32)
+    for position, (row, token) in enumerate(zip(logprobs, chosen, strict=True)):
+        best = sorted(((-entry.logprob, token_id) for token_id, entry in row.items()))[:k]
+        ids[position] = [token_id for _, token_id in best]
+        values[position] = [-negative for negative, _ in best]
+        picked[position] = row[int(token)].logprob
+    ids, values = stable_topk(ids, values)
+    return Block(digest_rows(logits), picked, ids, values)
+
+
+def _first_reason(error: BaseException) -> str:
+    """The engine's own words: the root cause's message, without pydantic's frame."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "pydantic.dev" not in line]
+    if lines and lines[0].endswith("ModelConfig") and len(lines) > 1:
+        lines = lines[1:]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:2000]
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """What the child knows better than its parent: torch, threads, instruction set, device, variables."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "start": "spawn" if plan.extra.get("spawn") else "forkserver",
+        "masked": ",".join(name for name in FORK_MASKED if sys.modules.get(name, 0) is None),
+    }
+    for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
+        with contextlib.suppress(Exception):
+            facts[flag] = bool(getattr(torch.cpu, f"_is_{flag}_supported")())
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "cuda": torch.version.cuda,
+            "device": properties.name,
+            "device_uuid": str(getattr(properties, "uuid", "")),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+        }
+    for name in ("transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
+    facts["pid"] = os.getpid()
+    return facts

@@ -1,0 +1,59 @@
+"""What an observation's environment is known by: the part that the parent knows before an engine starts."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from quantdet.hardware import Machine, Software
+
+# Variables that change kernels, threads or devices. Echoed in the header, so that a typo in a name is seen.
+RELEVANT = re.compile(
+    r"^(VLLM_|OMP_|KMP_|GOMP_|MKL_|ONEDNN_|DNNL_|ATEN_|TORCH|PYTORCH_|CUDA_|CUBLAS|NCCL_|NVIDIA_TF32|HIP_|ROCR_|TRITON_|"
+    r"FLASHINFER_|DG_|LD_PRELOAD$|QUANTDET_)"
+)
+# They name places or verbosity, and change no number.
+_HARMLESS = re.compile(r"^(VLLM_(CACHE_ROOT|CONFIG_ROOT|LOGGING_.*|NO_USAGE_STATS|DO_NOT_TRACK)|QUANTDET_INJECT|CUDA_HOME)$")
+
+
+def relevant_variables() -> dict[str, str]:
+    """Environment variables that can change what runs."""
+    return {name: value for name, value in sorted(os.environ.items()) if RELEVANT.match(name)}
+
+
+def environment_of(machine: Machine, installed: Software) -> dict[str, Any]:
+    """Versions, device and variables. Two observations with equal values here may be taken for each other."""
+    gpu = machine.gpus[0] if machine.gpus else None
+    return {
+        "vllm": installed.vllm or "",
+        "vllm_flavour": installed.flavour or "",
+        "torch_package": installed.torch or "",
+        "python": platform.python_version(),
+        "cpu": machine.cpu_name,
+        "gpu": gpu.name if gpu else "",
+        "driver": gpu.driver if gpu else "",
+        "variables": {name: value for name, value in relevant_variables().items() if not _HARMLESS.match(name)},
+    }
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """A folder name: the versions to read, and a hash over everything."""
+    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
+    versions = f"vllm-{environment.get('vllm') or 'none'}-torch-{environment.get('torch_package') or 'none'}"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{versions}-{digest}")
+
+
+def git_revision(root: Path) -> str:
+    """Revision of the suite's checkout, with `-dirty` where it was changed; empty outside git."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

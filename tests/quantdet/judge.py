@@ -1,0 +1,121 @@
+"""The `judge` fixture: gets a cell's result from the session, asks the pure judgements, and lets the verdict stand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from quantdet import judgements
+from quantdet.matrix import Cell, Phase
+from quantdet.observation import Observation
+from quantdet.report.record import JUDGEMENT
+from quantdet.session import Measured, Missing, Refusal, Session
+from quantdet.verdicts import Judgement, Verdict
+
+# Every case that ran has these properties, in this order; "" where a figure does not apply.
+PROPERTIES = (
+    "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
+    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second", "observation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges one test's cell. Every method raises unless the verdict is what the matrix expects."""
+
+    session: Session
+    item: pytest.Item
+
+    def repeat(self, cell: Cell, phase: Phase) -> None:
+        """Same request, same bits, within one engine lifetime."""
+        observations = self._measured(cell)
+        self._say(judgements.repeat(observations, phase, self.session.expectations), observations)
+
+    def distinct(self, cell: Cell) -> None:
+        """Distinct from every other format measured here, or declared to be the same."""
+        observations = self._measured(cell)
+        peers = self.session.peers(cell)
+        if not peers:
+            reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
+            self._skip(Verdict.UNAVAILABLE, reason)
+        self._say(judgements.distinctness(observations[0], peers, self.session.expectations), observations)
+
+    def kernel(self, cell: Cell) -> None:
+        """The executed kernel is the requested one in every layer."""
+        observations = self._measured(cell)
+        format_ = self.session.matrix.formats[cell.format_id]
+        name, classes = self.session.matrix.kernel_classes(cell)
+        requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
+        verdicts = [judgements.kernel(one, requested, classes, format_.quantized) for one in observations]
+        self._say(next((v for v in verdicts if not v.expected), verdicts[0]), observations)
+
+    def restart(self, cell: Cell) -> None:
+        """Same request, same bits, in another engine lifetime."""
+        observations = self._measured(cell)
+        self._say(judgements.restart(observations), observations)
+
+    def refused(self, cell: Cell) -> None:
+        """The engine refuses the cell, as the matrix says."""
+        result = self.session.result(cell)
+        row = self.session.expectations.unsupported(cell)
+        match result:
+            case Refusal():
+                known = (result.observation,) if result.observation is not None else ()
+                self._say(judgements.refusal(cell, result.message, self.session.expectations), known)
+            case Measured():
+                self._say(judgements.refusal(cell, None, self.session.expectations), result.observations)
+            case Missing(verdict=Verdict.UNSUPPORTED) if row is not None:
+                self._say(judgements.refusal(cell, result.reason, self.session.expectations), ())
+            case Missing():
+                self._missing(cell, result)
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _measured(self, cell: Cell) -> tuple[Observation, ...]:
+        result = self.session.result(cell)
+        match result:
+            case Measured():
+                return result.observations
+            case Refusal():
+                known = (result.observation,) if result.observation is not None else ()
+                self._say(judgements.refusal(cell, result.message, self.session.expectations), known)
+            case Missing():
+                self._missing(cell, result)
+        raise AssertionError("unreachable: both calls above raise")
+
+    def _missing(self, cell: Cell, result: Missing) -> None:
+        if result.verdict in (Verdict.UNAVAILABLE, Verdict.UNSUPPORTED):
+            required = self.session.options.require_hardware == cell.hardware_id
+            if not required:
+                self._skip(result.verdict, result.reason)
+        first, _, rest = result.reason.partition("\n")
+        self._say(Judgement(result.verdict, f"{result.verdict} {cell}: {first}", False, {}, rest), ())
+
+    def _skip(self, verdict: Verdict, reason: str) -> None:
+        self.item.user_properties.append(("verdict", str(verdict)))
+        pytest.skip(f"{verdict} {reason}")
+
+    def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
+        __tracebackhide__ = True
+        figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
+        if observations:
+            header = observations[0].header
+            figures |= {
+                "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation"),
+                "lifetimes": len(observations),
+                "kernel.executed": header.executed.summary if header.executed is not None else "",
+                "checkpoint.sha256": header.checkpoint_sha256,
+                "tokens_per_second": round(header.timings.get("tokens_per_second", 0.0), 1),
+                "observation": self._relative(observations[0]),
+            }
+        figures |= judgement.figures
+        figures["verdict"] = str(judgement.verdict)
+        for name in ("phase", "kernel.requested"):  # already there as case properties
+            figures.pop(name, None)
+        self.item.user_properties.extend((name, str(value)) for name, value in figures.items())
+        self.item.stash[JUDGEMENT] = judgement
+        judgement.enforce()
+
+    @staticmethod
+    def _relative(observation: Observation) -> str:
+        return "/".join(observation.path.parts[-5:]) if observation.path is not None else ""

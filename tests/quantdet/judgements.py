@@ -1,0 +1,250 @@
+"""Judgements over observations: pure functions, no engine, no I/O. Each states its verdict in one line."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from quantdet import stats
+from quantdet.compare import bits_equal, distinct, first_difference
+from quantdet.distance import Distance, distance
+from quantdet.expectations import Expectations, describe
+from quantdet.matrix import Cell, Phase
+from quantdet.observation import Block, Observation, Output
+from quantdet.pairs import comparable, pair
+from quantdet.verdicts import Judgement, Pair, Verdict
+
+
+def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expectations) -> Judgement:
+    """Did every repeat of every request give the same bits in `phase`, within each engine lifetime?
+
+    Compared are the full-vocabulary logits (digests), every reported logprob and id, and for decode the tokens.
+    """
+    header = observations[0].header
+    row = expectations.noise(header.cell, phase)
+    where = f"{header.cell} {phase}"
+    figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase}
+    for observation in observations:
+        for bad in observation.header.nonfinite:
+            if bad.phase == phase:
+                message = f"INVALID {where}: non-finite logits, first prompt {bad.prompt} {_at(phase, bad.position)}"
+                return Judgement(Verdict.INVALID, f"{message} in repeat {bad.repeat}", False, figures)
+    runs = [_runs(observation, phase) for observation in observations]
+    calls = sum(len(groups) for groups in runs)
+    flips = sum(len(groups) - max(Counter(groups).values()) for groups in runs)
+    bound = stats.flip_rate_upper(flips, calls)
+    per_lifetime = stats.flip_rate_upper(0, len(observations)) if not flips else None
+    figures |= {
+        "runs": calls,
+        "lifetimes": len(observations),
+        "distinct_outputs": max(max(groups) + 1 for groups in runs),
+        "flip_rate_upper95": round(bound, 6),
+        "logits.sha256": observations[0].logits_sha256(phase),
+    }
+    if not flips:
+        text = f"0 of {calls} repeats differ, flip rate < {bound:.3g} per call at 95 %"
+        figures |= {"first_divergence": "", "max_abs_diff": 0.0, "l2": 0.0}
+        if per_lifetime is not None:
+            figures["flip_rate_upper95.lifetime"] = round(per_lifetime, 6)
+        expected = row is None or row.outcome == "may_be_noisy"
+        return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, _hidden_noise(row))
+    first, ulps, max_abs, l2 = _first_divergence(observations, phase)
+    figures |= {"first_divergence": first, "max_abs_diff": max_abs, "l2": l2}
+    share = f"{flips} of {calls} repeats differ"
+    message = f"NOISY {where}: {share}, first {first}{ulps}"
+    detail = f"{max(figures['distinct_outputs'], 0)} distinct outputs; flip rate < {bound:.3g} per call at 95 %"  # type: ignore[type-var]
+    return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures, detail)
+
+
+def _hidden_noise(row: object) -> str:
+    return "" if row is None else "the matrix says that this phase is noisy; no repeat differed"
+
+
+def _runs(observation: Observation, phase: Phase) -> list[int]:
+    """Group index per repeat: equal index, equal bits over all prompts."""
+    outputs = []
+    for index in range(observation.header.repeats):
+        parts = []
+        for prompt in observation.prompts:
+            output = prompt.run(index)
+            parts.append(output.block(phase).fingerprint)
+            if phase == "decode":
+                parts.append(output.output_ids.tobytes())
+        outputs.append(b"".join(parts))
+    return distinct(outputs)
+
+
+def _first_divergence(observations: Sequence[Observation], phase: Phase) -> tuple[str, str, float, float]:
+    """First (prompt, position) in reading order at which any repeat differs from repeat 0, with what is known of it."""
+    worst_abs, worst_l2 = 0.0, 0.0
+    found: tuple[str, str] | None = None
+    for observation in observations:
+        for prompt in observation.prompts:
+            base = prompt.run(0)
+            candidates = []
+            for index in range(1, observation.header.repeats):
+                other = prompt.run(index)
+                if other is base:
+                    continue
+                position = _first_position(base, other, phase)
+                if position is not None:
+                    candidates.append((position, index))
+                    gap = _gap(base.block(phase), other.block(phase))
+                    worst_abs, worst_l2 = max(worst_abs, gap.max_abs), max(worst_l2, gap.l2)
+            if candidates and found is None:
+                position, index = min(candidates)
+                found = (
+                    f"prompt {prompt.header.id} {_at(phase, position)} in repeat {index}",
+                    _explain(observation, prompt.header.id, phase, position, index, base.block(phase)),
+                )
+            for seen in observation.header.divergences:
+                if seen.phase == phase and seen.prompt == prompt.header.id:
+                    worst_abs = max(worst_abs, seen.max_abs)
+    assert found is not None
+    return (*found, worst_abs, worst_l2)
+
+
+def _first_position(a: Output, b: Output, phase: Phase) -> int | None:
+    one, other = a.block(phase), b.block(phase)
+    positions = [first_difference(one.digests, other.digests)]
+    for x, y in ((one.chosen, other.chosen), (one.topk_ids, other.topk_ids), (one.topk_logprobs, other.topk_logprobs)):
+        if not bits_equal(x, y):
+            # Rows as raw bytes: compared as numbers, a NaN would differ from itself and -0.0 equal 0.0.
+            rows = [np.ascontiguousarray(v).view(np.uint8).reshape(len(v), -1) for v in (x, y)]
+            positions.append(int(np.flatnonzero((rows[0] != rows[1]).any(axis=1))[0]))
+    if phase == "decode" and not bits_equal(a.output_ids, b.output_ids):
+        positions.append(int(np.flatnonzero(a.output_ids != b.output_ids)[0]))
+    return min((p for p in positions if p is not None), default=None)
+
+
+def _gap(a: Block, b: Block) -> Distance:
+    return distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs)
+
+
+def _explain(
+    observation: Observation, prompt: str, phase: Phase, position: int, repeat_index: int, base: Block
+) -> str:
+    margin = float(base.topk_logprobs[position, 0] - base.topk_logprobs[position, 1])
+    for seen in observation.header.divergences:
+        if (seen.prompt, seen.phase, seen.position, seen.repeat) == (prompt, phase, position, repeat_index):
+            return (
+                f" (token {seen.token}: {seen.ulp} ulp of {observation.header.executed.logits_dtype}, "  # type: ignore[union-attr]
+                f"|d| {seen.max_abs:.3g}; {seen.differing} logits differ; top-1/top-2 margin {margin:.3g} nats)"
+            )
+    return f" (top-1/top-2 margin {margin:.3g} nats)"
+
+
+def _at(phase: Phase, position: int) -> str:
+    return f"step {position}" if phase == "decode" else f"position {position}"
+
+
+def kernel(observation: Observation, requested: str, classes: Sequence[str], quantized: bool) -> Judgement:
+    """Is the executed kernel the requested one, the same in every linear layer?
+
+    `classes` are the class names that the requested kernel shows; none: vLLM's own choice, not judged but for mixing.
+    """
+    header = observation.header
+    executed = header.executed
+    assert executed is not None
+    names = sorted({layer.executed for layer in executed.linear})
+    figures: dict[str, object] = {
+        "kernel.requested": requested,
+        "kernel.executed": executed.summary,
+        "expectation": f"{requested}: {' or '.join(classes)}" if classes else f"{requested}: one kernel in every layer",
+    }
+
+    def invalid(why: str) -> Judgement:
+        return Judgement(Verdict.INVALID, f"INVALID {header.cell} kernel: {why}", False, figures, executed.summary)
+
+    if not names:
+        return invalid("no linear layer was found in the loaded model")
+    if len(names) > 1:
+        return invalid(f"mixed kernels: {executed.summary}")
+    if classes and names[0] not in classes:
+        return invalid(f"requested {requested} ({' or '.join(classes)}), executed {executed.summary}")
+    if quantized and names[0] == "UnquantizedLinearMethod":
+        return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
+    message = f"CONFIRMED {header.cell} kernel: {executed.summary} ({'requested ' + requested})"
+    return Judgement(Verdict.CONFIRMED, message, True, figures)
+
+
+def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judgement:
+    """The engine refused (`message`) or took (None) a cell; the matrix may have said that it would refuse."""
+    row = expectations.unsupported(cell)
+    figures: dict[str, object] = {"expectation": describe(row, "accepted")}
+    if message is None:
+        text = f"INVALID {cell}: the engine accepts a format that the matrix says is unsupported here"
+        return Judgement(Verdict.INVALID, text, False, figures)
+    short = message if len(message) <= 300 else message[:297] + "..."
+    return Judgement(
+        Verdict.UNSUPPORTED, f"UNSUPPORTED {cell}: engine refused: {short}", row is not None, figures,
+        "" if row is not None else "not declared: add an [[expect]] row with outcome = 'unsupported' if this is right",
+    )  # fmt: skip
+
+
+def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectations: Expectations) -> Judgement:
+    """Can this format be told from every other format of its model measured on this hardware?"""
+    cell = own.header.cell
+    pairs: list[Pair] = []
+    wrong: list[str] = []
+    twins: list[str] = []
+    declared: list[str] = []
+    for other, observation in peers.items():
+        why = comparable(own, observation)
+        if why is not None:
+            message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
+            return Judgement(Verdict.INVALID, message, False)
+        result = pair(own, observation)
+        row = expectations.twins(cell, other)
+        if row is not None:
+            declared.append(f"{other.format_id} ({row.reason})")
+        if result.verdict is Verdict.IDENTICAL:
+            twins.append(other.format_id)
+        expected = Verdict.DISTINCT if row is None else Verdict.IDENTICAL
+        if result.verdict is not expected:
+            wrong.append(f"{result.verdict} {other.format_id}, expected {expected} ({_size(result)})")
+        pairs.append(result)
+    closest = min(pairs, key=lambda p: (p.verdict is Verdict.IDENTICAL, p.l2, p.b))
+    indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
+    verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
+    figures: dict[str, object] = {
+        "expectation": f"identical_to: {'; '.join(declared)}" if declared else "distinct",
+        "pairs": len(pairs),
+        "identical_to": ",".join(twins),
+        "closest": closest.b,
+        "l2": closest.l2,
+        "max_abs_diff": closest.max_abs,
+        "logits.sha256": own.logits_sha256("prefill"),
+    }
+    told = len(pairs) - len(twins) - len(indistinct)
+    text = f"DISTINCT from {told} of {len(pairs)} formats"
+    if twins:
+        text += f", IDENTICAL to {', '.join(twins)}"
+    if indistinct:
+        text += f", INDISTINCT from {', '.join(indistinct)}"
+    if wrong:
+        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong), tuple(pairs))
+    text += f"; closest {closest.b} ({_size(closest)})"
+    return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
+
+
+def _size(result: Pair) -> str:
+    return f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+
+
+def restart(observations: Sequence[Observation]) -> Judgement:
+    """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
+    cell = observations[0].header.cell
+    seen = distinct(
+        [(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations]
+    )
+    flips = len(seen) - max(Counter(seen).values())
+    bound = stats.flip_rate_upper(flips, len(seen))
+    figures: dict[str, object] = {
+        "expectation": "bit-exact across lifetimes",
+        "distinct_outputs": max(seen) + 1,
+        "flip_rate_upper95": round(bound, 6),
+    }
+    share = f"{flips} of {len(seen)} lifetimes differ, flip rate < {bound:.3g} per lifetime at 95 %"
+    verdict = Verdict.NOISY if flips else Verdict.BIT_EXACT
+    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not flips, figures)

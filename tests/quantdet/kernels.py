@@ -1,0 +1,77 @@
+"""Which kernels a loaded vLLM model really uses, read from every layer.
+
+Works by attribute names alone (vLLM 0.20 to 0.33), so that it imports neither vllm nor torch and can be tested on
+plain objects. Kernels are chosen while the layers are created, so the walk is valid as soon as the engine is up; what
+a kernel decides per call (for example by the number of rows) is not visible here.
+"""
+
+from collections import Counter
+from typing import Any
+
+from quantdet.observation import Executed, Layer
+
+# Where a quantization method or scheme keeps the object that multiplies, in order of preference.
+_KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "linear_kernel")
+# Choices inside a kernel that change its bits: CPU instruction set, INT8 activations, exllama's state, library path.
+_DETAILS = ("isa_hint", "use_w4a8")
+_LINEAR = ("Linear", "LinearBase")
+
+
+def describe(model: Any) -> Executed:
+    """Walk `model.named_modules()` and count layers by module class, method, scheme, kernel and detail."""
+    counts: Counter[tuple[str, str, str, str, str, str]] = Counter()
+    attention: set[str] = set()
+    for _, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            counts[(_kind(module), _name(module), _name(method), *_kernel(module, method))] += 1
+        if hasattr(module, "attn_backend"):
+            attention.add(_attention(module))
+    layers = tuple(
+        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)  # type: ignore[arg-type]
+        for (kind, module, method, scheme, kernel, detail), n in sorted(counts.items())
+    )
+    return Executed(layers=layers, attention=tuple(sorted(attention)))
+
+
+def _name(thing: Any) -> str:
+    return "" if thing is None else type(thing).__name__
+
+
+def _kind(module: Any) -> str:
+    name = _name(module)
+    if "Embedding" in name or "LMHead" in name:
+        return "embedding"
+    if "Experts" in name or "MoE" in name:
+        return "moe"
+    return "linear"
+
+
+def _kernel(module: Any, method: Any) -> tuple[str, str, str]:
+    scheme = getattr(module, "scheme", None)
+    kernel, details = None, []
+    for owner in (scheme, method):
+        for attribute in _KERNEL_ATTRIBUTES:
+            kernel = kernel or getattr(owner, attribute, None)
+    for part in ("base", "fallback"):  # one layer, two kernels chosen per call (FP8 block on Hopper)
+        inner = getattr(kernel, part, None)
+        if inner is not None and not callable(inner):
+            details.append(f"{part}={_name(inner)}")
+    path = getattr(getattr(kernel, "linear_method", None), "__name__", "")
+    if path:
+        details.append(path.removeprefix("_apply_weights_"))
+    details += [f"{name}={getattr(module, name)}" for name in _DETAILS if hasattr(module, name)]
+    moe = getattr(method, "moe_kernel", None)
+    if moe is not None:
+        kernel = getattr(moe, "fused_experts", None) or kernel
+    weight = getattr(module, "weight", None)
+    if weight is not None and "AO" in _name(method):  # torchao: the tensor subclass is the kernel
+        details.append(f"weight={_name(weight)}")
+    return _name(scheme), _name(kernel), ",".join(details)
+
+
+def _attention(module: Any) -> str:
+    backend = module.attn_backend
+    name = backend.get_name() if hasattr(backend, "get_name") else _name(backend)
+    version = getattr(getattr(module, "impl", None), "vllm_flash_attn_version", None)
+    return f"{name}{f' FA{version}' if version else ''}"

@@ -1,0 +1,338 @@
+"""Observations: what one engine lifetime saw in one cell. JSON header + safetensors arrays, schema-versioned.
+
+An observation may come from somebody else, so reading treats it as hostile: sizes before allocation, schema, dtypes,
+shapes, finiteness and the SHA-256 of the arrays are checked, and `ObservationError` names the file and the field.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from quantdet.matrix import ID_PATTERN, Cell, Phase
+
+SCHEMA = 1
+HEADER_FILE = "observation.json"
+TENSORS_FILE = "tensors.safetensors"
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS_BYTES = 1 << 30
+
+Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ObservationError(Exception):
+    """An observation cannot be used; the message names the file and the field."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layer(_Part):
+    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
+
+    kind: Literal["linear", "moe", "embedding"]
+    module: str
+    method: str
+    scheme: str = ""
+    kernel: str = ""
+    detail: str = ""
+    count: int = Field(gt=0)
+
+    @property
+    def executed(self) -> str:
+        """The class that multiplies: the kernel, else the scheme, else the method."""
+        return self.kernel or self.scheme or self.method
+
+
+class Executed(_Part):
+    """What really ran, read from the loaded model."""
+
+    layers: tuple[Layer, ...]
+    attention: tuple[str, ...] = ()
+    mode: Literal["eager", "compiled"] = "eager"
+    runner: str = ""
+    logits_dtype: str = ""
+
+    @property
+    def linear(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "linear")
+
+    @property
+    def summary(self) -> str:
+        """For example `CPUWNA16LinearKernel[isa_hint=vec] x8`."""
+        counts: dict[str, int] = {}
+        for layer in self.linear:
+            name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
+            counts[name] = counts.get(name, 0) + layer.count
+        return " + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer"
+
+
+class Divergence(_Part):
+    """First position at which a repeat's full-vocabulary logits differ from repeat 0's, for one prompt and phase.
+
+    `ulp` counts representable numbers of the logits' native dtype between the two values of the token `token`, at
+    which |difference| is largest (`max_abs`, in nats); `differing` is the number of unequal logits at the position.
+    """
+
+    prompt: str
+    phase: Phase
+    repeat: int = Field(gt=0)
+    position: int = Field(ge=0)
+    differing: int = Field(ge=0)
+    token: int = Field(ge=0)
+    max_abs: float = Field(ge=0)
+    ulp: int = Field(ge=0)
+
+
+class NonFinite(_Part):
+    """A position with NaN or infinite logits."""
+
+    prompt: str
+    phase: Phase
+    repeat: int
+    position: int
+
+
+class PromptHeader(_Part):
+    """`length` forced token ids; `runs[r]` is the index of the output that repeat r gave."""
+
+    id: str
+    length: int = Field(ge=2)
+    content_start: int = Field(ge=1)
+    runs: tuple[int, ...] = Field(min_length=1)
+
+
+class Header(_Part):
+    """Everything of an observation but its arrays."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["observation", "refusal"]
+    key: Sha256
+    created: str
+    model: Id
+    format: Id
+    hardware: Id
+    lifetime: int = Field(ge=0)
+    checkpoint_sha256: Sha256
+    checkpoint_source: str = ""
+    engine: str
+    engine_args: dict[str, Any] = {}
+    engine_env: dict[str, str] = {}
+    dtype: str = ""
+    workload: str = ""
+    workload_sha256: Sha256
+    repeats: int = Field(ge=1)
+    decode_tokens: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    inject: str = ""
+    environment: dict[str, Any] = {}
+    refusal: str = ""
+    executed: Executed | None = None
+    nonfinite: tuple[NonFinite, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
+    prompts: tuple[PromptHeader, ...] = ()
+    timings: dict[str, float] = {}
+    tensors_sha256: str = ""
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.model, self.format, self.hardware)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One phase of one output; n positions, k = top_k.
+
+    digests: uint8 (n, 32), SHA-256 of the position's full-vocabulary float32 logits (little-endian bytes);
+    chosen: float32 (n,), logprob in nats of the generated (decode) or given (prefill) token;
+    topk_ids: int32 (n, k); topk_logprobs: float32 (n, k), each row sorted by (-logprob, id).
+    """
+
+    digests: NDArray[np.uint8]
+    chosen: NDArray[np.float32]
+    topk_ids: NDArray[np.int32]
+    topk_logprobs: NDArray[np.float32]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {
+            "digests": self.digests,
+            "chosen": self.chosen,
+            "topk_ids": self.topk_ids,
+            "topk_logprobs": self.topk_logprobs,
+        }
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over all bits of the block."""
+        digest = hashlib.sha256()
+        for array in self.arrays().values():
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One distinct answer to a request: `output_ids` int32 (decode_tokens,) and its two phases."""
+
+    output_ids: NDArray[np.int32]
+    decode: Block
+    prefill: Block
+
+    def block(self, phase: Phase) -> Block:
+        return self.decode if phase == "decode" else self.prefill
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        return hashlib.sha256(
+            self.output_ids.tobytes() + self.decode.fingerprint + self.prefill.fingerprint
+        ).digest()
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt's forced ids (int32, (length,)) and its distinct outputs in order of first appearance."""
+
+    header: PromptHeader
+    prompt_ids: NDArray[np.int32]
+    outputs: tuple[Output, ...]
+
+    def run(self, repeat: int) -> Output:
+        return self.outputs[self.header.runs[repeat]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A header and, unless the engine refused, the arrays of every prompt."""
+
+    header: Header
+    prompts: tuple[PromptRecord, ...] = ()
+    path: Path | None = None
+
+    def logits_sha256(self, phase: Phase) -> str:
+        """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(prompt.run(0).block(phase).digests.tobytes())
+        return digest.hexdigest()
+
+
+def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...]) -> None:
+    """Write header and arrays into an existing directory; the header last, since it completes the observation."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for p, prompt in enumerate(prompts):
+        tensors[f"{p}.prompt_ids"] = prompt.prompt_ids
+        for o, output in enumerate(prompt.outputs):
+            tensors[f"{p}.{o}.output_ids"] = output.output_ids
+            for phase in ("decode", "prefill"):
+                for name, array in output.block(phase).arrays().items():
+                    tensors[f"{p}.{o}.{phase}.{name}"] = np.ascontiguousarray(array)
+    if prompts:
+        payload = save_tensors(tensors)
+        (directory / TENSORS_FILE).write_bytes(payload)
+        header = header.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
+    text = json.dumps(header.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True)
+    (directory / HEADER_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(directory: Path) -> Observation:
+    """Read and check one observation.
+
+    Raises:
+        ObservationError: missing, damaged, of another schema version, or inconsistent.
+    """
+    header = read_header(directory)
+    if header.kind == "refusal":
+        return Observation(header, (), directory)
+    path = directory / TENSORS_FILE
+    try:
+        if path.stat().st_size > MAX_TENSORS_BYTES:
+            raise ObservationError(f"{path}: larger than {MAX_TENSORS_BYTES} bytes")
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ObservationError(f"{path}: {error.strerror}") from None
+    if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
+        raise ObservationError(f"{path}: SHA-256 differs from {HEADER_FILE}: tensors_sha256 (damaged or edited)")
+    try:
+        tensors = load_tensors(payload)
+    except (ValueError, KeyError, TypeError, struct.error, Exception) as error:  # safetensors raises its own type
+        raise ObservationError(f"{path}: not safetensors: {error}") from None
+    prompts = tuple(_prompt(path, header, p, tensors) for p in range(len(header.prompts)))
+    if tensors:
+        raise ObservationError(f"{path}: {min(tensors)}: belongs to no prompt")
+    return Observation(header, prompts, directory)
+
+
+def read_header(directory: Path) -> Header:
+    """Read and check the JSON part only."""
+    path = directory / HEADER_FILE
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise ObservationError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ObservationError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ObservationError(f"{path}: not JSON: {error}") from None
+    if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
+        raise ObservationError(f"{path}: schema: is {raw.get('schema')!r}, this suite reads {SCHEMA}")
+    try:
+        header = Header.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "(file)"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ObservationError(f"{path}: {where}: {first['msg']}{more}") from None
+    if header.kind == "observation":
+        if header.executed is None or not header.prompts:
+            raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")
+        for p, prompt in enumerate(header.prompts):
+            if len(prompt.runs) != header.repeats:
+                raise ObservationError(f"{path}: prompts.{p}.runs: {len(prompt.runs)} runs of {header.repeats} repeats")
+            if list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
+                raise ObservationError(f"{path}: prompts.{p}.runs: indices do not number the outputs in order")
+    return header
+
+
+def _prompt(path: Path, header: Header, p: int, tensors: dict[str, NDArray[Any]]) -> PromptRecord:
+    prompt = header.prompts[p]
+
+    def take(name: str, dtype: str, *shape: int) -> NDArray[Any]:
+        array = tensors.pop(f"{p}.{name}", None)
+        if array is None:
+            raise ObservationError(f"{path}: {p}.{name}: missing")
+        if array.dtype != np.dtype(dtype) or array.shape != shape:
+            raise ObservationError(f"{path}: {p}.{name}: {array.dtype} {array.shape}, needs {dtype} {shape}")
+        if dtype == "float32" and np.isnan(array).any() and not header.nonfinite:
+            raise ObservationError(f"{path}: {p}.{name}: has NaN, and the header reports no non-finite logits")
+        return array
+
+    def block(o: int, phase: str, n: int) -> Block:
+        at, k = f"{o}.{phase}", header.top_k
+        return Block(
+            take(f"{at}.digests", "uint8", n, 32),
+            take(f"{at}.chosen", "float32", n),
+            take(f"{at}.topk_ids", "int32", n, k),
+            take(f"{at}.topk_logprobs", "float32", n, k),
+        )
+
+    ids = take("prompt_ids", "int32", prompt.length)
+    outputs = tuple(
+        Output(
+            take(f"{o}.output_ids", "int32", header.decode_tokens),
+            block(o, "decode", header.decode_tokens),
+            block(o, "prefill", prompt.length - 1),
+        )
+        for o in range(max(prompt.runs) + 1)
+    )
+    return PromptRecord(prompt, ids, outputs)

@@ -1,0 +1,100 @@
+"""Command-line options of the suite, and their frozen form."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line and the environment ask for."""
+
+    matrix: Path
+    store: Path
+    checkpoints: Path
+    hardware: str | None = None
+    require_hardware: str | None = None
+    repeats: int | None = None
+    lifetimes: int | None = None
+    replay: Path | None = None
+    record: Path | None = None
+    allow_download: bool = False
+    fresh: bool = False
+    inject: str = ""
+
+
+def add(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    group = parser.getgroup("quantdet", "determinism of quantized LLM inference")
+    group.addoption("--matrix", metavar="PATH", help="Matrix file (default: quant_matrix.toml of the suite)")
+    group.addoption("--hardware", metavar="ID", help="Collect only the cells of this hardware row")
+    group.addoption(
+        "--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip"
+    )
+    group.addoption("--repeats", type=int, metavar="N", help="Calls of each request in an engine lifetime")
+    group.addoption("--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell")
+    group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
+    group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
+    group.addoption("--replay", metavar="DIR", help="Judge the observations in this folder; start no engine")
+    group.addoption("--record", metavar="DIR", help="Copy what was measured into this folder of recordings")
+    group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
+
+
+def parse(config: pytest.Config) -> Options:
+    """The options of this run.
+
+    Raises:
+        pytest.UsageError: a value makes no sense; exit code 4.
+    """
+
+    def path(name: str) -> Path | None:
+        value = config.getoption(name)
+        return None if value is None else Path(config.invocation_params.dir, value).resolve()
+
+    for name in ("--repeats", "--lifetimes"):
+        value = config.getoption(name)
+        least = 2 if name == "--repeats" else 1
+        if value is not None and value < least:
+            raise pytest.UsageError(f"{name}: needs at least {least}, is {value}")
+    replay = path("--replay")
+    if replay is not None and not replay.is_dir():
+        raise pytest.UsageError(f"--replay: no such folder: {replay}")
+    for other in ("--record", "--fresh", "--allow-download"):
+        if replay is not None and config.getoption(other):
+            raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
+    hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
+    if hardware and required and hardware != required:
+        raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
+    cache = config.cache.mkdir("quantdet") if config.cache is not None else Path(".quantdet").resolve()
+    return Options(
+        matrix=path("--matrix") or config.rootpath / "quant_matrix.toml",
+        store=path("--store") or cache / "store",
+        checkpoints=cache / "checkpoints",
+        hardware=hardware or required,
+        require_hardware=required,
+        repeats=config.getoption("--repeats"),
+        lifetimes=config.getoption("--lifetimes"),
+        replay=replay,
+        record=path("--record"),
+        allow_download=config.getoption("--allow-download"),
+        fresh=config.getoption("--fresh"),
+        inject=os.environ.get("QUANTDET_INJECT", ""),
+    )
+
+
+def injection(text: str, formats: list[str]) -> tuple[str, str] | None:
+    """`bitflip:GLOB` as (kind, glob over formats or cell ids); None if empty.
+
+    Raises:
+        pytest.UsageError: an unknown kind of defect, or a format that is not in the matrix.
+    """
+    if not text:
+        return None
+    kind, _, target = text.partition(":")
+    if kind != "bitflip" or not target:
+        raise pytest.UsageError(f"QUANTDET_INJECT: needs bitflip:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE), is {text!r}")
+    if "/" not in target and target not in formats:
+        raise pytest.UsageError(f"QUANTDET_INJECT: no format {target!r} in this matrix")
+    return kind, target

@@ -1,0 +1,100 @@
+"""Pairs of formats on the same forced token ids: identical, distinct, or not to be told apart from repeat noise."""
+
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet.compare import bits_equal
+from quantdet.distance import Distance, decode_distance, distance
+from quantdet.matrix import Phase
+from quantdet.observation import Observation, Output
+from quantdet.verdicts import Pair, Verdict
+
+
+def pair(a: Observation, b: Observation) -> Pair:
+    """Two formats on the same forced ids (full-vocabulary digests decide; distances explain).
+
+    Formats that are bit-exact in prefill are IDENTICAL if every logit is equal, prefill and, while the context is
+    common, decode. A noisy one is DISTINCT only if the smallest distance between the formats exceeds the largest
+    within either of them.
+    """
+    differing = positions = steps = decode_differs = 0
+    cross: list[float] = []
+    prefill: list[Distance] = []
+    decode: list[Distance] = []
+    published: list[float] = []
+    single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+    decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+    within = max(_within(a), _within(b)) if not single else 0.0
+    for p, (one, other) in enumerate(zip(a.prompts, b.prompts, strict=True)):
+        x, y = one.run(0), other.run(0)
+        content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
+        differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
+        positions += len(x.prefill.digests)
+        prefill.append(_forced(x, y, content))
+        common, gap, value = decode_distance(
+            x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
+            y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
+        )  # fmt: skip
+        steps += common
+        decode.append(gap)
+        published.append(value)
+        decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
+        if not single:
+            variants = product(_variants(a, p, "prefill"), _variants(b, p, "prefill"))
+            cross.append(min(_forced(i, j, content).l2 for i, j in variants))
+    if single:
+        same = differing == 0 and not (decode_single and decode_differs)
+        verdict = Verdict.IDENTICAL if same else Verdict.DISTINCT
+    else:
+        verdict = Verdict.DISTINCT if float(np.mean(cross)) > within else Verdict.INDISTINCT
+    weights = [gap.positions for gap in prefill]
+    return Pair(
+        a.header.format, b.header.format, verdict,
+        l2=float(np.average([gap.l2 for gap in prefill], weights=weights)),
+        max_abs=max(gap.max_abs for gap in prefill), differing=differing, positions=positions,
+        decode_steps=steps,
+        decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
+        decode_published=float(np.mean(published)), within=within,
+    )  # fmt: skip
+
+
+def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:
+    return distance(
+        x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content
+    )
+
+
+def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:
+    """One output per distinct set of bits of the phase."""
+    seen: dict[bytes, Output] = {}
+    for output in observation.prompts[p].outputs:
+        seen.setdefault(output.block(phase).fingerprint, output)
+    return list(seen.values())
+
+
+def _within(observation: Observation) -> float:
+    """Largest mean distance between two repeats of one format (prefill, nats)."""
+    largest = 0.0
+    for i in range(observation.header.repeats):
+        for j in range(i):
+            gaps = []
+            for prompt in observation.prompts:
+                x, y = prompt.run(i), prompt.run(j)
+                content = np.arange(len(x.prefill.digests)) + 1 >= prompt.header.content_start
+                gaps.append(_forced(x, y, content).l2)
+            largest = max(largest, float(np.mean(gaps)))
+    return largest
+
+
+def comparable(a: Observation, b: Observation) -> str | None:
+    """Why two observations are not of the same forced ids in the same environment; None if they are."""
+    if a.header.workload_sha256 != b.header.workload_sha256 or len(a.prompts) != len(b.prompts):
+        return "workloads differ"
+    for one, other in zip(a.prompts, b.prompts, strict=True):
+        if not bits_equal(one.prompt_ids, other.prompt_ids):
+            return f"token ids of prompt {one.header.id} differ"
+    if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
+        return "run lengths differ"
+    return None

@@ -1,0 +1,136 @@
+"""pytest hooks, nothing else: each calls a module of the suite.
+
+Hook reference: https://docs.pytest.org/en/stable/reference/reference.html#hooks
+"""
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantdet import collect, hardware, matrix, options, workers
+from quantdet.engines import process
+from quantdet.judge import Judge
+from quantdet.observation import ObservationError
+from quantdet.report import header, junit, progress, record, terminal
+from quantdet.session import Session
+
+_PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
+
+
+class Hooks:
+    """Hooks that a conftest may implement."""
+
+    @staticmethod
+    @pytest.hookspec(firstresult=True)
+    def pytest_quantdet_engine(config: pytest.Config) -> process.EngineSpec | None:
+        """The engine that measures; vLLM if nobody says otherwise."""
+
+    @staticmethod
+    @pytest.hookspec(firstresult=True)
+    def pytest_quantdet_machine(config: pytest.Config) -> tuple[hardware.Machine, hardware.Software] | None:
+        """This machine and its vLLM; detected if nobody says otherwise."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add(parser)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    for line in collect.MARKERS:
+        config.addinivalue_line("markers", line)
+    if config.option.help or config.option.version:
+        return
+    workers.refuse_reruns(config)
+    chosen = options.parse(config)
+    try:
+        table = matrix.load(chosen.matrix)
+    except matrix.MatrixError as error:
+        raise pytest.UsageError(str(error)) from None
+    for name in ("hardware", "require_hardware"):
+        value = getattr(chosen, name)
+        if value is not None and value not in table.hardware:
+            raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
+    found = config.hook.pytest_quantdet_machine(config=config) or (hardware.detect(), hardware.software())
+    try:
+        session = Session(
+            chosen, table, *found,
+            engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
+            prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.formats)),
+        )  # fmt: skip
+    except ObservationError as error:
+        raise pytest.UsageError(f"--replay: {error}") from None
+    session.on_start = progress.announcer(config)
+    config.stash[collect.SESSION] = session
+    config.stash[record.RECORDS] = record.Records()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return header.lines(config.stash[collect.SESSION])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    collect.parametrize(metafunc, metafunc.config.stash[collect.SESSION])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    session = config.stash[collect.SESSION]
+    collect.mark(items, session)
+    collect.order(items, session.matrix)
+    yield  # -k and -m deselect here
+    collect.gate(items, session)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    reason = item.stash.get(collect.REQUIRED, None)
+    if reason is not None:
+        raise collect.RequiredHardware(f"--require-hardware: {reason}")
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest) -> Judge:
+    """Measures the test's cell where needed and judges it."""
+    return Judge(request.config.stash[collect.SESSION], request.node)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    return record.attach(item, call, report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.pluginmanager.register(session.config.stash[record.RECORDS], "quantdet-records")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    junit.finish(session)
+    workers.require(session)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminal.summary(terminalreporter, config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return workers.scheduler(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    workers.pin(config, specs)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    return workers.count(config)

@@ -1,0 +1,1 @@
+"""What people read: JUnit properties, the terminal's header, progress and summary."""

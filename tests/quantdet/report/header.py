@@ -1,0 +1,24 @@
+"""The run header: machine, versions, and every environment variable that could change a kernel."""
+
+from quantdet import __version__
+from quantdet.environment import relevant_variables
+from quantdet.session import Session
+
+
+def lines(session: Session) -> list[str]:
+    """For `pytest_report_header`."""
+    machine, installed = session.machine, session.software
+    rows = machine.rows(session.matrix)
+    gpus = ", ".join(f"{gpu.name} (cc {gpu.compute_capability}, {gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
+    vllm = f"{installed.vllm} ({installed.flavour})" if installed.vllm else "not installed"
+    variables = " ".join(f"{name}={value}" for name, value in relevant_variables().items())
+    found = [
+        f"quantdet {__version__}: hardware {', '.join(rows) or 'none of the matrix'}; "
+        f"cpu {machine.cpu_name}; gpu {gpus or 'none'}; memory {machine.memory_gib:.0f} GiB",
+        f"quantdet: vllm {vllm}, torch {installed.torch or 'not installed'}; matrix {session.options.matrix.name}; "
+        + (f"replay {session.options.replay}" if session.options.replay else f"store {session.options.store}"),
+        f"quantdet: variables {variables or 'none set'}",
+    ]
+    if session.inject is not None:
+        found.append(f"quantdet: SEEDED DEFECT {':'.join(session.inject)} (QUANTDET_INJECT)")
+    return found

@@ -1,0 +1,42 @@
+"""The JUnit file: case properties come from the items; suite properties (environment, summary) are added here."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from _pytest.junitxml import xml_key
+
+from quantdet import __version__, collect
+from quantdet.environment import git_revision
+from quantdet.report.record import RECORDS
+
+
+def finish(session: pytest.Session) -> None:
+    """Add suite properties. On the controller: the `record_testsuite_property` fixture is lost on xdist workers."""
+    config = session.config
+    xml: Any = config.stash.get(xml_key, None)
+    if xml is None or hasattr(config, "workerinput"):
+        return
+    for name, value in properties(config):
+        xml.add_global_property(name, value)
+
+
+def properties(config: pytest.Config) -> list[tuple[str, str]]:
+    """Summary first, then what the figures depend on."""
+    session, records = config.stash[collect.SESSION], config.stash[RECORDS]
+    verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
+    unexpected = [case["message"] for case in records.cases if not case["expected"]]
+    summary = "; ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "nothing was measured"
+    found = [
+        ("summary", f"{summary}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
+        ("unexpected", " | ".join(unexpected[:5])),
+        ("hardware", ",".join(session.machine.rows(session.matrix))),
+        ("suite.version", __version__),
+        ("suite.revision", git_revision(config.rootpath)),
+        ("suite.injected", ":".join(session.inject) if session.inject else ""),
+    ]
+    environment = dict(session.environment)
+    variables = environment.pop("variables", {})
+    found += [(f"env.{name}", str(value)) for name, value in environment.items()]
+    found += [(f"env.variable.{name}", value) for name, value in variables.items()]
+    return found

@@ -1,0 +1,57 @@
+"""One record per test: rides on pytest's report object, so that it reaches the controller under pytest-xdist."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pytest
+
+from quantdet.verdicts import Divergence, Judgement, Violation
+
+JUDGEMENT = pytest.StashKey[Judgement]()
+_ATTRIBUTE = "quantdet_record"
+
+
+@dataclass
+class Records:
+    """Registered as a plugin on the controller; collects what every test said, in the order of arrival."""
+
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    first_failure: str = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a case's record, or the reason why there is none."""
+        if report.failed and not self.first_failure:
+            self.first_failure = report.nodeid
+        record = getattr(report, _ATTRIBUTE, None)
+        if record is not None:
+            self.cases.append({**record, "nodeid": report.nodeid, "outcome": report.outcome})
+        elif report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
+
+
+RECORDS = pytest.StashKey[Records]()
+
+
+def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> pytest.TestReport:
+    """Put the judgement on the report; a failed one shows its own text instead of a traceback."""
+    if call.when != "call":
+        return report
+    judgement = item.stash.get(JUDGEMENT, None)
+    if judgement is None:
+        return report
+    properties = dict(item.user_properties)
+    record = {
+        "verdict": str(judgement.verdict),
+        "message": judgement.message,
+        "expected": judgement.expected,
+        "properties": {str(name): str(value) for name, value in properties.items()},
+        "pairs": [{**asdict(pair), "verdict": str(pair.verdict)} for pair in judgement.pairs],
+        "test": getattr(item, "originalname", item.name),
+    }
+    setattr(report, _ATTRIBUTE, record)
+    if report.failed and call.excinfo is not None and call.excinfo.errisinstance((Divergence, Violation)):
+        report.longrepr = str(call.excinfo.value)
+    if hasattr(report, "wasxfail") and report.skipped:
+        report.wasxfail = f"{judgement.message} ({report.wasxfail})"
+    return report

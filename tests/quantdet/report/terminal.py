@@ -1,0 +1,145 @@
+"""The end summary: one table of verdicts, equivalence classes, the closest pairs, and what was not measured."""
+
+import io
+import shlex
+from collections import Counter
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from quantdet import collect
+from quantdet.classes import equivalence_classes, intransitive
+from quantdet.report.record import RECORDS, Records
+
+_CLOSEST = 10
+
+
+def summary(reporter: Any, config: pytest.Config) -> None:
+    """For `pytest_terminal_summary`, on the controller."""
+    records = config.stash[RECORDS]
+    width = max(80, min(reporter._tw.fullwidth, 160))
+    if records.cases:
+        reporter.write_sep("=", "quantdet: verdicts")
+        reporter.write_line(render(matrix_table(records), width))
+        _classes(reporter, records)
+        rows = pairs(records)
+        if rows:
+            reporter.write_line(render(pair_table(rows), width))
+    _skipped(reporter, records)
+    session = config.stash[collect.SESSION]
+    clock = session.clock
+    if clock.cells and not hasattr(config, "workerinput"):
+        reporter.write_line(
+            f"engines: {clock.cells} cells, {clock.reused} of them from the store (--fresh measures again); "
+            f"{clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
+            f"{clock.checkpoints:.1f} s for checkpoints"
+        )
+    if records.first_failure:
+        # An id may hold shell characters; the command must survive being pasted.
+        reporter.write_line(f"rerun the first failure: pytest {shlex.quote(records.first_failure)}")
+
+
+def render(table: Table, width: int) -> str:
+    """A rich table as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()
+
+
+def matrix_table(records: Records) -> Table:
+    """model/format -> verdicts, kernel, n, bound."""
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for case in records.cases:
+        p = case["properties"]
+        name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if "case.phase" in p else "")
+        rows.setdefault((p["case.hardware"], p["case.model"], p["case.format"]), {})[name] = case
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model/format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("decode", "prefill", "n", "flips <"))
+    shown = ""
+    for (hardware, model, format_), cases in rows.items():
+        if hardware != shown:
+            table.add_section()
+            table.add_row(f"[{hardware}]".replace("[", "\\["))
+            shown = hardware
+        some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
+        p = some["properties"]
+        words = [_word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct")]
+        if "hardware" in cases:
+            words[0] = _word(cases["hardware"])
+        executed = next((c["properties"]["kernel.executed"] for c in cases.values() if c["properties"]["kernel.executed"]), "")
+        bound = p.get("flip_rate_upper95", "")
+        table.add_row(
+            f"{model}/{format_}", *words, _kernel(executed, cases.get("kernel")), p.get("runs", ""),
+            f"{float(bound):.3g}" if bound else "",
+        )  # fmt: skip
+    return table
+
+
+def _word(case: dict[str, Any] | None) -> str:
+    if case is None:
+        return ""
+    return str(case["verdict"]) + ("" if case["expected"] else " !")
+
+
+def _kernel(executed: str, case: dict[str, Any] | None) -> str:
+    text = executed.replace("LinearKernel", "").replace("[", "\\[")
+    return text + (" INVALID !" if case is not None and not case["expected"] else "")
+
+
+def pairs(records: Records) -> list[tuple[str, dict[str, Any]]]:
+    """Every pair once, closest first: (model on hardware, pair)."""
+    seen: dict[tuple[str, frozenset[str]], tuple[str, dict[str, Any]]] = {}
+    for case in records.cases:
+        p = case["properties"]
+        where = f"{p['case.model']} on {p['case.hardware']}"
+        for pair in case["pairs"]:
+            seen.setdefault((where, frozenset((pair["a"], pair["b"]))), (where, pair))
+    return sorted(seen.values(), key=lambda row: (row[1]["l2"], row[0], row[1]["a"], row[1]["b"]))
+
+
+def pair_table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    """The closest pairs. L2 and max in nats over the forced tokens' content positions."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"closest pairs (of {len(rows)})", title_justify="left")
+    for column in ("model", "pair", "verdict", "L2", "max", "positions"):
+        table.add_column(column, overflow="fold")
+    for where, pair in rows[:_CLOSEST]:
+        table.add_row(
+            where.partition(" on ")[0], f"{pair['a']} | {pair['b']}", pair["verdict"], f"{pair['l2']:.3g}",
+            f"{pair['max_abs']:.3g}", f"{pair['differing']}/{pair['positions']}",
+        )  # fmt: skip
+    return table
+
+
+def _classes(reporter: Any, records: Records) -> None:
+    """Formats that are the same numerics, per model and hardware."""
+    by_place: dict[str, list[dict[str, Any]]] = {}
+    for where, pair in pairs(records):
+        by_place.setdefault(where, []).append(pair)
+    for where, found in by_place.items():
+        members = list(dict.fromkeys(name for pair in found for name in (pair["a"], pair["b"])))
+        same = [(pair["a"], pair["b"]) for pair in found if pair["verdict"] == "IDENTICAL"]
+        classes = equivalence_classes(members, same)
+        several = [" = ".join(group) for group in classes if len(group) > 1]
+        reporter.write_line(
+            f"same numerics, {where}: {'; '.join(several) or 'none'} ({len(classes)} classes of {len(members)} formats)"
+        )
+        for a, b, c in intransitive(members, same):
+            reporter.write_line(f"  not transitive: {a} = {b}, {b} = {c}, but not {a} = {c}")
+
+
+def _skipped(reporter: Any, records: Records) -> None:
+    """Cells that were not measured, by reason, most cells first."""
+    cells: dict[str, set[str]] = {}
+    for nodeid, reason in records.skipped:
+        if "[" in nodeid:
+            cells.setdefault(reason, set()).add(nodeid.rpartition("[")[2].removesuffix("]").removesuffix("-decode").removesuffix("-prefill"))
+    if not cells:
+        return
+    reporter.write_sep("=", "quantdet: not measured")
+    counts = Counter({reason: len(group) for reason, group in cells.items()})
+    for reason, count in counts.most_common():
+        reporter.write_line(f"{count:4d} {'cell ' if count == 1 else 'cells'}  {reason}")

@@ -1,0 +1,280 @@
+"""One run of the suite: which cells there are, what was measured, each cell at most once.
+
+Tests ask for results and judge them; this module starts engines, fills the store and remembers.
+"""
+
+import datetime
+import shutil
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantdet import __version__, checkpoints, store, workload
+from quantdet.engines import Plan, PlannedPrompt, process
+from quantdet.environment import environment_of, slug
+from quantdet.expectations import Expectations
+from quantdet.hardware import Machine, Software, gate
+from quantdet.matrix import Cell, Matrix
+from quantdet.observation import SCHEMA, Header, Observation, write
+from quantdet.options import Options
+from quantdet.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell's observations, one per engine lifetime. `reused`: found in the store."""
+
+    observations: tuple[Observation, ...]
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The engine refused the cell."""
+
+    message: str
+    observation: Observation | None = None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The cell was not measured: UNAVAILABLE, UNSUPPORTED (no pin), ERROR, TIMEOUT or INVALID, with the reason."""
+
+    verdict: Verdict
+    reason: str
+    log: str = ""
+
+
+Result = Measured | Refusal | Missing
+
+
+@dataclass
+class Clock:
+    """Where the time of a run went, seconds."""
+
+    engines: float = 0.0
+    measuring: float = 0.0
+    checkpoints: float = 0.0
+    cells: int = 0
+    reused: int = 0
+
+
+@dataclass
+class Session:
+    """State of a run; one per process (each pytest-xdist worker has its own)."""
+
+    options: Options
+    matrix: Matrix
+    machine: Machine
+    software: Software
+    engine: process.EngineSpec
+    prompts: Path
+    inject: tuple[str, str] | None = None
+    selected: frozenset[Cell] = frozenset()
+    clock: Clock = field(default_factory=Clock)
+    on_start: Any = None
+    _results: dict[Cell, Result] = field(default_factory=dict)
+    _workloads: dict[str, workload.Workload] = field(default_factory=dict)
+    _replayed: dict[Cell, list[Observation]] | None = None
+
+    def __post_init__(self) -> None:
+        self.expectations = Expectations.of(self.matrix, self.software.vllm)
+        self.store = store.Store(self.options.store)
+        self.environment = environment_of(self.machine, self.software)
+        if self.options.replay is not None:
+            self._replayed = {}
+            for observation in store.Store(self.options.replay).all():
+                self._replayed.setdefault(observation.header.cell, []).append(observation)
+
+    # ------------------------------------------------------------------------------------------------ what there is
+
+    def cells(self) -> list[Cell]:
+        """Every cell of the run, in file order."""
+        wanted = self.options.hardware
+        return [cell for cell in self.matrix.cells() if wanted is None or cell.hardware_id == wanted]
+
+    def gate(self, cell: Cell) -> str | None:
+        """Why `cell` cannot be measured here (need and have); None if it can be tried."""
+        if self._replayed is not None:
+            return None if cell in self._replayed else f"replay: needs a recording, have none in {self.options.replay}"
+        return gate(self.matrix, cell, self.machine, self.software)
+
+    def peers(self, cell: Cell) -> dict[Cell, Observation]:
+        """Every other format of the model on the same hardware that this run measures, or the store already holds."""
+        found: dict[Cell, Observation] = {}
+        for other in self.cells():
+            if (other.model_id, other.hardware_id) != (cell.model_id, cell.hardware_id) or other == cell:
+                continue
+            if other not in self.selected and not self._known(other):
+                continue
+            if self.gate(other) is not None or self.expectations.unsupported(other) is not None:
+                continue
+            result = self.result(other)
+            if isinstance(result, Measured):
+                found[other] = result.observations[0]
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- measuring
+
+    def result(self, cell: Cell) -> Result:
+        """The cell's result; measured on the first call."""
+        if cell not in self._results:
+            self._results[cell] = self._replay(cell) if self._replayed is not None else self._measure(cell)
+        return self._results[cell]
+
+    def _replay(self, cell: Cell) -> Result:
+        observations = (self._replayed or {}).get(cell, [])
+        if not observations:
+            return Missing(Verdict.UNAVAILABLE, self.gate(cell) or "replay: no recording")
+        refusals = [o for o in observations if o.header.kind == "refusal"]
+        if refusals:
+            return Refusal(refusals[0].header.refusal, refusals[0])
+        first = observations[0].header
+        same = [o for o in observations if o.header.environment == first.environment or o is observations[0]]
+        return Measured(tuple(o for o in observations if o in same), reused=True)
+
+    def _known(self, cell: Cell) -> bool:
+        """Whether the store holds the cell's first lifetime (synthetic checkpoints are rebuilt to know their hash)."""
+        if self._replayed is not None:
+            return cell in self._replayed
+        folder = self.store.root / cell.hardware_id / slug(self.environment) / cell.model_id / cell.format_id
+        return not self.options.fresh and folder.is_dir() and self.gate(cell) is None
+
+    def _measure(self, cell: Cell) -> Result:
+        reason = self.gate(cell)
+        if reason is not None:
+            return Missing(Verdict.UNAVAILABLE, reason)
+        model, format_ = self.matrix.models[cell.model_id], self.matrix.formats[cell.format_id]
+        began = time.monotonic()
+        try:
+            work = self._workload(model.workload)
+            checkpoint = checkpoints.resolve(
+                cell.model_id, model, format_, cache=self.options.checkpoints,
+                allow_download=self.options.allow_download,
+            )  # fmt: skip
+        except checkpoints.Unavailable as error:
+            return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
+        except workload.WorkloadError as error:
+            return Missing(Verdict.INVALID, str(error))
+        except OSError as error:
+            return Missing(Verdict.ERROR, f"checkpoint: {error}")
+        finally:
+            self.clock.checkpoints += time.monotonic() - began
+        plan = self._plan(cell, work, checkpoint)
+        if isinstance(plan, Missing):
+            return plan
+        lifetimes = self.options.lifetimes or self.matrix.run.lifetimes
+        observations: list[Observation] = []
+        reused = True
+        for lifetime in range(lifetimes):
+            outcome, was_there = self._lifetime(cell, plan, lifetime)
+            if not isinstance(outcome, Observation):
+                return outcome
+            if outcome.header.kind == "refusal":
+                return Refusal(outcome.header.refusal, outcome)
+            observations.append(outcome)
+            reused = reused and was_there
+        self.clock.cells += 1
+        self.clock.reused += reused
+        if self.options.record is not None:
+            for observation in observations:
+                store.copy_into(observation, self.options.record)
+        return Measured(tuple(observations), reused)
+
+    def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing, bool]:
+        identity = {**plan.identity, "lifetime": lifetime}
+        key = store.key_of({k: v for k, v in identity.items() if k != "created"})
+        place = slug(self.environment)
+        if self.options.fresh:
+            self.store.forget(cell, place, key)
+        found = self.store.find(cell, place, key)
+        if found is not None:
+            return found, True
+        if self.on_start is not None:
+            self.on_start(cell, lifetime)
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
+        log = self.store.log(cell, lifetime)
+        log.unlink(missing_ok=True)
+        limit = self.matrix.run.time_limit_s
+        with self.store.writing(cell, place, key) as folder:
+            outcome = process.run(self.engine, plan, folder, log, limit)
+            if isinstance(outcome, process.Refused):
+                header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
+                write(folder, Header.model_validate(header), ())
+        match outcome:
+            case process.TimedOut():
+                return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
+            case process.Invalid():
+                return Missing(Verdict.INVALID, outcome.message, str(log)), False
+            case process.Crashed():
+                return Missing(Verdict.ERROR, outcome.message, str(log)), False
+        found = self.store.find(cell, place, key)
+        if found is None:
+            return Missing(Verdict.ERROR, f"the engine completed but left no whole observation, log: {log}"), False
+        self.clock.engines += outcome.seconds
+        self.clock.measuring += found.header.timings.get("measure_s", 0.0)
+        return found, False
+
+    # ------------------------------------------------------------------------------------------------------ planning
+
+    def _workload(self, name: str) -> workload.Workload:
+        if name not in self._workloads:
+            self._workloads[name] = workload.load(name, self.prompts)
+        return self._workloads[name]
+
+    def _plan(self, cell: Cell, work: workload.Workload, checkpoint: checkpoints.Checkpoint) -> Plan | Missing:
+        matrix, format_ = self.matrix, self.matrix.formats[cell.format_id]
+        run, row = matrix.run, matrix.hardware[cell.hardware_id]
+        args: dict[str, Any] = dict(matrix.engine.args)
+        env: dict[str, str] = {}
+        if format_.kernel not in ("auto", "unquantized"):
+            pin = matrix.pin_for(format_, self.software.vllm or "0")
+            if pin is None:
+                return Missing(
+                    Verdict.UNSUPPORTED,
+                    f"pin: needs a way to use {format_.kernel} for layout {format_.layout}, "
+                    f"have none in vLLM {self.software.vllm}",
+                )
+            args |= pin.args
+            env |= pin.env
+        text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
+        length = matrix.engine.max_text_tokens if text else workload.max_tokens(work)
+        args |= {
+            "skip_tokenizer_init": not text,
+            "max_model_len": length + run.decode_tokens,
+            "max_num_batched_tokens": max(2048, length + run.decode_tokens),
+            "max_logprobs": run.top_k,
+        }
+        prompts = tuple(
+            PlannedPrompt(p.id, p.token_ids, p.forced_ids, p.content_start, None if p.token_ids else p.text,
+                          None if p.token_ids else p.forced_text)
+            for p in work.prompts
+        )  # fmt: skip
+        inject = ""
+        if self.inject is not None and any(fnmatchcase(x, self.inject[1]) for x in (cell.format_id, cell.id)):
+            inject = self.inject[0]
+        repeats = self.options.repeats or run.repeats
+        identity: dict[str, Any] = {
+            "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
+            "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
+            "engine": "vllm" if self.engine == process.VLLM else self.engine.target,
+            "engine_args": args, "engine_env": env, "dtype": format_.dtype_on(row.kind),
+            "workload": work.id, "workload_sha256": work.sha256, "repeats": repeats,
+            "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": inject,
+            "environment": {**self.environment, "suite": __version__},
+        }  # fmt: skip
+        return Plan(
+            identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(row.kind), args=args,
+            env={**matrix.engine.env, **env}, prompts=prompts, repeats=repeats,
+            decode_tokens=run.decode_tokens, top_k=run.top_k, inject=inject,
+            extra={"spawn": bool(env) or "torchao" in format_.packages},
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Remove what a cut-off run left in the store (half-written folders begin with a dot)."""
+        for folder in self.options.store.glob("*/*/*/*/.*.*"):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder, ignore_errors=True)

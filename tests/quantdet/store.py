@@ -1,0 +1,100 @@
+"""The store: a folder of observations, `HARDWARE/ENVIRONMENT/MODEL/FORMAT/KEY`. A recording has the same shape.
+
+An observation becomes visible by one rename, so that a half-written one is never taken for whole; a rerun finds what
+is finished by its key, which covers everything that the observation depends on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quantdet.matrix import Cell
+from quantdet.observation import HEADER_FILE, Observation, ObservationError, read, read_header
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Store:
+    """Observations below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def place(self, cell: Cell, environment: str, key: str) -> Path:
+        return self.root / cell.hardware_id / environment / cell.model_id / cell.format_id / key[:16]
+
+    def find(self, cell: Cell, environment: str, key: str) -> Observation | None:
+        """A whole observation with this key, else None; a damaged one is put aside, to be measured again."""
+        place = self.place(cell, environment, key)
+        if not (place / HEADER_FILE).is_file():
+            return None
+        try:
+            observation = read(place)
+        except ObservationError:
+            self._set_aside(place)
+            return None
+        return observation if observation.header.key == key else None
+
+    @contextlib.contextmanager
+    def writing(self, cell: Cell, environment: str, key: str) -> Iterator[Path]:
+        """An empty folder to write an observation into; it becomes the observation if a header stands in it."""
+        place = self.place(cell, environment, key)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        try:
+            yield temporary
+            if (temporary / HEADER_FILE).is_file():
+                try:
+                    os.rename(temporary, place)
+                except OSError:  # another run finished the same one first, or a damaged one is in the way
+                    if self.find(cell, environment, key) is None:
+                        shutil.rmtree(place, ignore_errors=True)
+                        os.rename(temporary, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def log(self, cell: Cell, lifetime: int) -> Path:
+        """Where the engine's output of a lifetime goes."""
+        folder = self.root / "logs" / cell.hardware_id / cell.model_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{cell.format_id}.{lifetime}.log"
+
+    def all(self) -> list[Observation]:
+        """Every observation below the folder, sorted by path. Raises ObservationError at the first bad one."""
+        if not self.root.is_dir():
+            raise ObservationError(f"{self.root}: no such folder")
+        folders = sorted(p.parent for p in self.root.rglob(HEADER_FILE) if not p.parent.name.startswith("."))
+        return [read(folder) for folder in folders]
+
+    def forget(self, cell: Cell, environment: str, key: str) -> None:
+        shutil.rmtree(self.place(cell, environment, key), ignore_errors=True)
+
+    def has(self, cell: Cell, environment: str, key: str) -> bool:
+        """Whether a readable header with this key is there (the arrays are not checked)."""
+        with contextlib.suppress(ObservationError):
+            return read_header(self.place(cell, environment, key)).key == key
+        return False
+
+    def _set_aside(self, place: Path) -> None:
+        with contextlib.suppress(OSError):
+            os.rename(place, place.with_name(f".damaged-{place.name}-{os.getpid()}"))
+
+
+def copy_into(observation: Observation, root: Path) -> None:
+    """Copy an observation into a recordings folder of the same shape."""
+    assert observation.path is not None
+    relative = Path(*observation.path.parts[-5:])
+    target = root / relative
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(observation.path, target)

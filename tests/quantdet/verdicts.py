@@ -1,0 +1,79 @@
+"""The closed set of verdict words, and one judgement: verdict, the sentence that says it all, and the figures."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Verdict(StrEnum):
+    """Words of cells, of pairs and of re-executions. `CONFIRMED` is a kernel that ran as requested."""
+
+    BIT_EXACT = "BIT_EXACT"
+    NOISY = "NOISY"
+    CONFIRMED = "CONFIRMED"
+    UNSUPPORTED = "UNSUPPORTED"
+    UNAVAILABLE = "UNAVAILABLE"
+    INVALID = "INVALID"
+    ERROR = "ERROR"
+    TIMEOUT = "TIMEOUT"
+    DISTINCT = "DISTINCT"
+    IDENTICAL = "IDENTICAL"
+    INDISTINCT = "INDISTINCT"
+
+
+class Divergence(AssertionError):
+    """Repeats differ. The only exception that satisfies a `noisy` expectation."""
+
+
+class Violation(AssertionError):
+    """Any other verdict that is not what the matrix expects."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two formats of one model on one hardware, on the same forced token ids.
+
+    l2: mean over content positions of the L2 distance of the logprobs over the union of top-k ids, nats;
+    max_abs: largest |difference| of a logprob, nats; decode_steps: steps whose context is common;
+    decode_l2: the same L2 over these; decode_published: the published decode metric, `inf` where tokens part;
+    differing: positions with different full-vocabulary logits, of `positions`.
+    """
+
+    a: str
+    b: str
+    verdict: Verdict
+    l2: float = 0.0
+    max_abs: float = 0.0
+    differing: int = 0
+    positions: int = 0
+    decode_steps: int = 0
+    decode_l2: float = 0.0
+    decode_published: float = 0.0
+    within: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one test says.
+
+    `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
+    `figures` become properties of the JUnit test case; `detail` follows the message where there is room.
+    """
+
+    verdict: Verdict
+    message: str
+    expected: bool
+    figures: dict[str, Any] = field(default_factory=dict)
+    detail: str = ""
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return f"{self.message}\n{self.detail}".rstrip()
+
+    def enforce(self) -> None:
+        """Raise unless this is what the matrix expects."""
+        __tracebackhide__ = True
+        if not self.expected:
+            raise (Divergence if self.verdict is Verdict.NOISY else Violation)(self.text)

@@ -1,0 +1,74 @@
+"""pytest-xdist: tests of one model stay together, one worker per GPU, pinned; and what the suite forbids or demands."""
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+from quantdet import collect
+from quantdet.hardware import Machine
+from quantdet.report.record import RECORDS
+
+_CELL = re.compile(r"\[([^/\]]+)/[^/\]]+/([^/\]]+?)(?:-(?:decode|prefill))?\]$")
+
+
+def scope_of(nodeid: str) -> str:
+    """The group that a test belongs to: model and hardware for measured tests, else its file."""
+    match = _CELL.search(nodeid)
+    return f"{match[1]}/{match[2]}" if match else nodeid.partition("::")[0]
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Group by model and hardware. Not `--dist loadgroup`: it rewrites node ids or, on pytest 9.2, does nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    if config.getoption("dist") not in ("load", "loadscope"):
+        return None
+
+    class ByModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return ByModel(config, log)
+
+
+def count(config: pytest.Config) -> int | None:
+    """`-n auto`: one worker per visible GPU; on a machine without GPUs xdist decides."""
+    return len(config.stash[collect.SESSION].machine.gpus) or None
+
+
+def pin(config: pytest.Config, specs: list[Any]) -> None:
+    """Give each worker its own GPU, from what the caller left visible; a replacement keeps its predecessor's.
+
+    Raises:
+        pytest.UsageError: more workers than GPUs.
+    """
+    machine: Machine = config.stash[collect.SESSION].machine
+    if not machine.gpus:
+        return
+    if len(specs) > len(machine.gpus):
+        raise pytest.UsageError(f"-n {len(specs)}: one worker per GPU, and {len(machine.gpus)} are visible")
+    for spec, gpu in zip(specs, machine.gpus, strict=False):
+        spec.env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        spec.env["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+
+
+def refuse_reruns(config: pytest.Config) -> None:
+    """A retry would turn "it differs" into a pass."""
+    for name in ("rerunfailures", "flaky"):
+        if config.pluginmanager.has_plugin(name):
+            raise pytest.UsageError(f"the suite never retries: disable the plugin (-p no:{name})")
+    if os.environ.get("PYTEST_ADDOPTS", "").find("--reruns") >= 0:
+        raise pytest.UsageError("the suite never retries: --reruns is set in PYTEST_ADDOPTS")
+
+
+def require(session: pytest.Session) -> None:
+    """--require-hardware: a run that measured nothing there has failed."""
+    config = session.config
+    wanted = config.stash[collect.SESSION].options.require_hardware
+    if wanted is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
+        return
+    if not any(case["properties"]["case.hardware"] == wanted for case in config.stash[RECORDS].cases):
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
