@@ -85,7 +85,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             numbers = [*shape, first, last]
         except (TypeError, KeyError, ValueError):
             raise bad(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
-        if word not in _DTYPES:
+        if not isinstance(word, str) or word not in _DTYPES:
             raise bad(f"tensor {name!r} has unknown dtype {word!r}")
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
             raise bad(f"tensor {name!r} has a shape or offset that is no natural number")
