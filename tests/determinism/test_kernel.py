@@ -1,7 +1,7 @@
 """The kernel that ran is the kernel that the row asks for."""
 
 from quantdet.judge import Judge
-from quantdet.matrix import Cell
+from quantdet.schema import Cell
 
 
 def test_kernel(cell: Cell, judge: Judge) -> None:

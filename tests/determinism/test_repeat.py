@@ -1,7 +1,7 @@
 """The same request in one engine process gives the same bits."""
 
 from quantdet.judge import Judge
-from quantdet.matrix import Cell, Phase
+from quantdet.schema import Cell, Phase
 
 
 def test_repeat(cell: Cell, phase: Phase, judge: Judge) -> None:

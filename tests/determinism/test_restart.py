@@ -3,7 +3,7 @@
 import pytest
 
 from quantdet.judge import Judge
-from quantdet.matrix import Cell
+from quantdet.schema import Cell
 
 
 @pytest.mark.several_lifetimes

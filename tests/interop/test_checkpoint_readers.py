@@ -15,7 +15,7 @@ for _name in ("torchvision", "torchaudio", "torchcodec"):
 pytest.importorskip("compressed_tensors")
 
 from quantdet.checkpoints import Unavailable, resolve, tensors
-from quantdet.matrix import Format, Model
+from quantdet.schema import Format, Model
 
 SPEC = {
     "architecture": "qwen3", "seed": 5, "vocab_size": 96, "hidden_size": 256, "intermediate_size": 384,
@@ -45,9 +45,7 @@ def dequantized(t: dict[str, np.ndarray], weights: str, group: int) -> np.ndarra
         codes = t["weight"].astype(np.float64)
     elif t["weight_packed"].dtype == np.uint8:
         table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-        codes = table[
-            np.stack([t["weight_packed"] & 15, t["weight_packed"] >> 4], -1).reshape(len(t["weight_packed"]), -1)
-        ]
+        codes = table[np.stack([t["weight_packed"] & 15, t["weight_packed"] >> 4], -1).reshape(len(t["weight_packed"]), -1)]
     else:
         bits = 4 if weights.startswith("int4") else 8
         codes = unpacked(t["weight_packed"], bits)
@@ -90,9 +88,7 @@ def test_compressed_tensors_reads_the_same_weights(weights: str, activations: st
                 if name in state and state[name].dtype in (torch.bfloat16, torch.float8_e4m3fn):
                     state[name] = state[name].float()
             theirs = compressor.decompress(state, scheme)["weight"]
-            expected = dequantized(
-                {n.removeprefix(prefix): a for n, a in ours.items() if n.startswith(prefix)}, weights, 64
-            )
+            expected = dequantized({n.removeprefix(prefix): a for n, a in ours.items() if n.startswith(prefix)}, weights, 64)
             assert list(theirs.shape) == list(expected.shape)
             precision = torch.finfo(theirs.dtype).eps
             assert (np.abs(theirs.double().numpy() - expected) <= precision * np.abs(expected)).all()

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import pytest
 
 from quantdet.expectations import Expectations, describe
-from quantdet.matrix import PHASES, Cell, Matrix
+from quantdet.matrix import Matrix
+from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
 from quantdet.verdicts import Divergence, Verdict
 

@@ -170,9 +170,7 @@ def decode_distance(
     return steps, common, published_topk(ids_a, lp_a, ids_b, lp_b)
 
 
-def _checked(
-    ids_a: Ids, lp_a: Logprobs, ids_b: Ids, lp_b: Logprobs, mask: Mask | None
-) -> tuple[Ids, Logprobs, Ids, Logprobs]:
+def _checked(ids_a: Ids, lp_a: Logprobs, ids_b: Ids, lp_b: Logprobs, mask: Mask | None) -> tuple[Ids, Logprobs, Ids, Logprobs]:
     """The masked arrays, or a ValueError that says what is wrong with them."""
     for side, ids, logprobs in ("first", ids_a, lp_a), ("second", ids_b, lp_b):
         if ids.ndim != 2 or ids.shape != logprobs.shape or ids.shape[1] == 0:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from quantdet.matrix import Cell, Expect, Matrix, Phase
+from quantdet.matrix import Matrix
+from quantdet.schema import Cell, Expect, Phase
 
 
 @dataclass(frozen=True)

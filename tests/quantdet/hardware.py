@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from quantdet.matrix import Cell, Hardware, Matrix
+from quantdet.matrix import Matrix
+from quantdet.schema import Cell, Hardware
 
 _INSTALL = {"cpu": "pip install -e '.[cpu]'", "cuda": "pip install -e '.[gpu]'", "rocm": "a ROCm build of vLLM"}
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from quantdet import judgements
-from quantdet.matrix import Cell, Phase
 from quantdet.observation import Observation
 from quantdet.report.record import JUDGEMENT
+from quantdet.schema import Cell, Phase
 from quantdet.session import Measured, Missing, Refusal, Session
 from quantdet.verdicts import Judgement, Verdict
 

@@ -9,9 +9,9 @@ from quantdet import stats
 from quantdet.compare import bits_equal, distinct, first_difference
 from quantdet.distance import Distance, distance
 from quantdet.expectations import Expectations, describe
-from quantdet.matrix import Cell, Phase
 from quantdet.observation import Block, Observation, Output
 from quantdet.pairs import comparable, pair
+from quantdet.schema import Cell, Phase
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 
@@ -33,26 +33,25 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     calls = sum(len(groups) for groups in runs)
     flips = sum(len(groups) - max(Counter(groups).values()) for groups in runs)
     bound = stats.flip_rate_upper(flips, calls)
-    per_lifetime = stats.flip_rate_upper(0, len(observations)) if not flips else None
+    outputs = max(max(groups) + 1 for groups in runs)
     figures |= {
         "runs": calls,
         "lifetimes": len(observations),
-        "distinct_outputs": max(max(groups) + 1 for groups in runs),
+        "distinct_outputs": outputs,
         "flip_rate_upper95": round(bound, 6),
         "logits.sha256": observations[0].logits_sha256(phase),
     }
     if not flips:
         text = f"0 of {calls} repeats differ, flip rate < {bound:.3g} per call at 95 %"
         figures |= {"first_divergence": "", "max_abs_diff": 0.0, "l2": 0.0}
-        if per_lifetime is not None:
-            figures["flip_rate_upper95.lifetime"] = round(per_lifetime, 6)
+        figures["flip_rate_upper95.lifetime"] = round(stats.flip_rate_upper(0, len(observations)), 6)
         expected = row is None or row.outcome == "may_be_noisy"
         return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, _hidden_noise(row))
     first, ulps, max_abs, l2 = _first_divergence(observations, phase)
     figures |= {"first_divergence": first, "max_abs_diff": max_abs, "l2": l2}
     share = f"{flips} of {calls} repeats differ"
     message = f"NOISY {where}: {share}, first {first}{ulps}"
-    detail = f"{max(figures['distinct_outputs'], 0)} distinct outputs; flip rate < {bound:.3g} per call at 95 %"  # type: ignore[type-var]
+    detail = f"{outputs} distinct outputs; flip rate < {bound:.3g} per call at 95 %"
     return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures, detail)
 
 
@@ -121,9 +120,7 @@ def _gap(a: Block, b: Block) -> Distance:
     return distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs)
 
 
-def _explain(
-    observation: Observation, prompt: str, phase: Phase, position: int, repeat_index: int, base: Block
-) -> str:
+def _explain(observation: Observation, prompt: str, phase: Phase, position: int, repeat_index: int, base: Block) -> str:
     margin = float(base.topk_logprobs[position, 0] - base.topk_logprobs[position, 1])
     for seen in observation.header.divergences:
         if (seen.prompt, seen.phase, seen.position, seen.repeat) == (prompt, phase, position, repeat_index):
@@ -235,9 +232,7 @@ def _size(result: Pair) -> str:
 def restart(observations: Sequence[Observation]) -> Judgement:
     """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
     cell = observations[0].header.cell
-    seen = distinct(
-        [(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations]
-    )
+    seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
     flips = len(seen) - max(Counter(seen).values())
     bound = stats.flip_rate_upper(flips, len(seen))
     figures: dict[str, object] = {

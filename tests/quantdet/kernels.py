@@ -14,7 +14,6 @@ from quantdet.observation import Executed, Layer
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "linear_kernel")
 # Choices inside a kernel that change its bits: CPU instruction set, INT8 activations, exllama's state, library path.
 _DETAILS = ("isa_hint", "use_w4a8")
-_LINEAR = ("Linear", "LinearBase")
 
 
 def describe(model: Any) -> Executed:
@@ -28,7 +27,7 @@ def describe(model: Any) -> Executed:
         if hasattr(module, "attn_backend"):
             attention.add(_attention(module))
     layers = tuple(
-        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)  # type: ignore[arg-type]
+        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)
         for (kind, module, method, scheme, kernel, detail), n in sorted(counts.items())
     )
     return Executed(layers=layers, attention=tuple(sorted(attention)))
@@ -44,7 +43,7 @@ def _kind(module: Any) -> str:
         return "embedding"
     if "Experts" in name or "MoE" in name:
         return "moe"
-    return "linear"
+    return "linear" if "Linear" in name else "other"
 
 
 def _kernel(module: Any, method: Any) -> tuple[str, str, str]:

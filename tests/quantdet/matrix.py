@@ -6,44 +6,29 @@ Every mistake in the file is collected and reported at once, each with its TOML 
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-# Safe in pytest node ids, in `-k` expressions, as a file name and in artefact names.
-ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-
-Kind = Literal["cpu", "cuda", "rocm"]
-Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
-Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao"]
-Weights = Literal[
-    "bf16", "int4-sym", "int4-asym", "int8-sym", "int8-asym", "int8-channel", "fp8-tensor", "fp8-channel",
-    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao",
-]  # fmt: skip
-Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Phase = Literal["decode", "prefill"]
-PHASES: tuple[Phase, ...] = ("decode", "prefill")
-
-# Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
-CARRIES: dict[str, set[tuple[str, str]]] = {
-    "plain": {("bf16", "none")},
-    "awq": {("int4-asym", "none")},
-    "gptq": {("int4-sym", "none"), ("int8-sym", "none")},
-    "ct": {
-        ("int4-sym", "none"), ("int4-asym", "none"), ("int8-sym", "none"), ("int8-asym", "none"),
-        ("int8-channel", "int8"), ("fp8-channel", "fp8"), ("fp8-channel", "none"), ("nvfp4", "none"),
-        ("nvfp4", "fp4"), ("mxfp4", "none"), ("mxfp8", "mxfp8"),
-    },
-    "fp8": {("fp8-tensor", "fp8"), ("fp8-block", "fp8")},
-    "bnb": {("nf4", "none"), ("bnb-int8", "int8")},
-    "torchao": {("int4-torchao", "none")},
-}  # fmt: skip
+from quantdet.schema import (
+    ID_PATTERN,
+    Cell,
+    Engine,
+    Expect,
+    Format,
+    Hardware,
+    Kernel,
+    Model,
+    Pin,
+    Row,
+    RunLengths,
+    Setting,
+    matches_any,
+)
 
 
 class MatrixError(Exception):
@@ -55,224 +40,7 @@ class MatrixError(Exception):
         super().__init__("\n".join([f"{path}: {count}", *(f"  {mistake}" for mistake in mistakes)]))
 
 
-def _specifier(text: str) -> str:
-    try:
-        SpecifierSet(text)
-    except InvalidSpecifier:
-        raise ValueError(f"{text!r} is not a version specifier, for example '>=0.26,<0.33'") from None
-    return text
-
-
-Specifier = Annotated[str, AfterValidator(_specifier)]
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RunLengths(_Row):
-    """How much is measured in a cell."""
-
-    repeats: int = Field(5, ge=2, le=10_000)
-    lifetimes: int = Field(1, ge=1, le=1_000)
-    decode_tokens: int = Field(12, ge=2, le=4096)
-    top_k: int = Field(20, ge=2, le=1000)
-    time_limit_s: float = Field(300, gt=0)
-
-
-class Engine(_Row):
-    """Arguments and environment that every engine lifetime gets; a pin adds to them."""
-
-    args: dict[str, str | int | float | bool] = {}
-    env: dict[str, str] = {}
-    max_text_tokens: PositiveInt = 1024
-
-
-class Hardware(_Row):
-    """One kind of machine: what identifies it and what it multiplies natively."""
-
-    kind: Kind
-    title: str
-    native: tuple[Native, ...]
-    isa: tuple[str, ...] = ()
-    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
-    gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
-
-    @model_validator(mode="after")
-    def _identified(self) -> "Hardware":
-        key = {"cpu": "isa", "cuda": "compute_capability", "rocm": "gfx"}[self.kind]
-        if not getattr(self, key):
-            raise ValueError(f"kind {self.kind!r} needs {key!r}")
-        for other in {"isa", "compute_capability", "gfx"} - {key}:
-            if getattr(self, other):
-                raise ValueError(f"kind {self.kind!r} has no {other!r}")
-        return self
-
-
-class Kernel(_Row):
-    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs)."""
-
-    hardware: tuple[str, ...] = Field(min_length=1)
-    classes: tuple[str, ...] = ()
-
-
-class Format(_Row):
-    """A quantization format: checkpoint layout x kernel."""
-
-    title: str
-    layout: Layout
-    weights: Weights
-    kernel: str
-    dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
-    activations: Activations = "none"
-    picks: dict[str, str] = {}
-    native: Literal["fp8", "fp4"] | None = None
-    packages: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _carried(self) -> "Format":
-        if (self.weights, self.activations) not in CARRIES[self.layout]:
-            options = ", ".join(f"{w}/{a}" for w, a in sorted(CARRIES[self.layout]))
-            raise ValueError(
-                f"layout {self.layout!r} cannot carry weights {self.weights!r} with activations "
-                f"{self.activations!r}; it carries {options}"
-            )
-        if isinstance(self.dtype, dict) and "default" not in self.dtype:
-            raise ValueError("a dtype table needs 'default'")
-        if self.picks and self.kernel != "auto":
-            raise ValueError("'picks' is for kernel = 'auto' only")
-        return self
-
-    def dtype_on(self, kind: Kind) -> Dtype:
-        """The activation dtype on hardware of `kind`."""
-        if isinstance(self.dtype, dict):
-            return self.dtype.get(kind, self.dtype["default"])
-        return self.dtype
-
-    @property
-    def quantized(self) -> bool:
-        return self.layout != "plain"
-
-
-class Pin(_Row):
-    """How vLLM versions are told to use `kernel` for a layout: engine arguments and environment."""
-
-    kernel: str
-    layout: tuple[Layout, ...] = Field(min_length=1)
-    weights: tuple[Weights, ...] = ()
-    vllm: Specifier = ""
-    args: dict[str, str | int | float | bool] = {}
-    env: dict[str, str] = {}
-
-
-class Synthetic(_Row):
-    """Architecture of a model with generated weights; dimensions are in elements."""
-
-    architecture: Literal["qwen3"]
-    seed: int = Field(0, ge=0)
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-
-
-class Package(_Row):
-    """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
-
-    distribution: str
-    version: str
-    file: str
-
-
-class Model(_Row):
-    """A model: where its weights come from, its workload and the formats it has (globs)."""
-
-    title: str
-    workload: str
-    formats: tuple[str, ...] = Field(min_length=1)
-    hardware: tuple[str, ...] = ("*",)
-    group_size: Literal[32, 64, 128] = 128
-    memory_gib: Annotated[float, Field(gt=0)] = 4
-    slow: bool = False
-    synthetic: Synthetic | None = None
-    package: Package | None = None
-    path: str | None = None
-    hub: dict[Layout, str] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Model":
-        given = [name for name in ("synthetic", "package", "path", "hub") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of synthetic, package, path, hub; has {', '.join(given) or 'none'}")
-        return self
-
-
-class When(_Row):
-    """Selector of an expectation: every key given must match (globs; a list matches any)."""
-
-    model: str | tuple[str, ...] = "*"
-    format: str | tuple[str, ...] = "*"
-    hardware: str | tuple[str, ...] = "*"
-    phase: Phase | None = None
-    engine: str = "*"
-
-    def matches(self, cell: "Cell", phase: Phase | None = None, engine: str = "vllm") -> bool:
-        """Whether the row speaks of `cell`; a row for one phase does not match a question about the other."""
-        return (
-            _glob(cell.model_id, self.model)
-            and _glob(cell.format_id, self.format)
-            and _glob(cell.hardware_id, self.hardware)
-            and fnmatchcase(engine, self.engine)
-            and (self.phase is None or phase is None or phase == self.phase)
-        )
-
-
-class Expect(_Row):
-    """A declared departure from the default (bit-exact, distinct, accepted)."""
-
-    when: When = When()
-    outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported"]
-    reason: Annotated[str, Field(min_length=1)]
-    source: Annotated[str, Field(min_length=1)]
-    formats: tuple[str, ...] = ()
-    vllm: Specifier = ""
-
-    @model_validator(mode="after")
-    def _formats_where_needed(self) -> "Expect":
-        if (self.outcome == "identical_to") != bool(self.formats):
-            raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
-        if self.when.phase is not None and self.outcome in ("identical_to", "unsupported"):
-            raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
-        return self
-
-    def holds_for(self, vllm_version: str | None) -> bool:
-        """Whether the row is about this vLLM version; without a version (nothing installed) every row holds."""
-        if not self.vllm or vllm_version is None:
-            return True
-        return SpecifierSet(self.vllm).contains(Version(vllm_version), prereleases=True)
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One model in one format on one hardware row."""
-
-    model_id: str
-    format_id: str
-    hardware_id: str
-
-    @property
-    def id(self) -> str:
-        return f"{self.model_id}/{self.format_id}/{self.hardware_id}"
-
-    def __str__(self) -> str:
-        return self.id
-
-
-class Matrix(_Row):
+class Matrix(Row):
     """The whole file."""
 
     schema_: Literal[1] = Field(alias="schema")
@@ -283,6 +51,7 @@ class Matrix(_Row):
     formats: dict[str, Format] = Field(min_length=1)
     pin: tuple[Pin, ...] = ()
     models: dict[str, Model] = Field(min_length=1)
+    setting: tuple[Setting, ...] = ()
     expect: tuple[Expect, ...] = ()
 
     def cells(self) -> Iterator[Cell]:
@@ -292,12 +61,14 @@ class Matrix(_Row):
                 if not self.has_format(model, format_id):
                     continue
                 for hardware_id in self.hardware:
-                    if _glob(hardware_id, model.hardware) and _glob(hardware_id, self.kernels[format_.kernel].hardware):
+                    if matches_any(hardware_id, model.hardware) and matches_any(
+                        hardware_id, self.kernels[format_.kernel].hardware
+                    ):
                         yield Cell(model_id, format_id, hardware_id)
 
     def has_format(self, model: Model, format_id: str) -> bool:
         """Whether `model` names the format and its source can carry it."""
-        if not _glob(format_id, model.formats):
+        if not matches_any(format_id, model.formats):
             return False
         if model.hub is not None:
             return self.formats[format_id].layout in model.hub
@@ -324,10 +95,6 @@ class Matrix(_Row):
         return None
 
 
-def _glob(name: str, patterns: str | tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, p) for p in ((patterns,) if isinstance(patterns, str) else patterns))
-
-
 def load(path: Path) -> Matrix:
     """Read and check a matrix file.
 
@@ -349,7 +116,7 @@ def load(path: Path) -> Matrix:
         raise MatrixError(path, mistakes) from None
     mistakes += _reference_mistakes(raw)
     if not mistakes:
-        mistakes += _stale_expectations(matrix)
+        mistakes += _stale_rows(matrix)
     if mistakes:
         raise MatrixError(path, mistakes)
     return matrix
@@ -410,21 +177,23 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
     for index, row in enumerate(_rows(raw, "pin")):
         if isinstance(row, dict):
             unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
-    for index, row in enumerate(_rows(raw, "expect")):
-        if isinstance(row, dict):
-            stale(f"expect.{index}.formats", "format", row.get("formats"), formats)
-            when = row.get("when")
-            for key, table in ("model", models), ("format", formats), ("hardware", hardware):
-                if isinstance(when, dict):
-                    stale(f"expect.{index}.when.{key}", key, when.get(key), table)
+    for name in ("expect", "setting"):
+        for index, row in enumerate(_rows(raw, name)):
+            if isinstance(row, dict):
+                stale(f"{name}.{index}.formats", "format", row.get("formats"), formats)
+                when = row.get("when")
+                for key, table in ("model", models), ("format", formats), ("hardware", hardware):
+                    if isinstance(when, dict):
+                        stale(f"{name}.{index}.when.{key}", key, when.get(key), table)
     return found
 
 
-def _stale_expectations(matrix: Matrix) -> list[str]:
+def _stale_rows(matrix: Matrix) -> list[str]:
     cells = list(matrix.cells())
     return [
-        f"expect.{index}: matches no cell of this matrix"
-        for index, row in enumerate(matrix.expect)
+        f"{name}.{index}: matches no cell of this matrix"
+        for name in ("setting", "expect")
+        for index, row in enumerate(getattr(matrix, name))
         if not any(row.when.matches(cell) for cell in cells)
     ]
 

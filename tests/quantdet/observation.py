@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from quantdet.matrix import ID_PATTERN, Cell, Phase
+from quantdet.schema import ID_PATTERN, Cell, Phase
 
 SCHEMA = 1
 HEADER_FILE = "observation.json"
@@ -41,7 +41,7 @@ class _Part(BaseModel):
 class Layer(_Part):
     """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
 
-    kind: Literal["linear", "moe", "embedding"]
+    kind: Literal["linear", "moe", "embedding", "other"]
     module: str
     method: str
     scheme: str = ""
@@ -194,9 +194,7 @@ class Output:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        return hashlib.sha256(
-            self.output_ids.tobytes() + self.decode.fingerprint + self.prefill.fingerprint
-        ).digest()
+        return hashlib.sha256(self.output_ids.tobytes() + self.decode.fingerprint + self.prefill.fingerprint).digest()
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ def add(parser: pytest.Parser) -> None:
     group = parser.getgroup("quantdet", "determinism of quantized LLM inference")
     group.addoption("--matrix", metavar="PATH", help="Matrix file (default: quant_matrix.toml of the suite)")
     group.addoption("--hardware", metavar="ID", help="Collect only the cells of this hardware row")
-    group.addoption(
-        "--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip"
-    )
+    group.addoption("--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip")
     group.addoption("--repeats", type=int, metavar="N", help="Calls of each request in an engine lifetime")
     group.addoption("--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell")
     group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from quantdet.compare import bits_equal
 from quantdet.distance import Distance, decode_distance, distance
-from quantdet.matrix import Phase
 from quantdet.observation import Observation, Output
+from quantdet.schema import Phase
 from quantdet.verdicts import Pair, Verdict
 
 
@@ -61,9 +61,7 @@ def pair(a: Observation, b: Observation) -> Pair:
 
 
 def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:
-    return distance(
-        x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content
-    )
+    return distance(x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content)
 
 
 def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:

@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     found = config.hook.pytest_quantdet_machine(config=config) or (hardware.detect(), hardware.software())
     try:
         session = Session(
-            chosen, table, *found,
+            chosen, table, machine=found[0], software=found[1],
             engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
             prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.formats)),
         )  # fmt: skip

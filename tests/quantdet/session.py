@@ -16,9 +16,10 @@ from quantdet.engines import Plan, PlannedPrompt, process
 from quantdet.environment import environment_of, slug
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate
-from quantdet.matrix import Cell, Matrix
+from quantdet.matrix import Matrix
 from quantdet.observation import SCHEMA, Header, Observation, write
 from quantdet.options import Options
+from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
 
 
@@ -240,6 +241,12 @@ class Session:
                 )
             args |= pin.args
             env |= pin.env
+        settings: dict[str, bool] = {}
+        for setting in matrix.setting:
+            if setting.when.matches(cell):
+                args |= setting.args
+                env |= setting.env
+                settings |= {} if setting.mkldnn is None else {"mkldnn": setting.mkldnn}
         text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
         length = matrix.engine.max_text_tokens if text else workload.max_tokens(work)
         args |= {
@@ -264,13 +271,13 @@ class Session:
             "engine_args": args, "engine_env": env, "dtype": format_.dtype_on(row.kind),
             "workload": work.id, "workload_sha256": work.sha256, "repeats": repeats,
             "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": inject,
-            "environment": {**self.environment, "suite": __version__},
+            "environment": {**self.environment, **settings, "suite": __version__},
         }  # fmt: skip
         return Plan(
             identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(row.kind), args=args,
             env={**matrix.engine.env, **env}, prompts=prompts, repeats=repeats,
             decode_tokens=run.decode_tokens, top_k=run.top_k, inject=inject,
-            extra={"spawn": bool(env) or "torchao" in format_.packages},
+            extra={"spawn": bool(env) or "torchao" in format_.packages, **settings},
         )  # fmt: skip
 
     def close(self) -> None:

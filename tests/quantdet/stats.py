@@ -36,7 +36,7 @@ def flip_rate_upper(flips: int, n: int, confidence: float = 0.95) -> float:
         # 1 - (1 - confidence)^(1/n), without losing the digits of a small rate.
         return -math.expm1(math.log1p(-confidence) / n)
     # Imported here because scipy takes long to import, and most cells have no flips.
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     return float(beta.ppf(confidence, flips + 1, n - flips))
 

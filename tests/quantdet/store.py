@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantdet.matrix import Cell
 from quantdet.observation import HEADER_FILE, Observation, ObservationError, read, read_header
+from quantdet.schema import Cell
 
 
 def key_of(identity: dict[str, Any]) -> str:

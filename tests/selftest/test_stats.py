@@ -98,9 +98,7 @@ class TestRunsNeeded:
         """A rate that is exactly the bound of n runs needs n runs, however the division rounds."""
         assert runs == stats.runs_needed(stats.flip_rate_upper(0, runs, confidence), confidence)
 
-    @pytest.mark.parametrize(
-        ("rate", "confidence"), [(0.0, 0.95), (1.0, 0.95), (1e-12, 0.95), (5.0, 0.95), (0.05, 1.0)]
-    )
+    @pytest.mark.parametrize(("rate", "confidence"), [(0.0, 0.95), (1.0, 0.95), (1e-12, 0.95), (5.0, 0.95), (0.05, 1.0)])
     def test_impossible_rates_are_refused(self, rate: float, confidence: float) -> None:
         """No number of runs bounds the rate by 0; a rate in percent is a mistake."""
         with pytest.raises(ValueError, match="must be"):

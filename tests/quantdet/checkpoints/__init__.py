@@ -18,7 +18,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
 from quantdet.checkpoints.tensors import tensors_sha256
-from quantdet.matrix import Format, Model, Synthetic
+from quantdet.schema import Format, Model, Synthetic
 
 __all__ = ["Checkpoint", "Unavailable", "resolve"]
 
@@ -64,9 +64,7 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
     if model.hub is not None:
         repository = model.hub.get(format_.layout)
         if repository is None:
-            raise Unavailable(
-                f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix"
-            )
+            raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
         folder = hub.snapshot(repository, allow_download=allow_download)
         return Checkpoint(folder, tensors_sha256(folder), f"hub {repository}")
     if format_.layout != "plain":

@@ -14,7 +14,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import Writer, writer
 from quantdet.checkpoints.quantize import FUSED_SCALE, largest, quantize
 from quantdet.checkpoints.tensors import Array, ShardWriter
-from quantdet.matrix import Format
+from quantdet.schema import Format
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}

@@ -18,7 +18,7 @@ import numpy as np
 from quantdet.checkpoints.base import Base
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import Array, by_layer
-from quantdet.matrix import Package
+from quantdet.schema import Package
 
 VERSION = 1
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix import Weights
+from quantdet.schema import Weights
 
 FP8_MAX = 448.0  # float8_e4m3fn
 FP4_MAX = 6.0  # float4_e2m1fn

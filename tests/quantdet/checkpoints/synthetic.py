@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix import Synthetic
+from quantdet.schema import Synthetic
 
 VERSION = 1
 

@@ -90,9 +90,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
             raise bad(f"tensor {name!r} has a shape or offset that is no natural number")
         if last - first != math.prod(shape) * _DTYPES[word].itemsize or 8 + length + last > size:
-            raise bad(
-                f"tensor {name!r}: {word} {list(shape)} does not fit bytes {first} to {last} of {size - 8 - length}"
-            )
+            raise bad(f"tensor {name!r}: {word} {list(shape)} does not fit bytes {first} to {last} of {size - 8 - length}")
         entries[name] = Entry(word, shape, 8 + length + first, 8 + length + last)
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.end)):

@@ -17,7 +17,7 @@ for _name in FORK_MASKED:
 
 with contextlib.suppress(Exception):
     import torch
-    import vllm.entrypoints.llm  # noqa: F401
+    import vllm.entrypoints.llm
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():  # on CUDA these initialise the device

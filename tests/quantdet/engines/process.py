@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -150,7 +151,8 @@ def _context(spec: EngineSpec, plan: Plan) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([spec.preload])
-    with _environment({}):
+    # The variables too: OpenMP reads its own once, when its library is loaded.
+    with _environment(plan.env):
         # Python 3.11 and 3.12 hand no sys.path to the server and swallow a failed preload: it must find the module
         # through PYTHONPATH, which is read when it starts.
         multiprocessing.forkserver.ensure_running()

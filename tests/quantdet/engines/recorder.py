@@ -9,7 +9,7 @@ from quantdet.compare import distinct, first_difference, ulp_distance
 from quantdet.engines import Plan, PlannedPrompt
 from quantdet.engines.capture import CaptureError
 from quantdet.observation import Block, Divergence, NonFinite, Output, PromptHeader, PromptRecord
-from quantdet.matrix import PHASES
+from quantdet.schema import PHASES
 
 # Logprobs come from logits by a log-softmax in float32; the tolerance only has to tell a wrong row from the right one.
 _LOGPROB_TOLERANCE = 0.05
@@ -49,9 +49,7 @@ class Recorder:
         self.tokens += len(output_ids)
         for phase in PHASES:
             for position in np.flatnonzero(~np.isfinite(logits[phase].astype(np.float32)).all(axis=1))[:1]:
-                self.nonfinite.append(
-                    NonFinite(prompt=self._prompt.id, phase=phase, repeat=repeat, position=int(position))
-                )
+                self.nonfinite.append(NonFinite(prompt=self._prompt.id, phase=phase, repeat=repeat, position=int(position)))
         if repeat == 0:
             self._first = logits
             if not self.nonfinite:

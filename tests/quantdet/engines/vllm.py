@@ -38,6 +38,10 @@ class VllmEngine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
+        if "mkldnn" in plan.extra:
+            import torch
+
+            torch.backends.mkldnn.set_flags(plan.extra["mkldnn"])
         imported = time.monotonic()
         llm = self._load(vllm, plan)
         loaded = time.monotonic()
@@ -98,7 +102,13 @@ class VllmEngine:
 
     @staticmethod
     def _request(
-        vllm: Any, llm: Any, tap: LogitsTap, recorder: Recorder, plan: Plan, ids: list[int], flip: tuple[int, int] | None
+        vllm: Any,
+        llm: Any,
+        tap: LogitsTap,
+        recorder: Recorder,
+        plan: Plan,
+        ids: list[int],
+        flip: tuple[int, int] | None,
     ) -> None:
         parameters = vllm.SamplingParams(
             temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.matrix import Cell
+from quantdet.schema import Cell
 
 
 def announcer(config: pytest.Config) -> Callable[[Cell, int], None] | None:

@@ -57,23 +57,23 @@ def matrix_table(records: Records) -> Table:
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if "case.phase" in p else "")
         rows.setdefault((p["case.hardware"], p["case.model"], p["case.format"]), {})[name] = case
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model/format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("decode", "prefill", "n", "flips <"))
+    for column in ("format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
+        table.add_column(column, overflow="fold", no_wrap=column not in ("kernel",))
     shown = ""
     for (hardware, model, format_), cases in rows.items():
-        if hardware != shown:
-            table.add_section()
-            table.add_row(f"[{hardware}]".replace("[", "\\["))
-            shown = hardware
+        place = f"{model} on {hardware}"
+        if place != shown:
+            table.add_row(f"[bold]{place}[/bold]")
+            shown = place
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
         words = [_word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct")]
         if "hardware" in cases:
-            words[0] = _word(cases["hardware"])
-        executed = next((c["properties"]["kernel.executed"] for c in cases.values() if c["properties"]["kernel.executed"]), "")
+            words = [_word(cases["hardware"]), "", ""]
+        executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
         bound = p.get("flip_rate_upper95", "")
         table.add_row(
-            f"{model}/{format_}", *words, _kernel(executed, cases.get("kernel")), p.get("runs", ""),
+            format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")), p.get("runs", ""),
             f"{float(bound):.3g}" if bound else "",
         )  # fmt: skip
     return table
@@ -86,7 +86,9 @@ def _word(case: dict[str, Any] | None) -> str:
 
 
 def _kernel(executed: str, case: dict[str, Any] | None) -> str:
-    text = executed.replace("LinearKernel", "").replace("[", "\\[")
+    for ending in ("LinearKernel", "LinearMethod"):  # every class has one of these endings: no news, much room
+        executed = executed.replace(ending, "")
+    text = executed.replace("[", "\\[")
     return text + (" INVALID !" if case is not None and not case["expected"] else "")
 
 
@@ -136,7 +138,8 @@ def _skipped(reporter: Any, records: Records) -> None:
     cells: dict[str, set[str]] = {}
     for nodeid, reason in records.skipped:
         if "[" in nodeid:
-            cells.setdefault(reason, set()).add(nodeid.rpartition("[")[2].removesuffix("]").removesuffix("-decode").removesuffix("-prefill"))
+            case = nodeid.rpartition("[")[2].removesuffix("]")
+            cells.setdefault(reason, set()).add(case.removesuffix("-decode").removesuffix("-prefill"))
     if not cells:
         return
     reporter.write_sep("=", "quantdet: not measured")

@@ -12,7 +12,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix import Activations, Layout, Weights
+from quantdet.schema import Activations, Layout, Weights
 
 
 class Writer(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 from quantdet.checkpoints.layouts.packing import pack, pack_nibbles, unsigned
 from quantdet.checkpoints.quantize import FP4_MAX, FP8_MAX, Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix import Activations, Weights
+from quantdet.schema import Activations, Weights
 
 # The scale of NVFP4 activations is static and there is no calibration run: 64 is taken as their largest magnitude. The
 # local float8 scales below it have 18 binary orders of range, so smaller activations keep their precision.

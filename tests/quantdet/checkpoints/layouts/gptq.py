@@ -12,7 +12,7 @@ import numpy as np
 from quantdet.checkpoints.layouts.packing import pack, unsigned
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix import Activations, Weights
+from quantdet.schema import Activations, Weights
 
 
 def encode(q: Quantized, activations: Activations) -> dict[str, Array]:

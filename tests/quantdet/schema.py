@@ -1,0 +1,271 @@
+"""Rows of the matrix file: one frozen pydantic model per TOML table. Unknown keys are mistakes."""
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# Safe in pytest node ids, in `-k` expressions, as a file name and in artefact names.
+ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+
+Kind = Literal["cpu", "cuda", "rocm"]
+Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
+Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao"]
+Weights = Literal[
+    "bf16", "int4-sym", "int4-asym", "int8-sym", "int8-asym", "int8-channel", "fp8-tensor", "fp8-channel",
+    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao",
+]  # fmt: skip
+Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+
+# Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
+CARRIES: dict[str, set[tuple[str, str]]] = {
+    "plain": {("bf16", "none")},
+    "awq": {("int4-asym", "none")},
+    "gptq": {("int4-sym", "none"), ("int8-sym", "none")},
+    "ct": {
+        ("int4-sym", "none"), ("int4-asym", "none"), ("int8-sym", "none"), ("int8-asym", "none"),
+        ("int8-channel", "int8"), ("fp8-channel", "fp8"), ("fp8-channel", "none"), ("nvfp4", "none"),
+        ("nvfp4", "fp4"), ("mxfp4", "none"), ("mxfp8", "mxfp8"),
+    },
+    "fp8": {("fp8-tensor", "fp8"), ("fp8-block", "fp8")},
+    "bnb": {("nf4", "none"), ("bnb-int8", "int8")},
+    "torchao": {("int4-torchao", "none")},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One model in one format on one hardware row."""
+
+    model_id: str
+    format_id: str
+    hardware_id: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.model_id}/{self.format_id}/{self.hardware_id}"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def matches_any(name: str, patterns: str | tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, p) for p in ((patterns,) if isinstance(patterns, str) else patterns))
+
+
+def _specifier(text: str) -> str:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier:
+        raise ValueError(f"{text!r} is not a version specifier, for example '>=0.26,<0.33'") from None
+    return text
+
+
+Specifier = Annotated[str, AfterValidator(_specifier)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunLengths(Row):
+    """How much is measured in a cell."""
+
+    repeats: int = Field(5, ge=2, le=10_000)
+    lifetimes: int = Field(1, ge=1, le=1_000)
+    decode_tokens: int = Field(12, ge=2, le=4096)
+    top_k: int = Field(20, ge=2, le=1000)
+    time_limit_s: float = Field(300, gt=0)
+
+
+class Engine(Row):
+    """Arguments and environment that every engine lifetime gets; a pin adds to them."""
+
+    args: dict[str, str | int | float | bool] = {}
+    env: dict[str, str] = {}
+    max_text_tokens: PositiveInt = 1024
+
+
+class Hardware(Row):
+    """One kind of machine: what identifies it and what it multiplies natively."""
+
+    kind: Kind
+    title: str
+    native: tuple[Native, ...]
+    isa: tuple[str, ...] = ()
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
+    gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _identified(self) -> "Hardware":
+        key = {"cpu": "isa", "cuda": "compute_capability", "rocm": "gfx"}[self.kind]
+        if not getattr(self, key):
+            raise ValueError(f"kind {self.kind!r} needs {key!r}")
+        for other in {"isa", "compute_capability", "gfx"} - {key}:
+            if getattr(self, other):
+                raise ValueError(f"kind {self.kind!r} has no {other!r}")
+        return self
+
+
+class Kernel(Row):
+    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs)."""
+
+    hardware: tuple[str, ...] = Field(min_length=1)
+    classes: tuple[str, ...] = ()
+
+
+class Format(Row):
+    """A quantization format: checkpoint layout x kernel."""
+
+    title: str
+    layout: Layout
+    weights: Weights
+    kernel: str
+    dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
+    activations: Activations = "none"
+    picks: dict[str, str] = {}
+    native: Literal["fp8", "fp4"] | None = None
+    packages: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _carried(self) -> "Format":
+        if (self.weights, self.activations) not in CARRIES[self.layout]:
+            options = ", ".join(f"{w}/{a}" for w, a in sorted(CARRIES[self.layout]))
+            raise ValueError(
+                f"layout {self.layout!r} cannot carry weights {self.weights!r} with activations "
+                f"{self.activations!r}; it carries {options}"
+            )
+        if isinstance(self.dtype, dict) and "default" not in self.dtype:
+            raise ValueError("a dtype table needs 'default'")
+        if self.picks and self.kernel != "auto":
+            raise ValueError("'picks' is for kernel = 'auto' only")
+        return self
+
+    def dtype_on(self, kind: Kind) -> Dtype:
+        """The activation dtype on hardware of `kind`."""
+        if isinstance(self.dtype, dict):
+            return self.dtype.get(kind, self.dtype["default"])
+        return self.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return self.layout != "plain"
+
+
+class Pin(Row):
+    """How vLLM versions are told to use `kernel` for a layout: engine arguments and environment."""
+
+    kernel: str
+    layout: tuple[Layout, ...] = Field(min_length=1)
+    weights: tuple[Weights, ...] = ()
+    vllm: Specifier = ""
+    args: dict[str, str | int | float | bool] = {}
+    env: dict[str, str] = {}
+
+
+class Synthetic(Row):
+    """Architecture of a model with generated weights; dimensions are in elements."""
+
+    architecture: Literal["qwen3"]
+    seed: int = Field(0, ge=0)
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+
+class Package(Row):
+    """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
+
+    distribution: str
+    version: str
+    file: str
+
+
+class Model(Row):
+    """A model: where its weights come from, its workload and the formats it has (globs)."""
+
+    title: str
+    workload: str
+    formats: tuple[str, ...] = Field(min_length=1)
+    hardware: tuple[str, ...] = ("*",)
+    group_size: Literal[32, 64, 128] = 128
+    memory_gib: Annotated[float, Field(gt=0)] = 4
+    slow: bool = False
+    synthetic: Synthetic | None = None
+    package: Package | None = None
+    path: str | None = None
+    hub: dict[Layout, str] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        given = [name for name in ("synthetic", "package", "path", "hub") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of synthetic, package, path, hub; has {', '.join(given) or 'none'}")
+        return self
+
+
+class When(Row):
+    """Selector of an expectation: every key given must match (globs; a list matches any)."""
+
+    model: str | tuple[str, ...] = "*"
+    format: str | tuple[str, ...] = "*"
+    hardware: str | tuple[str, ...] = "*"
+    phase: Phase | None = None
+    engine: str = "*"
+
+    def matches(self, cell: Cell, phase: Phase | None = None, engine: str = "vllm") -> bool:
+        """Whether the row speaks of `cell`; a row for one phase does not match a question about the other."""
+        return (
+            matches_any(cell.model_id, self.model)
+            and matches_any(cell.format_id, self.format)
+            and matches_any(cell.hardware_id, self.hardware)
+            and fnmatchcase(engine, self.engine)
+            and (self.phase is None or phase is None or phase == self.phase)
+        )
+
+
+class Expect(Row):
+    """A declared departure from the default (bit-exact, distinct, accepted)."""
+
+    when: When = When()
+    outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported"]
+    reason: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+    formats: tuple[str, ...] = ()
+    vllm: Specifier = ""
+
+    @model_validator(mode="after")
+    def _formats_where_needed(self) -> "Expect":
+        if (self.outcome == "identical_to") != bool(self.formats):
+            raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
+        if self.when.phase is not None and self.outcome in ("identical_to", "unsupported"):
+            raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
+        return self
+
+    def holds_for(self, vllm_version: str | None) -> bool:
+        """Whether the row is about this vLLM version; without a version (nothing installed) every row holds."""
+        if not self.vllm or vllm_version is None:
+            return True
+        return SpecifierSet(self.vllm).contains(Version(vllm_version), prereleases=True)
+
+
+class Setting(Row):
+    """What some cells need beyond `[engine]`. `mkldnn`: torch.backends.mkldnn.enabled in the engine's process."""
+
+    when: When
+    reason: Annotated[str, Field(min_length=1)]
+    args: dict[str, str | int | float | bool] = {}
+    env: dict[str, str] = {}
+    mkldnn: bool | None = None
