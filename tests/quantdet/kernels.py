@@ -59,7 +59,12 @@ def _kernel(module: Any, method: Any) -> tuple[str, str, str]:
     path = getattr(getattr(kernel, "linear_method", None), "__name__", "")
     if path:
         details.append(path.removeprefix("_apply_weights_"))
-    details += [f"{name}={getattr(module, name)}" for name in _DETAILS if hasattr(module, name)]
+    for name in _DETAILS:
+        value = getattr(module, name, None)
+        if value is True:
+            details.append(name.removeprefix("use_"))
+        elif value not in (None, False, ""):
+            details.append(str(value))
     moe = getattr(method, "moe_kernel", None)
     if moe is not None:
         kernel = getattr(moe, "fused_experts", None) or kernel

@@ -70,7 +70,7 @@ class Executed(_Part):
 
     @property
     def summary(self) -> str:
-        """For example `CPUWNA16LinearKernel[isa_hint=vec] x8`."""
+        """For example `CPUWNA16LinearKernel[vec] x8`."""
         counts: dict[str, int] = {}
         for layer in self.linear:
             name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")

@@ -262,10 +262,13 @@ class Expect(Row):
 
 
 class Setting(Row):
-    """What some cells need beyond `[engine]`. `mkldnn`: torch.backends.mkldnn.enabled in the engine's process."""
+    """What some cells need beyond `[engine]`.
+
+    `onednn_fp8 = false`: torch._scaled_mm uses torch's own CPU code instead of oneDNN's.
+    """
 
     when: When
     reason: Annotated[str, Field(min_length=1)]
     args: dict[str, str | int | float | bool] = {}
     env: dict[str, str] = {}
-    mkldnn: bool | None = None
+    onednn_fp8: bool | None = None

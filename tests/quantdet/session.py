@@ -246,7 +246,7 @@ class Session:
             if setting.when.matches(cell):
                 args |= setting.args
                 env |= setting.env
-                settings |= {} if setting.mkldnn is None else {"mkldnn": setting.mkldnn}
+                settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
         text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
         length = matrix.engine.max_text_tokens if text else workload.max_tokens(work)
         args |= {

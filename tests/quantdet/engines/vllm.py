@@ -38,10 +38,8 @@ class VllmEngine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
-        if "mkldnn" in plan.extra:
-            import torch
-
-            torch.backends.mkldnn.set_flags(plan.extra["mkldnn"])
+        if plan.extra.get("onednn_fp8") is False:
+            _fp8_outside_onednn()
         imported = time.monotonic()
         llm = self._load(vllm, plan)
         loaded = time.monotonic()
@@ -135,6 +133,22 @@ class VllmEngine:
         eager = bool(config.model_config.enforce_eager)
         runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
         return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
+
+
+def _fp8_outside_onednn() -> None:
+    """Let torch multiply FP8 on the CPU with its own code, as it does by itself on processors without AMX.
+
+    Only around this one call: vLLM's attention needs oneDNN.
+    """
+    import torch
+
+    scaled_mm = torch._scaled_mm
+
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return scaled_mm(*args, **kwargs)
+
+    torch._scaled_mm = outside
 
 
 def _model(llm: Any) -> Any:

@@ -22,7 +22,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
     width = max(80, min(reporter._tw.fullwidth, 160))
     if records.cases:
         reporter.write_sep("=", "quantdet: verdicts")
-        reporter.write_line(render(matrix_table(records), width))
+        for table in matrix_tables(records):
+            reporter.write_line(render(table, width))
         _classes(reporter, records)
         rows = pairs(records)
         if rows:
@@ -49,22 +50,22 @@ def render(table: Table, width: int) -> str:
     return console.file.getvalue().rstrip()
 
 
-def matrix_table(records: Records) -> Table:
-    """model/format -> verdicts, kernel, n, bound."""
-    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+def matrix_tables(records: Records) -> list[Table]:
+    """Per model and hardware: format -> verdicts, kernel, n, bound."""
+    places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if "case.phase" in p else "")
-        rows.setdefault((p["case.hardware"], p["case.model"], p["case.format"]), {})[name] = case
-    table = Table(box=None, pad_edge=False, header_style="bold")
+        place = places.setdefault(f"{p['case.model']} on {p['case.hardware']}", {})
+        place.setdefault(p["case.format"], {})[name] = case
+    return [_matrix_table(place, formats) for place, formats in places.items()]
+
+
+def _matrix_table(place: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    table = Table(title=f"{place}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
-        table.add_column(column, overflow="fold", no_wrap=column not in ("kernel",))
-    shown = ""
-    for (hardware, model, format_), cases in rows.items():
-        place = f"{model} on {hardware}"
-        if place != shown:
-            table.add_row(f"[bold]{place}[/bold]")
-            shown = place
+        table.add_column(column, overflow="fold", no_wrap=column != "kernel")
+    for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
         words = [_word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct")]
@@ -73,7 +74,8 @@ def matrix_table(records: Records) -> Table:
         executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
         bound = p.get("flip_rate_upper95", "")
         table.add_row(
-            format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")), p.get("runs", ""),
+            format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")),
+            p.get("runs", "") if bound else "",
             f"{float(bound):.3g}" if bound else "",
         )  # fmt: skip
     return table
@@ -86,7 +88,7 @@ def _word(case: dict[str, Any] | None) -> str:
 
 
 def _kernel(executed: str, case: dict[str, Any] | None) -> str:
-    for ending in ("LinearKernel", "LinearMethod"):  # every class has one of these endings: no news, much room
+    for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
     text = executed.replace("[", "\\[")
     return text + (" INVALID !" if case is not None and not case["expected"] else "")
