@@ -38,17 +38,13 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     cells = session.cells()
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations.unsupported(cell) is not None]
-    if metafunc.definition.get_closest_marker("several_lifetimes") and _lifetimes(session) < 2:
-        cells = []
+    if metafunc.definition.get_closest_marker("several_lifetimes"):
+        cells = [cell for cell in cells if (session.options.lifetimes or session.matrix.run_for(cell).lifetimes) > 1]
     if "phase" in metafunc.fixturenames:
         values = [(cell, phase) for cell in cells for phase in PHASES]
         metafunc.parametrize(("cell", "phase"), values, ids=[f"{cell.id}-{phase}" for cell, phase in values])
     else:
         metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
-
-
-def _lifetimes(session: Session) -> int:
-    return session.options.lifetimes or session.matrix.run.lifetimes
 
 
 def cell_of(item: pytest.Item) -> Cell | None:

@@ -74,6 +74,10 @@ class Matrix(Row):
             return self.formats[format_id].layout in model.hub
         return self.formats[format_id].weights not in ("int4-torchao",) or "*" in model.formats
 
+    def run_for(self, cell: Cell) -> RunLengths:
+        """The run lengths of the cell's model."""
+        return self.run.model_copy(update=self.models[cell.model_id].run.model_dump(exclude_none=True))
+
     def kernel_classes(self, cell: Cell) -> tuple[str, tuple[str, ...]]:
         """`(kernel, class names)` that `cell` has to show; no class names where `auto` is not judged here."""
         format_ = self.formats[cell.format_id]

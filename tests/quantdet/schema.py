@@ -86,6 +86,16 @@ class RunLengths(Row):
     time_limit_s: float = Field(300, gt=0)
 
 
+class ModelRun(Row):
+    """A model's own run lengths; what is not given is taken from `[run]`."""
+
+    repeats: int | None = Field(None, ge=2, le=10_000)
+    lifetimes: int | None = Field(None, ge=1, le=1_000)
+    decode_tokens: int | None = Field(None, ge=2, le=4096)
+    top_k: int | None = Field(None, ge=2, le=1000)
+    time_limit_s: float | None = Field(None, gt=0)
+
+
 class Engine(Row):
     """Arguments and environment that every engine lifetime gets; a pin adds to them."""
 
@@ -203,6 +213,7 @@ class Model(Row):
     group_size: Literal[32, 64, 128] = 128
     memory_gib: Annotated[float, Field(gt=0)] = 4
     slow: bool = False
+    run: ModelRun = ModelRun()
     synthetic: Synthetic | None = None
     package: Package | None = None
     path: str | None = None

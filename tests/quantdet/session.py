@@ -166,7 +166,7 @@ class Session:
         plan = self._plan(cell, work, checkpoint)
         if isinstance(plan, Missing):
             return plan
-        lifetimes = self.options.lifetimes or self.matrix.run.lifetimes
+        lifetimes = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
         observations: list[Observation] = []
         reused = True
         for lifetime in range(lifetimes):
@@ -199,7 +199,7 @@ class Session:
         plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
         log = self.store.log(cell, lifetime)
         log.unlink(missing_ok=True)
-        limit = self.matrix.run.time_limit_s
+        limit = self.matrix.run_for(cell).time_limit_s
         with self.store.writing(cell, place, key) as folder:
             outcome = process.run(self.engine, plan, folder, log, limit)
             if isinstance(outcome, process.Refused):
@@ -228,7 +228,7 @@ class Session:
 
     def _plan(self, cell: Cell, work: workload.Workload, checkpoint: checkpoints.Checkpoint) -> Plan | Missing:
         matrix, format_ = self.matrix, self.matrix.formats[cell.format_id]
-        run, row = matrix.run, matrix.hardware[cell.hardware_id]
+        run, row = matrix.run_for(cell), matrix.hardware[cell.hardware_id]
         args: dict[str, Any] = dict(matrix.engine.args)
         env: dict[str, str] = {}
         if format_.kernel not in ("auto", "unquantized"):

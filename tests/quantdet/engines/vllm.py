@@ -142,6 +142,8 @@ def _fp8_outside_onednn() -> None:
     """
     import torch
 
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # otherwise oneDNN's first matmul asks Linux for the tiles; vLLM's attention uses them too
     scaled_mm = torch._scaled_mm
 
     def outside(*args: Any, **kwargs: Any) -> Any:
