@@ -1,0 +1,474 @@
+"""A deterministic engine without weights, the matrix that it is measured with, and hand-made observations.
+
+Nothing here is used outside the self-tests. Importing this module imports neither an engine nor torch, so that a
+forkserver may preload it.
+"""
+
+import hashlib
+import multiprocessing.forkserver  # noqa: F401  # before pytester notes which modules are there, so that it stays
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from quantdet.compare import stable_topk
+from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines.capture import digest_rows
+from quantdet.engines.process import EngineSpec
+from quantdet.engines.recorder import Recorder
+from quantdet.observation import (
+    SCHEMA,
+    Block,
+    Executed,
+    Header,
+    Layer,
+    Observation,
+    Output,
+    PromptHeader,
+    PromptRecord,
+    write,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+VOCABULARY = 1024  # the shipped synthetic workload has ids below 1000
+
+FAKE = EngineSpec("selftest.fakes:FakeEngine", "selftest.fakes")
+SPAWNED = EngineSpec("selftest.fakes:FakeEngine")
+
+
+# ------------------------------------------------------------------------------------------------------- fake engine
+
+
+class FakeEngine:
+    """Logits are normal numbers seeded by (numerics, token ids). `plan.args` say how it behaves.
+
+    numerics: formats with the same value have the same logits (default: the format's id);
+    executes: kernel class that every layer shows; behaviour: see `_ACTIONS` and `_distort`;
+    only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
+    pids: file that gets the process ids of the engine and of what it starts.
+    """
+
+    def measure(self, plan: Plan, directory: Path) -> None:
+        args = plan.args
+        if "starts" in args:
+            with open(args["starts"], "a", encoding="utf-8") as file:
+                file.write(f"{plan.identity['model']}/{plan.identity['format']}\n")
+        _note_pid(args, os.getpid())
+        behaviour = args.get("behaviour", "honest")
+        if "only_if" in args and not Path(args["only_if"]).exists():
+            behaviour = "honest"
+        print(f"fake engine: {behaviour}", flush=True)
+        _act(behaviour, args)
+        if behaviour == "missing":
+            return
+        recorder = Recorder(plan)
+        for number, prompt in enumerate(plan.prompts):
+            _prompt(plan, behaviour, recorder, prompt, number)
+        header = _header(plan, behaviour, recorder)
+        write(directory, header, tuple(recorder.records))
+        if behaviour == "damaged":
+            path = directory / "tensors.safetensors"
+            path.write_bytes(path.read_bytes()[:-1])
+
+
+def _note_pid(args: dict[str, Any], pid: int) -> None:
+    if "pids" in args:
+        with open(args["pids"], "a", encoding="utf-8") as file:
+            file.write(f"{pid}\n")
+
+
+def _act(behaviour: str, args: dict[str, Any]) -> None:
+    """What an engine may do instead of, or beside, measuring."""
+    match behaviour:
+        case "refuse":
+            raise EngineRefused("ValueError: the fake does not take this format")
+        case "invalid":
+            raise InvalidMeasurement("the fake's rows do not add up")
+        case "raise":
+            raise RuntimeError("the fake broke down")
+        case "exit":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segv":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "garbage":
+            os.write(1, b"\xff\xfe not UTF-8 \x00\n" * 3)
+            os._exit(1)
+        case "children" | "sleep":
+            for _ in range(2):
+                _note_pid(args, subprocess.Popen(["sleep", "300"]).pid)
+            if behaviour == "sleep":
+                time.sleep(300)
+
+
+def pseudo_logits(numerics: str, ids: list[int], name: str, rows: int) -> NDArray[np.float32]:
+    """float32 (rows, VOCABULARY), the same for the same arguments everywhere."""
+    key = hashlib.sha256(f"{numerics}/{name}/{','.join(map(str, ids))}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+    return generator.standard_normal((rows, VOCABULARY), dtype=np.float32)
+
+
+def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPrompt, number: int) -> None:
+    ids = [*prompt.token_ids, *prompt.forced_ids]
+    numerics = str(plan.args.get("numerics", plan.identity["format"]))
+    decode = pseudo_logits(numerics, ids, "decode", plan.decode_tokens)
+    prefill = pseudo_logits(numerics, ids, "prefill", len(ids) - 1)
+    recorder.begin(prompt, ids, len(prompt.token_ids))
+    lifetime = plan.identity.get("lifetime", 0)
+    for repeat in range(plan.repeats):
+        rows = {"decode": decode.copy(), "prefill": prefill.copy()}
+        last = repeat == plan.repeats - 1
+        if behaviour == "restart_noise" and lifetime:
+            flip(rows["prefill"], 0, 5)
+        if plan.inject == "bitflip" and last and number == 0:
+            flip(rows["decode"], 1, 0)
+        _distort(behaviour, rows, repeat, last, number)
+        tokens = np.argmax(np.nan_to_num(rows["decode"]), axis=1).astype(np.int32)
+        blocks = {
+            "decode": block_of(rows["decode"], tokens, plan.top_k),
+            "prefill": block_of(rows["prefill"], np.asarray(ids[1:]), plan.top_k),
+        }
+        began = time.monotonic()
+        recorder.add(tokens, rows["decode"], rows["prefill"], blocks["decode"], blocks["prefill"])
+        recorder.generate_s += time.monotonic() - began
+    recorder.end()
+
+
+def _distort(behaviour: str, rows: dict[str, NDArray[np.float32]], repeat: int, last: bool, number: int) -> None:
+    """Seeded defects of the numbers."""
+    match behaviour:
+        case "flip_decode" if last and number == 1:
+            flip(rows["decode"], 2, 7)
+        case "flip_prefill" if last and number == 2:
+            flip(rows["prefill"], 33, 7)
+        case "swap" if last and number == 0:
+            rows["decode"][[1, 2]] = rows["decode"][[2, 1]]
+        case "nan" if repeat == 1 and number == 1:
+            rows["decode"][2, 9] = np.nan
+        case "noise" if repeat:
+            for phase in rows:
+                rows[phase] += np.float32(0.01 * repeat)
+                rows[phase][:, 1::2] -= np.float32(0.02 * repeat)
+
+
+def flip(logits: NDArray[np.float32], row: int, token: int) -> None:
+    """Turn over the lowest mantissa bit of one logit, in place."""
+    logits.view(np.int32)[row, token] ^= 1
+
+
+def block_of(logits: NDArray[np.float32], chosen: NDArray[Any], k: int) -> Block:
+    """What an engine answers for these logits."""
+    exact = logits.astype(np.float64)
+    peak = np.nanmax(exact, axis=1, keepdims=True)
+    logprobs = (exact - peak - np.log(np.exp(exact - peak).sum(axis=1, keepdims=True))).astype(np.float32)
+    ids = np.argsort(-logprobs, axis=1, kind="stable")[:, :k].astype(np.int32)
+    ids, values = stable_topk(ids, np.take_along_axis(logprobs, ids, axis=1))
+    return Block(digest_rows(logits), logprobs[np.arange(len(logits)), np.asarray(chosen)], ids, values)
+
+
+def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
+    executes = str(plan.args.get("executes", "UnquantizedLinearMethod"))
+    names = {
+        "wrong_kernel": ["OtherKernel"],
+        "mixed_kernels": [executes, "OtherKernel"],
+        "ignored": ["UnquantizedLinearMethod"],
+    }.get(behaviour, [executes])
+    return Header.model_validate(
+        {
+            **plan.identity,
+            "schema": SCHEMA,
+            "kind": "observation",
+            "executed": executed(*names).model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
+            "nonfinite": [row.model_dump() for row in recorder.nonfinite],
+            "divergences": [row.model_dump() for row in recorder.divergences],
+            "prompts": [record.header.model_dump() for record in recorder.records],
+            "timings": {
+                "measure_s": recorder.generate_s,
+                "tokens_per_second": recorder.tokens / max(recorder.generate_s, 1e-9),
+            },
+        }
+    )
+
+
+def executed(*names: str, kind: str = "linear") -> Executed:
+    """Kernels of a model with four layers per name; unquantized layers show their method only."""
+    layers = tuple(
+        Layer(kind=kind, module="QKVParallelLinear", method=name if name.startswith("Unq") else "FakeMethod",
+              kernel="" if name.startswith("Unq") else name, count=4)
+        for name in names
+    )  # fmt: skip
+    return Executed(layers=layers, attention=("FAKE_ATTENTION",), logits_dtype="float32")
+
+
+def alive(pids: list[int], within_s: float = 5.0) -> list[int]:
+    """Those of `pids` that still run after at most `within_s` seconds (a killed one may wait to be reaped)."""
+    end = time.monotonic() + within_s
+    while True:
+        left = []
+        for pid in pids:
+            try:
+                state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if state not in "ZX":
+                left.append(pid)
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------------------- hand-made observations
+
+IDENTITY: dict[str, Any] = {
+    "key": "0" * 64, "created": "2026-01-01T00:00:00+00:00", "model": "alpha", "format": "bf16", "hardware": "cpu-here",
+    "lifetime": 0, "checkpoint_sha256": "1" * 64, "engine": "fake", "workload": "w", "workload_sha256": "2" * 64,
+    "repeats": 3, "decode_tokens": 4, "top_k": 4,
+}  # fmt: skip
+
+
+def observation(
+    format_id: str = "bf16", *, numerics: str | None = None, repeats: int = 3, lengths: tuple[int, ...] = (6, 9),
+    kernels: tuple[str, ...] = ("UnquantizedLinearMethod",), **header: Any,
+) -> Observation:  # fmt: skip
+    """An honest observation: every repeat gave the same bits. `header` overrides fields of the header."""
+    records = []
+    decode_tokens, top_k = header.get("decode_tokens", 4), header.get("top_k", 4)
+    for number, length in enumerate(lengths):
+        ids = [11 + number * 17 + 3 * i for i in range(length)]
+        decode = pseudo_logits(numerics or format_id, ids, "decode", decode_tokens)
+        prefill = pseudo_logits(numerics or format_id, ids, "prefill", length - 1)
+        tokens = np.argmax(decode, axis=1).astype(np.int32)
+        output = Output(tokens, block_of(decode, tokens, top_k), block_of(prefill, np.asarray(ids[1:]), top_k))
+        prompt = PromptHeader(id=f"p{number}", length=length, content_start=2, runs=(0,) * repeats)
+        records.append(PromptRecord(prompt, np.asarray(ids, np.int32), (output,)))
+    values = {
+        **IDENTITY, "schema": SCHEMA, "kind": "observation", "format": format_id, "repeats": repeats,
+        "executed": executed(*kernels).model_dump(), "prompts": [record.header.model_dump() for record in records],
+    }  # fmt: skip
+    return Observation(Header.model_validate({**values, **header}), tuple(records))
+
+
+def with_outputs(whole: Observation, prompt: int, outputs: tuple[Output, ...], runs: tuple[int, ...]) -> Observation:
+    """`whole` with one prompt's outputs and the output of each repeat replaced."""
+    record = whole.prompts[prompt]
+    header = record.header.model_copy(update={"runs": runs})
+    prompts = list(whole.prompts)
+    prompts[prompt] = PromptRecord(header, record.prompt_ids, outputs)
+    changed = whole.header.model_copy(update={"prompts": tuple(p.header for p in prompts)})
+    return Observation(changed, tuple(prompts), whole.path)
+
+
+def changed_block(block: Block, **arrays: Any) -> Block:
+    """A copy of `block` with arrays replaced; a function gets a copy of the array and edits it in place."""
+    found = {name: array.copy() for name, array in block.arrays().items()}
+    for name, edit in arrays.items():
+        edit(found[name])
+    return Block(**found)
+
+
+def changed_output(output: Output, phase: str, **arrays: Any) -> Output:
+    """A copy of `output` with arrays of one phase edited in place (`output_ids` among them)."""
+    ids = output.output_ids.copy()
+    if "output_ids" in arrays:
+        arrays.pop("output_ids")(ids)
+    blocks = {"decode": output.decode, "prefill": output.prefill}
+    blocks[phase] = changed_block(blocks[phase], **arrays)
+    return Output(ids, blocks["decode"], blocks["prefill"])
+
+
+def last_repeat(whole: Observation, prompt: int, output: Output) -> Observation:
+    """`whole`, but the last repeat of one prompt gave `output`."""
+    repeats = whole.header.repeats
+    return with_outputs(whole, prompt, (*whole.prompts[prompt].outputs, output), (0,) * (repeats - 1) + (1,))
+
+
+# ------------------------------------------------------------------------------------------------------ pytester runs
+
+MATRIX = """\
+schema = 1
+
+[run]
+repeats = 3
+decode_tokens = 4
+top_k = 4
+time_limit_s = 60
+
+[hardware.cpu-here]
+kind = "cpu"
+title = "the fake's machine"
+isa = ["avx2"]
+native = ["fp32"]
+
+[hardware.cpu-elsewhere]
+kind = "cpu"
+title = "a machine that is not here"
+isa = ["no_such_flag"]
+native = ["fp32"]
+
+[hardware.sm90]
+kind = "cuda"
+title = "a GPU that is not here"
+compute_capability = "9.0"
+native = ["bf16", "fp8"]
+
+[kernels.auto]
+hardware = ["*"]
+
+[kernels.unquantized]
+hardware = ["*"]
+classes = ["UnquantizedLinearMethod"]
+
+[kernels.fake4]
+hardware = ["cpu-*"]
+classes = ["Fake4Kernel"]
+
+[kernels.fake8]
+hardware = ["cpu-here"]
+classes = ["Fake8Kernel"]
+
+[formats.bf16]
+title = "unquantized"
+layout = "plain"
+weights = "bf16"
+kernel = "unquantized"
+dtype = "bfloat16"
+
+[formats.gptq]
+title = "GPTQ"
+layout = "gptq"
+weights = "int4-sym"
+kernel = "fake4"
+dtype = "float16"
+
+[formats.ct]
+title = "compressed-tensors, same integers as GPTQ"
+layout = "ct"
+weights = "int4-sym"
+kernel = "fake4"
+dtype = "float16"
+
+[formats.awq]
+title = "AWQ"
+layout = "awq"
+weights = "int4-asym"
+kernel = "auto"
+picks = { "cpu-*" = "fake4" }
+dtype = { cpu = "bfloat16", default = "float16" }
+
+[formats.int8]
+title = "INT8"
+layout = "ct"
+weights = "int8-channel"
+activations = "int8"
+kernel = "fake8"
+dtype = "bfloat16"
+
+[[pin]]
+kernel = "fake4"
+layout = ["gptq", "ct"]
+args = { executes = "Fake4Kernel", numerics = "int4-sym" }
+
+[[pin]]
+kernel = "fake8"
+layout = ["ct"]
+args = { executes = "Fake8Kernel" }
+
+[models.alpha]
+title = "all formats"
+workload = "synthetic-v1"
+group_size = 32
+memory_gib = 1
+formats = ["*"]
+[models.alpha.synthetic]
+architecture = "qwen3"
+vocab_size = 1024
+hidden_size = 64
+intermediate_size = 64
+layers = 1
+heads = 2
+kv_heads = 1
+head_dim = 32
+
+[models.beta]
+title = "two formats, one hardware"
+workload = "synthetic-v1"
+group_size = 32
+memory_gib = 1
+formats = ["bf16", "ct"]
+hardware = ["cpu-here"]
+[models.beta.synthetic]
+architecture = "qwen3"
+seed = 1
+vocab_size = 1024
+hidden_size = 64
+intermediate_size = 64
+layers = 1
+heads = 2
+kv_heads = 1
+head_dim = 32
+
+[[setting]]
+when = { format = "awq", hardware = "cpu-*" }
+args = { executes = "Fake4Kernel" }
+reason = "the fake executes what it is told"
+
+[[expect]]
+when = { format = "gptq", hardware = "cpu-*" }
+outcome = "identical_to"
+formats = ["ct"]
+reason = "the same integers"
+source = "by construction"
+"""
+
+CONFTEST = """\
+from quantdet.hardware import Machine, Software
+from selftest.fakes import FAKE
+
+pytest_plugins = ["quantdet.plugin"]
+
+
+def pytest_quantdet_engine(config):
+    return FAKE
+
+
+def pytest_quantdet_machine(config):
+    return Machine("fake cpu", frozenset({"avx2"}), 64.0), Software("0.32.0", "cpu", "2.0")
+"""
+
+PYPROJECT = f"""\
+[tool.pytest]
+strict = true
+pythonpath = ["{TESTS.as_posix()}"]
+addopts = ["-rfEx", "--import-mode=importlib", "-p", "no:rerunfailures", "-p", "no:hypothesispytest"]
+junit_family = "xunit1"
+filterwarnings = ["error"]
+"""
+
+
+def setting(format_id: str, behaviour: str, **args: str) -> str:
+    """A `[[setting]]` that gives a format's engine a behaviour."""
+    pairs = ", ".join(f'{name} = "{value}"' for name, value in {"behaviour": behaviour, **args}.items())
+    return f'\n[[setting]]\nwhen = {{ format = "{format_id}" }}\nargs = {{ {pairs} }}\nreason = "a seeded defect"\n'
+
+
+def expect(format_id: str, outcome: str, phase: str | None = None) -> str:
+    """An `[[expect]]` row."""
+    which = f', phase = "{phase}"' if phase else ""
+    when = f'{{ format = "{format_id}", hardware = "cpu-here"{which} }}'
+    return f'\n[[expect]]\nwhen = {when}\noutcome = "{outcome}"\nreason = "for the test"\nsource = "the test"\n'
+
+
+def make_suite(folder: Path, matrix: str = MATRIX) -> None:
+    """A copy of the measured tests with the fake engine, in `folder`."""
+    (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
+    (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+    (folder / "quant_matrix.toml").write_text(matrix, encoding="utf-8")
+    for path in sorted((TESTS / "determinism").glob("test_*.py")):
+        shutil.copy(path, folder / path.name)

@@ -1,0 +1,510 @@
+"""Whole runs with the fake engine: each seeded defect fails the right test with the right verdict, and no other."""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import rich.console  # noqa: F401
+import rich.table  # noqa: F401
+import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
+from quantdet.judge import PROPERTIES
+
+from selftest.fakes import MATRIX, alive, expect, make_suite, setting
+
+pytest_plugins = ["pytester"]
+
+CASE_PROPERTIES = {"case.model", "case.format", "case.hardware", "case.engine", "kernel.requested"}
+TIMINGS = {"tokens_per_second"}
+HERE = "alpha and cpu-here"
+TWO = f"{HERE} and (awq or bf16)"
+AWQ = "alpha/awq/cpu-here"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One `<testcase>`."""
+
+    outcome: str
+    message: str
+    properties: dict[str, str]
+
+    @property
+    def verdict(self) -> str:
+        return self.properties.get("verdict", "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One inner pytest run, read back from its JUnit file and its terminal output."""
+
+    code: int
+    output: str
+    cases: dict[str, Case] = field(default_factory=dict)
+    suite: dict[str, str] = field(default_factory=dict)
+
+    def failures(self) -> dict[str, str]:
+        """Cases that did not pass, with the verdict; skipped ones left out."""
+        return {name: c.verdict for name, c in self.cases.items() if c.outcome not in ("passed", "skipped", "xfail")}
+
+    def ran(self) -> dict[str, Case]:
+        return {name: case for name, case in self.cases.items() if case.outcome != "skipped"}
+
+
+def read_junit(path: Path) -> tuple[dict[str, Case], dict[str, str]]:
+    """Cases by name, and the suite's properties."""
+    suite = ET.parse(path).getroot().find("testsuite")
+    assert suite is not None
+    cases: dict[str, Case] = {}
+    for element in suite.iter("testcase"):
+        found = [child for child in element if child.tag in ("failure", "error", "skipped")]
+        outcome = found[0].tag if found else "passed"
+        if outcome == "skipped" and found[0].get("type") == "pytest.xfail":
+            outcome = "xfail"
+        name = str(element.get("name"))
+        assert name not in cases
+        properties = {str(p.get("name")): str(p.get("value")) for p in element.iter("property")}
+        cases[name] = Case(outcome, str(found[0].get("message")) if found else "", properties)
+    properties = {str(p.get("name")): str(p.get("value")) for p in suite.findall("./properties/property")}
+    return cases, properties
+
+
+Suite = Callable[..., Run]
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Runs the measured tests with the fake engine; `apart=True` in a process of its own."""
+    for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*args: str, matrix: str = MATRIX, apart: bool = False) -> Run:
+        make_suite(pytester.path, matrix)
+        report = pytester.path / "report.xml"
+        report.unlink(missing_ok=True)
+        start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
+        result = start(f"--junitxml={report}", *args)
+        cases, properties = read_junit(report) if report.is_file() else ({}, {})
+        return Run(int(result.ret), result.stdout.str() + "\n" + result.stderr.str(), cases, properties)
+
+    return run
+
+
+def of(cell: str, *tests: str) -> set[str]:
+    """Names of a cell's tests: decode, prefill (test_repeat), distinct, kernel; all four by default."""
+    names = {
+        "decode": f"test_repeat[{cell}-decode]",
+        "prefill": f"test_repeat[{cell}-prefill]",
+        "distinct": f"test_distinct[{cell}]",
+        "kernel": f"test_kernel[{cell}]",
+    }
+    return {names[test] for test in tests or names}
+
+
+# ------------------------------------------------------------------------------------------------------ honest engine
+
+
+def test_an_honest_engine_passes_everywhere(suite: Suite) -> None:
+    """Measured cells pass with their verdict words; every other cell is there, skipped with need and have."""
+    run = suite()
+
+    assert 0 == run.code, run.output
+    assert {} == run.failures()
+    cells = {f"alpha/{name}/cpu-here" for name in ("bf16", "gptq", "ct", "awq", "int8")}
+    cells |= {"beta/bf16/cpu-here", "beta/ct/cpu-here"}
+    assert set().union(*(of(cell) for cell in cells)) == set(run.ran())
+    verdicts = {name: case.verdict for name, case in run.ran().items()}
+    assert {"BIT_EXACT"} == {verdict for name, verdict in verdicts.items() if name.startswith("test_repeat")}
+    assert {"CONFIRMED"} == {verdict for name, verdict in verdicts.items() if name.startswith("test_kernel")}
+    assert {
+        "test_distinct[alpha/bf16/cpu-here]": "DISTINCT", "test_distinct[alpha/awq/cpu-here]": "DISTINCT",
+        "test_distinct[alpha/gptq/cpu-here]": "IDENTICAL", "test_distinct[alpha/ct/cpu-here]": "IDENTICAL",
+        "test_distinct[alpha/int8/cpu-here]": "DISTINCT", "test_distinct[beta/bf16/cpu-here]": "DISTINCT",
+        "test_distinct[beta/ct/cpu-here]": "DISTINCT",
+    } == {name: verdict for name, verdict in verdicts.items() if name.startswith("test_distinct")}  # fmt: skip
+    skipped = {name: case for name, case in run.cases.items() if case.outcome == "skipped" and "/" in name}
+    assert {"UNAVAILABLE"} == {case.verdict for case in skipped.values()}
+    assert all(re.match(r"UNAVAILABLE hardware: needs .*, have cpu-here", c.message) for c in skipped.values())
+    assert of("alpha/bf16/sm90") <= set(skipped)
+    assert not [name for name in run.cases if name.startswith("test_kernel[alpha/gptq/sm90")]
+
+
+def test_report_carries_the_promised_properties(suite: Suite) -> None:
+    """Each case that ran has every property of the design, once; the suite's say what the figures depend on."""
+    run = suite("-k", "beta")
+
+    for name, case in run.ran().items():
+        wanted = {*CASE_PROPERTIES, *PROPERTIES, *(("case.phase",) if name.startswith("test_repeat") else ())}
+        assert wanted <= set(case.properties), name
+    case = run.cases["test_repeat[beta/ct/cpu-here-prefill]"].properties
+    assert ("beta", "ct", "cpu-here", "prefill") == tuple(
+        case[f"case.{key}"] for key in ("model", "format", "hardware", "phase")
+    )
+    assert ("fake4", "Fake4Kernel x4") == (case["kernel.requested"], case["kernel.executed"])
+    assert ("3", "1", "1", "bit-exact") == tuple(
+        case[key] for key in ("runs", "lifetimes", "distinct_outputs", "expectation")
+    )
+    assert 1 - 0.05 ** (1 / 3) == pytest.approx(float(case["flip_rate_upper95"]), abs=1e-6)
+    assert re.fullmatch(r"[0-9a-f]{64}", case["checkpoint.sha256"])
+    assert re.fullmatch(r"[0-9a-f]{64}", case["logits.sha256"])
+    assert {"summary", "hardware", "suite.version", "env.vllm", "env.cpu"} <= set(run.suite)
+    assert ("0.32.0", "fake cpu", "cpu-here") == (run.suite["env.vllm"], run.suite["env.cpu"], run.suite["hardware"])
+
+
+def test_terminal_says_verdicts_classes_and_pairs(suite: Suite) -> None:
+    """Header, table, classes, closest pairs and what was not measured are on the screen."""
+    run = suite("-k", "alpha")
+
+    assert re.search(r"^quantdet .*hardware cpu-here; cpu fake cpu", run.output, re.MULTILINE)
+    assert re.search(r"gptq +BIT_EXACT +BIT_EXACT +IDENTICAL +Fake4Kernel x4 +3", run.output)
+    assert "gptq = ct (4 classes of 5 formats)" in run.output
+    assert re.search(r"gptq \| ct +IDENTICAL", run.output)
+    assert "needs cpu-elsewhere (a machine that is not here), have cpu-here" in run.output
+
+
+# ------------------------------------------------------------------------------------------------------ seeded defects
+
+DEFECTS = {
+    "flip_decode": (("decode",), "NOISY", r"1 of 3 repeats differ, first prompt len44 step 2 in repeat 2 \(token 7: 1 ulp"),
+    "flip_prefill": (
+        ("prefill",), "NOISY", r"1 of 3 repeats differ, first prompt len96 position 33 in repeat 2 \(token 7: 1 ulp",
+    ),
+    "swap": (("decode",), "NOISY", r"1 of 3 repeats differ, first prompt len20 step 1 in repeat 2"),
+    "wrong_kernel": (("kernel",), "INVALID", r"requested auto -> fake4 \(Fake4Kernel\), executed OtherKernel x4"),
+    "mixed_kernels": (("kernel",), "INVALID", r"mixed kernels: Fake4Kernel x4 \+ OtherKernel x4"),
+    "ignored": (("kernel",), "INVALID", r"requested auto -> fake4 \(Fake4Kernel\), executed UnquantizedLinearMethod x4"),
+    "missing": ((), "ERROR", r"the engine completed but left no whole observation"),
+    "damaged": ((), "ERROR", r"the engine completed but left no whole observation"),
+    "kill": ((), "ERROR", r"engine process killed by SIGKILL, no completion record"),
+    "exit": ((), "ERROR", r"engine process ended with exit code 3"),
+    "raise": ((), "ERROR", r"RuntimeError: the fake broke down"),
+    "invalid": ((), "INVALID", r"the fake's rows do not add up"),
+    "refuse": ((), "UNSUPPORTED", r"engine refused: ValueError: the fake does not take this format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("behaviour", DEFECTS)
+def test_a_seeded_defect_fails_exactly_its_test(suite: Suite, behaviour: str) -> None:
+    """The defect of one cell fails that cell's test (or all of them, if nothing was measured) and no other."""
+    tests, verdict, pattern = DEFECTS[behaviour]
+
+    run = suite("-k", TWO, matrix=MATRIX + setting("awq", behaviour))
+
+    names = of(AWQ, *tests)
+    if not tests:  # the cell's only peer has nothing to be compared with
+        assert "skipped" == run.cases["test_distinct[alpha/bf16/cpu-here]"].outcome
+    assert 1 == run.code
+    assert dict.fromkeys(names, verdict) == run.failures(), run.output
+    for name in names:
+        message = run.cases[name].message
+        assert message.startswith(f"{verdict} {AWQ}"), message
+        assert re.search(pattern, message), message
+        assert message.splitlines()[0] in run.output
+
+
+def test_nan_logits_are_invalid_and_name_their_place(suite: Suite) -> None:
+    """NaN in one decode step: that phase is INVALID at that step, the other phase is still judged."""
+    run = suite("-k", TWO, matrix=MATRIX + setting("awq", "nan"))
+
+    assert of(AWQ, "decode") <= set(run.failures())
+    case = run.cases[f"test_repeat[{AWQ}-decode]"]
+    assert "INVALID" == case.verdict
+    assert f"INVALID {AWQ} decode: non-finite logits, first prompt len44 step 2 in repeat 1" == case.message
+    assert "BIT_EXACT" == run.cases[f"test_repeat[{AWQ}-prefill]"].verdict
+    assert set() == of("alpha/bf16/cpu-here", "decode", "prefill", "kernel") & set(run.failures())
+
+
+def test_an_engine_that_hangs_is_a_timeout(suite: Suite) -> None:
+    """At its time limit a cell is TIMEOUT; the next cell is judged."""
+    matrix = MATRIX.replace("time_limit_s = 60", "time_limit_s = 1") + setting("awq", "sleep")
+
+    run = suite("-k", TWO, matrix=matrix)
+
+    assert dict.fromkeys(of(AWQ), "TIMEOUT") == run.failures()
+    assert of("alpha/bf16/cpu-here", "decode", "prefill", "kernel") <= set(run.ran())
+    assert "no answer within 1 s" in run.cases[f"test_kernel[{AWQ}]"].message
+
+
+def test_injected_bit_flip_fails_its_cell_only(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QUANTDET_INJECT turns over one bit of one logit in one repeat: that decode test fails, with the position."""
+    monkeypatch.setenv("QUANTDET_INJECT", "bitflip:awq")
+
+    run = suite("-k", HERE)
+
+    assert {f"test_repeat[{AWQ}-decode]": "NOISY"} == run.failures()
+    message = run.cases[f"test_repeat[{AWQ}-decode]"].message
+    assert re.search(r"1 of 3 repeats differ, first prompt len20 step 1 in repeat 2 \(token 0: 1 ulp", message)
+    assert "SEEDED DEFECT bitflip:awq" in run.output
+    assert "bitflip:awq" == run.suite["suite.injected"]
+
+
+def test_an_injected_run_does_not_spoil_the_store(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run with a seeded defect the same store gives an honest run its honest verdict."""
+    monkeypatch.setenv("QUANTDET_INJECT", "bitflip:awq")
+    first = suite("-k", f"{HERE} and awq and decode", "--store", "s")
+    monkeypatch.delenv("QUANTDET_INJECT")
+    second = suite("-k", f"{HERE} and awq and decode", "--store", "s")
+
+    assert (1, 0) == (first.code, second.code)
+
+
+def test_undeclared_twins_fail_on_both_sides(suite: Suite) -> None:
+    """Two formats with equal logits are IDENTICAL; where the matrix does not say so, both tests fail."""
+    matrix = MATRIX.partition("\n[[expect]]")[0] + "\n"
+
+    run = suite("-k", f"{HERE} and (gptq or ct) and not bf16", matrix=matrix)
+
+    failed = {f"test_distinct[alpha/{name}/cpu-here]": "IDENTICAL" for name in ("gptq", "ct")}
+    assert failed == run.failures()
+
+
+def test_declared_twins_that_differ_fail_on_both_sides(suite: Suite) -> None:
+    """`identical_to` is a claim: formats that are DISTINCT break it."""
+    matrix = MATRIX + setting("ct", "honest", numerics="something-else")
+
+    run = suite("-k", f"{HERE} and (gptq or ct)", matrix=matrix)
+
+    failed = {f"test_distinct[alpha/{name}/cpu-here]": "DISTINCT" for name in ("gptq", "ct")}
+    assert failed == run.failures()
+    assert "expected IDENTICAL" in run.cases["test_distinct[alpha/ct/cpu-here]"].message
+
+
+def test_lifetimes_are_compared_when_there_are_several(suite: Suite) -> None:
+    """With --lifetimes 2 an engine process that answers otherwise than the first fails test_restart, nothing else."""
+    run = suite("-k", TWO, "--lifetimes", "2", matrix=MATRIX + setting("awq", "restart_noise"))
+
+    assert {f"test_restart[{AWQ}]": "NOISY"} == run.failures()
+    assert "1 of 2 lifetimes differ" in run.cases[f"test_restart[{AWQ}]"].message
+    assert "BIT_EXACT" == run.cases["test_restart[alpha/bf16/cpu-here]"].verdict
+    assert "2" == run.cases[f"test_restart[{AWQ}]"].properties["lifetimes"]
+
+
+# -------------------------------------------------------------------------------------------------------- expectations
+
+
+@pytest.mark.parametrize(
+    ("outcome", "behaviour", "result"),
+    [
+        ("noisy", "noise", "xfail"),
+        ("noisy", "honest", "failure"),
+        ("may_be_noisy", "noise", "passed"),
+        ("may_be_noisy", "honest", "passed"),
+    ],
+)
+def test_declared_noise(suite: Suite, outcome: str, behaviour: str, result: str) -> None:
+    """`noisy` is satisfied by noise alone (a silent kernel fails); `may_be_noisy` by either."""
+    matrix = MATRIX + setting("awq", behaviour) + expect("awq", outcome, "decode")
+
+    run = suite("-k", f"{TWO} and decode", matrix=matrix)
+
+    case = run.cases[f"test_repeat[{AWQ}-decode]"]
+    verdict = "NOISY" if behaviour == "noise" else "BIT_EXACT"
+    assert (result, verdict) == (case.outcome, case.verdict), run.output
+    assert (1 if result == "failure" else 0) == run.code
+    assert case.properties["expectation"].startswith(f"{outcome}: for the test")
+    if result != "passed":
+        assert f"{verdict} {AWQ} decode" in case.message
+
+
+def test_no_other_verdict_satisfies_noisy(suite: Suite) -> None:
+    """A cell declared noisy whose engine dies is an ERROR, not an expected failure."""
+    matrix = MATRIX + setting("awq", "kill") + expect("awq", "noisy")
+
+    run = suite("-k", TWO, matrix=matrix)
+
+    assert dict.fromkeys(of(AWQ), "ERROR") == run.failures()
+
+
+@pytest.mark.parametrize(("behaviour", "verdict"), [("refuse", "UNSUPPORTED"), ("honest", "INVALID")])
+def test_declared_unsupported(suite: Suite, behaviour: str, verdict: str) -> None:
+    """A refusal that the matrix declares passes test_hardware; an engine that takes the format fails it."""
+    matrix = MATRIX + setting("awq", behaviour) + expect("awq", "unsupported")
+
+    run = suite("-k", TWO, matrix=matrix)
+
+    case = run.cases[f"test_hardware[{AWQ}]"]
+    assert verdict == case.verdict
+    assert ("passed" if behaviour == "refuse" else "failure") == case.outcome
+    assert {"skipped"} == {run.cases[name].outcome for name in of(AWQ)}
+    assert {"UNSUPPORTED"} == {run.cases[name].verdict for name in of(AWQ)}
+
+
+# --------------------------------------------------------------------------------------------- store, rerun and replay
+
+
+def test_a_killed_child_costs_one_cell_and_a_rerun_resumes(suite: Suite, tmp_path: Path) -> None:
+    """SIGKILL of an engine is ERROR for its cell; with the same --store only that cell is measured again."""
+    poison, starts = tmp_path / "poison", tmp_path / "starts"
+    poison.touch()
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    matrix = MATRIX + setting("int8", "kill", only_if=str(poison)) + every
+
+    first = suite("-k", HERE, "--store", "s", matrix=matrix)
+    engines = starts.read_text().splitlines()
+    poison.unlink()
+    second = suite("-k", HERE, "--store", "s", matrix=matrix)
+
+    assert dict.fromkeys(of("alpha/int8/cpu-here"), "ERROR") == first.failures()
+    assert sorted(f"alpha/{name}" for name in ("bf16", "gptq", "ct", "awq", "int8")) == sorted(engines)
+    assert (0, {}) == (second.code, second.failures())
+    assert ["alpha/int8"] == starts.read_text().splitlines()[5:]
+    assert of("alpha/int8/cpu-here") <= set(second.ran())
+
+
+def test_fresh_measures_again(suite: Suite, tmp_path: Path) -> None:
+    """--fresh starts an engine for a cell that the store already holds."""
+    starts = tmp_path / "starts"
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    counts = []
+    for extra in ((), (), ("--fresh",)):
+        suite("-k", f"{HERE} and awq and decode", "--store", "s", *extra, matrix=MATRIX + every)
+        counts.append(len(starts.read_text().splitlines()))
+
+    assert [1, 1, 2] == counts
+
+
+def test_replay_gives_the_same_verdicts_without_an_engine(suite: Suite, tmp_path: Path) -> None:
+    """--replay of a store repeats every verdict and figure, and starts nothing."""
+    starts = tmp_path / "starts"
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    matrix = MATRIX + setting("awq", "flip_decode") + every
+
+    measured = suite("-k", HERE, "--store", "s", matrix=matrix)
+    engines = starts.read_text()
+    replayed = suite("-k", HERE, "--replay", "s", matrix=matrix)
+
+    assert engines == starts.read_text()
+    assert measured.code == replayed.code == 1
+    assert measured.ran() == replayed.ran()
+
+
+def test_recording_is_replayed(suite: Suite) -> None:
+    """--record copies the observations; the copy is judged like the store."""
+    measured = suite("-k", "beta", "--record", "kept")
+    replayed = suite("-k", "beta", "--replay", "kept")
+
+    assert 0 == replayed.code
+    assert measured.ran() == replayed.ran()
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_two_workers_say_the_same_as_none(suite: Suite) -> None:
+    """-n 2: the same cases, outcomes, messages and properties (but for speed), and the suite's properties are there."""
+    matrix = MATRIX + setting("awq", "flip_decode")
+
+    alone = suite("--store", "a", matrix=matrix)
+    shared = suite("-n", "2", "--store", "b", matrix=matrix, apart=True)
+
+    def facts(run: Run) -> dict[str, tuple[str, str, dict[str, str]]]:
+        return {
+            name: (case.outcome, case.message, {k: v for k, v in case.properties.items() if k not in TIMINGS})
+            for name, case in run.cases.items()
+        }
+
+    assert 1 == shared.code, shared.output
+    assert facts(alone) == facts(shared)
+    assert alone.suite == shared.suite
+    assert {"summary", "env.vllm", "suite.version"} <= set(shared.suite)
+
+
+# ------------------------------------------------------------------------------------------------- options and refusal
+
+
+def test_required_hardware_that_is_not_here_is_an_error_per_case(suite: Suite) -> None:
+    """--require-hardware turns gate skips into errors; the run fails."""
+    run = suite("--require-hardware", "cpu-elsewhere")
+
+    assert 1 == run.code
+    assert {"error"} == {case.outcome for name, case in run.cases.items() if "/" in name}
+    assert all("needs cpu-elsewhere" in case.message for name, case in run.cases.items() if "/" in name)
+
+
+def test_required_hardware_that_is_here_passes(suite: Suite) -> None:
+    """--require-hardware of this machine's row: its cells only, and all pass."""
+    run = suite("--require-hardware", "cpu-here", "-k", "beta")
+
+    assert 0 == run.code
+    assert {"cpu-here"} == {case.properties["case.hardware"] for case in run.ran().values()}
+
+
+def test_required_hardware_fails_a_run_that_measured_nothing(suite: Suite) -> None:
+    """A selection that leaves nothing of the required row is not a success."""
+    run = suite("--require-hardware", "cpu-here", "-k", "no_such_test")
+
+    assert 0 != run.code
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--repeats", "1"), "--repeats: needs at least 2"),
+        (("--lifetimes", "0"), "--lifetimes: needs at least 1"),
+        (("--repeats", "many"), "invalid int value"),
+        (("--hardware", "sm999"), "--hardware: no hardware 'sm999'"),
+        (("--require-hardware", "sm999"), "hardware: no hardware 'sm999'"),
+        (("--hardware", "sm90", "--require-hardware", "cpu-here"), "contradict"),
+        (("--matrix", "no_such.toml"), "no such file"),
+        (("--replay", "no_such_folder"), "--replay: no such folder"),
+        (("--replay", ".", "--record", "x"), "--record does not go with it"),
+        (("--replay", ".", "--fresh"), "--fresh does not go with it"),
+        (("--reruns", "2"), "unrecognized arguments: --reruns"),
+    ],
+)
+def test_a_bad_option_is_a_usage_error(suite: Suite, args: tuple[str, ...], words: str) -> None:
+    """Exit code 4 and a line that names the option; no test runs."""
+    run = suite(*args)
+
+    assert (4, {}) == (run.code, run.cases)
+    assert words in run.output
+
+
+@pytest.mark.parametrize("value", ["bitflip:nosuch", "bitflip", "bitflip:", "melt:awq"])
+def test_a_bad_defect_is_a_usage_error(suite: Suite, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """QUANTDET_INJECT with an unknown kind or format exits 4, so that no defect is thought to be seeded."""
+    monkeypatch.setenv("QUANTDET_INJECT", value)
+
+    run = suite()
+
+    assert (4, {}) == (run.code, run.cases)
+    assert "QUANTDET_INJECT" in run.output
+
+
+def test_rerun_plugins_are_refused(suite: Suite, pytester: pytest.Pytester) -> None:
+    """With a rerun plugin active the suite exits 4: a retry would turn "it differs" into a pass."""
+    make_suite(pytester.path)
+    active = """
+import types
+
+def pytest_addoption(parser, pluginmanager):
+    pluginmanager.register(types.ModuleType("flaky"), "flaky")
+"""
+    conftest = pytester.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + active)
+
+    result = pytester.runpytest_inprocess()
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    assert "the suite never retries: disable the plugin (-p no:flaky)" in result.stderr.str()
+
+
+def test_reruns_through_the_environment_are_refused(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTEST_ADDOPTS cannot bring retries in either."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--reruns=3")
+
+    assert 4 == suite().code
+
+
+def test_no_engine_process_is_left(suite: Suite, tmp_path: Path) -> None:
+    """After a run with a hanging engine none of its processes is alive."""
+    pids = tmp_path / "pids"
+    matrix = MATRIX.replace("time_limit_s = 60", "time_limit_s = 1") + setting("awq", "sleep", pids=str(pids))
+
+    suite("-k", f"{HERE} and awq and decode", matrix=matrix)
+
+    noted = [int(line) for line in pids.read_text().split()]
+    assert 3 == len(noted)
+    assert [] == alive(noted)
