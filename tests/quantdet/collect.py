@@ -13,6 +13,9 @@ from quantdet.verdicts import Divergence, Verdict
 SESSION = pytest.StashKey[Session]()
 REQUIRED = pytest.StashKey[str]()
 
+# How the skip of a case begins whose cell the matrix declares unsupported; test_hardware is the case that judges it.
+DECLARED = f"{Verdict.UNSUPPORTED} as declared, see test_hardware:"
+
 MARKERS = (
     "cpu: the case needs a CPU backend",
     "cuda: the case needs an NVIDIA GPU",
@@ -55,7 +58,12 @@ def cell_of(item: pytest.Item) -> Cell | None:
 
 
 def order(items: list[pytest.Item], matrix: Matrix) -> None:
-    """Cell by cell within a model, and the pair tests last, when everything that they compare has been measured."""
+    """Cell by cell within a model, and the pair tests last, when everything that they compare has been measured.
+
+    A test without any cell in this run (no second lifetime, nothing declared unsupported) is left out: pytest would
+    report an empty parameter set as a skip.
+    """
+    items[:] = [item for item in items if not _empty(item)]
     models, cells = list(matrix.models), {cell: index for index, cell in enumerate(matrix.cells())}
 
     def rank(item: pytest.Item) -> tuple[int, int, int]:
@@ -66,6 +74,11 @@ def order(items: list[pytest.Item], matrix: Matrix) -> None:
         return (models.index(cell.model_id), int(late), cells.get(cell, 0))
 
     items.sort(key=rank)
+
+
+def _empty(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and "cell" in callspec.params and not isinstance(callspec.params["cell"], Cell)
 
 
 def mark(items: Iterable[pytest.Item], session: Session) -> None:
@@ -101,16 +114,16 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         elif (row := session.expectations.unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"
         ):
-            skip(item, Verdict.UNSUPPORTED, f"declared in the matrix, see test_hardware: {row.reason}")
+            skip(item, DECLARED, row.reason)
         else:
             selected.add(cell)
             _strict(item, cell, session.expectations)
     session.selected = frozenset(selected)
 
 
-def skip(item: pytest.Item, verdict: Verdict, reason: str) -> None:
-    item.user_properties.append(("verdict", str(verdict)))
-    item.add_marker(pytest.mark.skip(reason=f"{verdict} {reason}"))
+def skip(item: pytest.Item, words: str, reason: str) -> None:
+    item.user_properties.append(("verdict", words.split()[0]))
+    item.add_marker(pytest.mark.skip(reason=f"{words} {reason}"))
 
 
 def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:
@@ -127,9 +140,6 @@ def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:
 def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tuple[str, str]]:
     """The properties that a case has whatever happens to it."""
     properties = [("case.model", cell.model_id), ("case.format", cell.format_id), ("case.hardware", cell.hardware_id)]
-    phase = item.callspec.params.get("phase") if hasattr(item, "callspec") else None
-    if phase is not None:
-        properties.append(("case.phase", str(phase)))
     properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
     properties.append(("kernel.requested", session.matrix.formats[cell.format_id].kernel))
     return properties

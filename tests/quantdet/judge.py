@@ -98,6 +98,8 @@ class Judge:
     def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
         __tracebackhide__ = True
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
+        if observations and observations[0].header.kind == "observation":
+            figures |= judgements.repeat(observations, self._phase(), self.session.expectations).figures
         if observations:
             header = observations[0].header
             figures |= {
@@ -110,11 +112,17 @@ class Judge:
             }
         figures |= judgement.figures
         figures["verdict"] = str(judgement.verdict)
-        for name in ("phase", "kernel.requested"):  # already there as case properties
-            figures.pop(name, None)
+        figures["case.phase"] = figures.pop("phase", "") or self._phase()
+        figures.pop("kernel.requested", None)  # already there
         self.item.user_properties.extend((name, str(value)) for name, value in figures.items())
         self.item.stash[JUDGEMENT] = judgement
         judgement.enforce()
+
+    def _phase(self) -> Phase:
+        """The phase that the test's figures are about: formats are compared on prefill, a kernel is known by decode."""
+        callspec = getattr(self.item, "callspec", None)
+        given: Phase | None = callspec.params.get("phase") if callspec is not None else None
+        return given or ("prefill" if self.item.get_closest_marker("compares_formats") else "decode")
 
     @staticmethod
     def _relative(observation: Observation) -> str:

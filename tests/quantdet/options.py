@@ -65,7 +65,8 @@ def parse(config: pytest.Config) -> Options:
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
-    cache = config.cache.mkdir("quantdet") if config.cache is not None else Path(".quantdet").resolve()
+    kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
+    cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(
         matrix=path("--matrix") or config.rootpath / "quant_matrix.toml",
         store=path("--store") or cache / "store",

@@ -114,6 +114,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
+    session.config.stash[collect.SESSION].close()
     workers.require(session)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantdet import collect
+from quantdet.collect import DECLARED
 from quantdet.classes import equivalence_classes, intransitive
 from quantdet.report.record import RECORDS, Records
 
@@ -55,7 +56,7 @@ def matrix_tables(records: Records) -> list[Table]:
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
         p = case["properties"]
-        name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if "case.phase" in p else "")
+        name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
         place = places.setdefault(f"{p['case.model']} on {p['case.hardware']}", {})
         place.setdefault(p["case.format"], {})[name] = case
     return [_matrix_table(place, formats) for place, formats in places.items()]
@@ -143,7 +144,7 @@ def _skipped(reporter: Any, records: Records) -> None:
     """Cells that were not measured, by reason, most cells first."""
     cells: dict[str, set[str]] = {}
     for nodeid, reason in records.skipped:
-        if "[" in nodeid:
+        if "[" in nodeid and not reason.startswith(DECLARED):  # those stand in the table, by test_hardware
             case = nodeid.rpartition("[")[2].removesuffix("]")
             cells.setdefault(reason, set()).add(case.removesuffix("-decode").removesuffix("-prefill"))
     if not cells:
