@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from quantdet import collect
-from quantdet.collect import DECLARED
 from quantdet.classes import equivalence_classes, intransitive
+from quantdet.collect import DECLARED
 from quantdet.report.record import RECORDS, Records
 
 _CLOSEST = 10
