@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from quantdet.compare import stable_topk
 from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
 from quantdet.engines.capture import digest_rows
@@ -101,11 +102,13 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
         case "garbage":
             os.write(1, b"\xff\xfe not UTF-8 \x00\n" * 3)
             os._exit(1)
-        case "children" | "sleep":
+        case "children" | "sleep" | "kill_with_children":
             for _ in range(2):
                 _note_pid(args, subprocess.Popen(["sleep", "300"]).pid)
             if behaviour == "sleep":
                 time.sleep(300)
+            elif behaviour == "kill_with_children":
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pseudo_logits(numerics: str, ids: list[int], name: str, rows: int) -> NDArray[np.float32]:

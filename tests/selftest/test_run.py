@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import rich.console  # noqa: F401
+import rich.console
 import rich.table  # noqa: F401
 import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
-from quantdet.judge import PROPERTIES
 
+from quantdet.judge import PROPERTIES
 from selftest.fakes import MATRIX, alive, expect, make_suite, setting
 
 pytest_plugins = ["pytester"]
