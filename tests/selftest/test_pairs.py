@@ -1,0 +1,240 @@
+"""Pairs of formats on the same forced ids: identical, distinct, or lost in their own noise."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantdet.expectations import Expectations
+from quantdet.judgements import distinctness
+from quantdet.observation import NonFinite, Observation
+from quantdet.pairs import comparable, pair
+from quantdet.schema import Expect
+from quantdet.verdicts import Judgement, Verdict, Violation
+from selftest.fakes import changed_output, last_repeat, observation, with_outputs
+
+BF16, GPTQ, CT = observation("bf16"), observation("gptq", numerics="int4"), observation("ct", numerics="int4")
+
+
+def twins(*formats: str, of: str = "gptq") -> Expectations:
+    row: dict[str, Any] = {
+        "when": {"format": of}, "outcome": "identical_to", "formats": list(formats), "reason": "same", "source": "here",
+    }  # fmt: skip
+    return Expectations((Expect.model_validate(row),))
+
+
+def judge(own: Observation, *peers: Observation, expectations: Expectations | None = None) -> Judgement:
+    return distinctness(own, {peer.header.cell: peer for peer in peers}, expectations or Expectations(()))
+
+
+def noisy(whole: Observation, size: float) -> Observation:
+    """`whole` with a last repeat whose prefill logprobs are `size` off in every prompt."""
+
+    def shift(array: Any) -> None:
+        array += np.float32(size)
+
+    def digest(array: Any) -> None:
+        array ^= 1
+
+    for prompt, record in enumerate(whole.prompts):
+        output = changed_output(record.outputs[0], "prefill", topk_logprobs=shift, chosen=shift, digests=digest)
+        whole = last_repeat(whole, prompt, output)
+    return whole
+
+
+def nudged(whole: Observation, format_id: str, phase: str, prompt: int, position: int, bit: int = 0) -> Observation:
+    """`whole` as another format, bit-exact too, with one bit of one digest changed in all repeats."""
+
+    def edit(array: Any) -> None:
+        array[position, bit // 8] ^= 1 << (bit % 8)
+
+    output = changed_output(whole.prompts[prompt].outputs[0], phase, digests=edit)
+    changed = with_outputs(whole, prompt, (output,), (0,) * whole.header.repeats)
+    return Observation(changed.header.model_copy(update={"format": format_id}), changed.prompts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_equal_logits_are_identical() -> None:
+    """The same numerics under two names: IDENTICAL, every distance 0."""
+    found = pair(GPTQ, CT)
+
+    assert ("gptq", "ct", Verdict.IDENTICAL) == (found.a, found.b, found.verdict)
+    assert (0, 5 + 8, 0.0, 0.0, 0.0, 0.0) == (
+        found.differing, found.positions, found.l2, found.max_abs, found.decode_l2, found.decode_published,
+    )  # fmt: skip
+    assert 2 * 4 == found.decode_steps
+
+
+def test_other_logits_are_distinct() -> None:
+    """Other numerics: DISTINCT, with the number of positions and the distances."""
+    found = pair(BF16, GPTQ)
+
+    assert Verdict.DISTINCT == found.verdict
+    assert (13, 13) == (found.differing, found.positions)
+    assert found.l2 > 0
+    assert found.max_abs > 0
+
+
+def test_a_pair_is_the_same_both_ways() -> None:
+    """Swapping the formats swaps their names and nothing else."""
+    one, other = pair(BF16, GPTQ), pair(GPTQ, BF16)
+
+    assert (one.a, one.b) == (other.b, other.a)
+    assert one.l2 == pytest.approx(other.l2)
+    assert (one.verdict, one.differing, one.max_abs) == (other.verdict, other.differing, other.max_abs)
+
+
+@settings(deadline=None, max_examples=50)
+@given(phase=st.sampled_from(["decode", "prefill"]), prompt=st.integers(0, 1), position=st.integers(0, 3), bit=st.integers(0, 255))
+def test_one_bit_makes_two_bit_exact_formats_distinct(phase: str, prompt: int, position: int, bit: int) -> None:
+    """Whichever bit of whichever digest: full-vocabulary logits decide, not the top-k distance (which is 0 here)."""
+    found = pair(GPTQ, nudged(GPTQ, "ct", phase, prompt, position, bit))
+
+    assert Verdict.DISTINCT == found.verdict
+    assert (1 if phase == "prefill" else 0) == found.differing
+    assert 0.0 == found.l2
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(1e-3, Verdict.DISTINCT), (50.0, Verdict.INDISTINCT)])
+def test_a_noisy_format_is_distinct_above_its_noise_only(size: float, verdict: Verdict) -> None:
+    """Between the formats has to be more than within: small noise is DISTINCT, large noise INDISTINCT."""
+    for found in (pair(noisy(GPTQ, size), BF16), pair(BF16, noisy(GPTQ, size))):
+        assert verdict == found.verdict
+        assert found.within == pytest.approx(size * 2, rel=0.01)  # L2 over top-k = 4 ids, each `size` off
+
+
+def test_a_noisy_format_is_never_identical() -> None:
+    """Equal numerics of which one is noisy: INDISTINCT, since identity was not seen in every repeat."""
+    assert Verdict.INDISTINCT == pair(noisy(GPTQ, 0.1), CT).verdict
+
+
+def test_decode_noise_alone_does_not_hide_equal_prefill() -> None:
+    """A format that is noisy in decode only is compared by its prefill, where it is bit-exact."""
+
+    def edit(array: Any) -> None:
+        array[2, 0] ^= 1
+
+    flaky = last_repeat(GPTQ, 0, changed_output(GPTQ.prompts[0].outputs[0], "decode", digests=edit))
+
+    assert Verdict.IDENTICAL == pair(flaky, CT).verdict
+    assert Verdict.DISTINCT == pair(flaky, BF16).verdict
+
+
+def test_decode_is_compared_while_the_context_is_common() -> None:
+    """From the step after another token the contexts differ; the published distance is inf from there on."""
+    found = pair(BF16, GPTQ)
+
+    common = []
+    for a, b in zip(BF16.prompts, GPTQ.prompts, strict=True):
+        differs = a.run(0).output_ids != b.run(0).output_ids
+        common.append(int(differs.argmax()) + 1 if differs.any() else len(differs))
+    assert sum(common) == found.decode_steps
+    assert float("inf") == found.decode_published
+
+
+# --------------------------------------------------------------------------------------------------------- comparability
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (observation("gptq", workload_sha256="3" * 64), "workloads differ"),
+        (observation("gptq", lengths=(6,)), "workloads differ"),
+        (observation("gptq", lengths=(6, 10)), "token ids of prompt p1 differ"),
+        (observation("gptq", top_k=5), "run lengths differ"),
+        (observation("gptq", decode_tokens=5), "run lengths differ"),
+    ],
+)
+def test_what_cannot_be_compared_is_invalid(other: Observation, words: str) -> None:
+    """Other prompts, ids or lengths: no distance is given, the verdict is INVALID and says why."""
+    assert words == comparable(BF16, other)
+
+    found = judge(BF16, other)
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert f"cannot be compared with gptq: {words}" in found.message
+
+
+def test_the_same_workload_can_be_compared() -> None:
+    """Repeats may differ in number."""
+    assert comparable(BF16, observation("gptq", repeats=7)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------- distinctness
+
+
+def test_distinct_from_all() -> None:
+    """DISTINCT from every peer, and the closest is named."""
+    found = judge(BF16, GPTQ, observation("awq"))
+
+    assert (Verdict.DISTINCT, True, 2) == (found.verdict, found.expected, found.figures["pairs"])
+    assert "DISTINCT from 2 of 2 formats; closest " in found.message
+    closest = min(found.pairs, key=lambda one: one.l2)
+    assert closest.b == found.figures["closest"]
+    assert ("distinct", "") == (found.figures["expectation"], found.figures["identical_to"])
+
+
+@pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
+def test_undeclared_twins_fail(own: Observation, peer: Observation) -> None:
+    """IDENTICAL without a row in the matrix is a violation, from either side."""
+    found = judge(own, peer, BF16)
+
+    assert (Verdict.IDENTICAL, False) == (found.verdict, found.expected)
+    assert f"IDENTICAL {peer.header.format}, expected DISTINCT" in found.message
+    with pytest.raises(Violation):
+        found.enforce()
+
+
+@pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
+def test_declared_twins_pass(own: Observation, peer: Observation) -> None:
+    """A row declares a pair, whichever of the two it is written for."""
+    found = judge(own, peer, BF16, expectations=twins("ct"))
+
+    assert (Verdict.IDENTICAL, True) == (found.verdict, found.expected)
+    assert f"DISTINCT from 1 of 2 formats, IDENTICAL to {peer.header.format}" in found.message
+    assert peer.header.format == found.figures["identical_to"]
+    assert f"identical_to: {peer.header.format} (same)" == found.figures["expectation"]
+
+
+def test_declared_twins_that_differ_fail() -> None:
+    """One bit between declared twins breaks the declaration."""
+    found = judge(GPTQ, nudged(GPTQ, "ct", "prefill", 1, 2), expectations=twins("ct"))
+
+    assert (Verdict.DISTINCT, False) == (found.verdict, found.expected)
+    assert "DISTINCT ct, expected IDENTICAL" in found.message
+    assert "1/13 positions differ" in found.message
+
+
+def test_an_indistinct_pair_fails() -> None:
+    """A format lost in its own noise cannot be told apart: not what the default expects."""
+    found = judge(noisy(GPTQ, 50.0), BF16)
+
+    assert (Verdict.INDISTINCT, False) == (found.verdict, found.expected)
+
+
+def test_every_wrong_pair_is_told() -> None:
+    """The message has the first, the detail all of them."""
+    found = judge(observation("a", numerics="int4"), GPTQ, CT)
+
+    assert ["IDENTICAL gptq", "IDENTICAL ct"] == [line.partition(",")[0] for line in found.detail.splitlines()]
+
+
+@pytest.mark.xfail(strict=True, reason="non-finite logits are not asked for before distances are taken: ValueError")
+def test_nan_is_invalid_for_the_cell_and_named_for_its_peers() -> None:
+    """A cell with NaN has no distances: INVALID, not an exception, for itself and against it."""
+
+    def nan(array: Any) -> None:
+        array[2, 0] = np.nan
+
+    output = changed_output(GPTQ.prompts[0].outputs[0], "prefill", topk_logprobs=nan)
+    broken = with_outputs(GPTQ, 0, (output,), (0, 0, 0))
+    bad = NonFinite(prompt="p0", phase="prefill", repeat=0, position=2)
+    broken = Observation(broken.header.model_copy(update={"nonfinite": (bad,)}), broken.prompts)
+
+    assert Verdict.INVALID == judge(broken, BF16).verdict
+    assert "non-finite" in judge(broken, BF16).message
+    assert "gptq" in judge(BF16, broken).message
