@@ -57,21 +57,29 @@ def cell_of(item: pytest.Item) -> Cell | None:
     return cell if isinstance(cell, Cell) else None
 
 
-def order(items: list[pytest.Item], matrix: Matrix) -> None:
-    """Cell by cell within a model, and the pair tests last, when everything that they compare has been measured.
+def prune(items: list[pytest.Item]) -> None:
+    """Leave out a test without any cell in this run (no second lifetime, nothing declared unsupported).
 
-    A test without any cell in this run (no second lifetime, nothing declared unsupported) is left out: pytest would
-    report an empty parameter set as a skip.
+    pytest would report an empty parameter set as a skip.
     """
     items[:] = [item for item in items if not _empty(item)]
+
+
+def order(items: list[pytest.Item], matrix: Matrix) -> None:
+    """Model by model, test by test; pairs when everything that they compare has been measured; skips last.
+
+    The same on every xdist worker. A model's tests stand file by file, since pytest begins a line with each file.
+    """
     models, cells = list(matrix.models), {cell: index for index, cell in enumerate(matrix.cells())}
 
-    def rank(item: pytest.Item) -> tuple[int, int, int]:
+    def rank(item: pytest.Item) -> tuple[int, int, int, str, int]:
         cell = cell_of(item)
         if cell is None:
-            return (-1, 0, 0)
+            return (-1, 0, 0, "", 0)
+        skipped = item.get_closest_marker("skip") is not None
         late = item.get_closest_marker("compares_formats") is not None
-        return (models.index(cell.model_id), int(late), cells.get(cell, 0))
+        model = 0 if skipped else models.index(cell.model_id)
+        return (int(skipped), model, int(late), item.nodeid.partition("[")[0], cells.get(cell, 0))
 
     items.sort(key=rank)
 

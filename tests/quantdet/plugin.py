@@ -82,10 +82,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
     session = config.stash[collect.SESSION]
+    collect.prune(items)
     collect.mark(items, session)
-    collect.order(items, session.matrix)
     yield  # -k and -m deselect here
     collect.gate(items, session)
+    collect.order(items, session.matrix)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
