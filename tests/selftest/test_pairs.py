@@ -89,7 +89,7 @@ def test_a_pair_is_the_same_both_ways() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(phase=st.sampled_from(["decode", "prefill"]), prompt=st.integers(0, 1), position=st.integers(0, 3), bit=st.integers(0, 255))
+@given(st.sampled_from(["decode", "prefill"]), st.integers(0, 1), st.integers(0, 3), st.integers(0, 255))
 def test_one_bit_makes_two_bit_exact_formats_distinct(phase: str, prompt: int, position: int, bit: int) -> None:
     """Whichever bit of whichever digest: full-vocabulary logits decide, not the top-k distance (which is 0 here)."""
     found = pair(GPTQ, nudged(GPTQ, "ct", phase, prompt, position, bit))

