@@ -11,7 +11,7 @@ from quantdet.distance import Distance, distance
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import Block, Observation, Output
 from quantdet.pairs import comparable, pair
-from quantdet.schema import Cell, Phase
+from quantdet.schema import Cell, Expect, Phase
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 
@@ -49,10 +49,25 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
         return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, _hidden_noise(row))
     first, ulps, max_abs, l2 = _first_divergence(observations, phase)
     figures |= {"first_divergence": first, "max_abs_diff": max_abs, "l2": l2}
-    share = f"{flips} of {calls} repeats differ"
-    message = f"NOISY {where}: {share}, first {first}{ulps}"
+    message = f"NOISY {where}: {flips} of {calls} repeats differ, first {first}{ulps}"
     detail = f"{outputs} distinct outputs; flip rate < {bound:.3g} per call at 95 %"
+    long = _noisy_beyond(observations, phase, row)
+    if long:
+        message = f"NOISY {where}: noise beyond the declared {row.max_rows} rows, in prompt {long}: {message}"  # type: ignore[union-attr]
+        return Judgement(Verdict.NOISY, message, False, figures, detail, declared=False)
     return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures, detail)
+
+
+def _noisy_beyond(observations: Sequence[Observation], phase: Phase, row: Expect | None) -> str:
+    """A prompt with more rows than the declared noise reaches, whose repeats differ all the same; else empty."""
+    if phase == "decode" or row is None or row.max_rows is None:  # decode is one row at a time
+        return ""
+    for observation in observations:
+        for prompt in observation.prompts:
+            bits = {output.prefill.fingerprint for output in prompt.outputs}
+            if len(bits) > 1 and prompt.header.length > row.max_rows:
+                return prompt.header.id
+    return ""
 
 
 def _hidden_noise(row: object) -> str:

@@ -170,6 +170,7 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
     for name, row in formats.items():
         if isinstance(row, dict):
             unknown(f"formats.{name}.kernel", "kernel", row.get("kernel"), kernels)
+            stale(f"formats.{name}.hardware", "hardware", row.get("hardware"), hardware)
             picks = row.get("picks")
             for glob, kernel in picks.items() if isinstance(picks, dict) else ():
                 stale(f"formats.{name}.picks", "hardware", glob, hardware)

@@ -133,7 +133,10 @@ class Kernel(Row):
 
 
 class Format(Row):
-    """A quantization format: checkpoint layout x kernel."""
+    """A quantization format: checkpoint layout x kernel, in an execution mode.
+
+    `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
+    """
 
     title: str
     layout: Layout
@@ -144,6 +147,8 @@ class Format(Row):
     picks: dict[str, str] = {}
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
+    mode: Literal["eager", "compiled"] = "eager"
+    hardware: tuple[str, ...] = ("*",)
 
     @model_validator(mode="after")
     def _carried(self) -> "Format":
@@ -248,19 +253,25 @@ class When(Row):
 
 
 class Expect(Row):
-    """A declared departure from the default (bit-exact, distinct, accepted)."""
+    """A declared departure from the default (bit-exact, distinct, accepted).
+
+    `max_rows`: the noise is in forward passes of at most this many rows (tokens); a longer prompt has to be exact.
+    """
 
     when: When = When()
     outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported"]
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
+    max_rows: Annotated[int, Field(gt=0)] | None = None
     vllm: Specifier = ""
 
     @model_validator(mode="after")
     def _formats_where_needed(self) -> "Expect":
         if (self.outcome == "identical_to") != bool(self.formats):
             raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
+        if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
+            raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if self.when.phase is not None and self.outcome in ("identical_to", "unsupported"):
             raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
         return self

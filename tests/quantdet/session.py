@@ -6,6 +6,7 @@ Tests ask for results and judge them; this module starts engines, fills the stor
 import datetime
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -79,6 +80,8 @@ class Session:
     _results: dict[Cell, Result] = field(default_factory=dict)
     _workloads: dict[str, workload.Workload] = field(default_factory=dict)
     _replayed: dict[Cell, list[Observation]] | None = None
+    _builder: ThreadPoolExecutor | None = None
+    _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.expectations = Expectations.of(self.matrix, self.software.vllm)
@@ -147,17 +150,16 @@ class Session:
         reason = self.gate(cell)
         if reason is not None:
             return Missing(Verdict.UNAVAILABLE, reason)
-        model, format_ = self.matrix.models[cell.model_id], self.matrix.formats[cell.format_id]
+        model = self.matrix.models[cell.model_id]
         began = time.monotonic()
         try:
             work = self._workload(model.workload)
-            checkpoint = checkpoints.resolve(
-                cell.model_id, model, format_, cache=self.options.checkpoints,
-                allow_download=self.options.allow_download,
-            )  # fmt: skip
+            if model.synthetic is not None:
+                workload.check_vocab(work, model.synthetic.vocab_size)
+            checkpoint = self._checkpoint(cell)
         except checkpoints.Unavailable as error:
             return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
-        except workload.WorkloadError as error:
+        except (workload.WorkloadError, ValueError) as error:
             return Missing(Verdict.INVALID, str(error))
         except OSError as error:
             return Missing(Verdict.ERROR, f"checkpoint: {error}")
@@ -183,6 +185,22 @@ class Session:
             for observation in observations:
                 store.copy_into(observation, self.options.record)
         return Measured(tuple(observations), reused)
+
+    def _checkpoint(self, cell: Cell) -> checkpoints.Checkpoint:
+        """The cell's weights; those of the cells to come are built beside the engine that runs meanwhile."""
+        if self._builder is None:
+            self._builder = ThreadPoolExecutor(1, "quantdet-checkpoints")
+            for other in self.cells():
+                if other in self.selected and other != cell and self.gate(other) is None:
+                    self._checkpoints[other] = self._builder.submit(self._resolve, other)
+        future = self._checkpoints.pop(cell, None)
+        return self._resolve(cell) if future is None or future.cancel() else future.result()
+
+    def _resolve(self, cell: Cell) -> checkpoints.Checkpoint:
+        return checkpoints.resolve(
+            cell.model_id, self.matrix.models[cell.model_id], self.matrix.formats[cell.format_id],
+            cache=self.options.checkpoints, allow_download=self.options.allow_download,
+        )  # fmt: skip
 
     def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing, bool]:
         identity = {**plan.identity, "lifetime": lifetime}
@@ -229,7 +247,7 @@ class Session:
     def _plan(self, cell: Cell, work: workload.Workload, checkpoint: checkpoints.Checkpoint) -> Plan | Missing:
         matrix, format_ = self.matrix, self.matrix.formats[cell.format_id]
         run, row = matrix.run_for(cell), matrix.hardware[cell.hardware_id]
-        args: dict[str, Any] = dict(matrix.engine.args)
+        args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
         env: dict[str, str] = {}
         if format_.kernel not in ("auto", "unquantized"):
             pin = matrix.pin_for(format_, self.software.vllm or "0")
@@ -281,7 +299,9 @@ class Session:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Remove what a cut-off run left in the store (half-written folders begin with a dot)."""
+        """Stop building ahead; remove what a cut-off run left in the store (half-written folders begin with a dot)."""
+        if self._builder is not None:
+            self._builder.shutdown(wait=False, cancel_futures=True)
         for folder in self.options.store.glob("*/*/*/*/.*.*"):
             if folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
                 shutil.rmtree(folder, ignore_errors=True)

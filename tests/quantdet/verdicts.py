@@ -58,7 +58,8 @@ class Judgement:
     """What one test says.
 
     `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
-    `figures` become properties of the JUnit test case; `detail` follows the message where there is room.
+    `figures` become properties of the JUnit test case; `detail` follows the message where there is room; `declared`
+    False: noise of a kind that no expectation of noise may excuse.
     """
 
     verdict: Verdict
@@ -67,6 +68,7 @@ class Judgement:
     figures: dict[str, Any] = field(default_factory=dict)
     detail: str = ""
     pairs: tuple[Pair, ...] = ()
+    declared: bool = True
 
     @property
     def text(self) -> str:
@@ -76,4 +78,4 @@ class Judgement:
         """Raise unless this is what the matrix expects."""
         __tracebackhide__ = True
         if not self.expected:
-            raise (Divergence if self.verdict is Verdict.NOISY else Violation)(self.text)
+            raise (Divergence if self.verdict is Verdict.NOISY and self.declared else Violation)(self.text)
