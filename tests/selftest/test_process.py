@@ -131,12 +131,14 @@ def test_an_engine_that_cannot_be_imported(tmp_path: Path) -> None:
 
 def test_time_limit_ends_the_engine_and_what_it_started(tmp_path: Path) -> None:
     """At the limit the outcome is TimedOut, soon, and neither the engine nor its children live on."""
-    pids, began = tmp_path / "pids", time.monotonic()
+    pids = tmp_path / "pids"
+    run(FAKE, plan("refuse"), tmp_path, tmp_path / "log", 60)  # the server that forks is up before the clock runs
+    began = time.monotonic()
 
-    outcome = run(FAKE, plan("sleep", pids=str(pids)), tmp_path, tmp_path / "log", 1)
+    outcome = run(FAKE, plan("sleep", pids=str(pids)), tmp_path, tmp_path / "log", 1.5)
 
     assert isinstance(outcome, TimedOut)
-    assert 1 == outcome.limit_s
+    assert 1.5 == outcome.limit_s
     assert time.monotonic() - began < 10
     assert [] == alive(pids_in(pids, 3))
 
