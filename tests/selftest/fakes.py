@@ -449,7 +449,10 @@ PYPROJECT = f"""\
 [tool.pytest]
 strict = true
 pythonpath = ["{TESTS.as_posix()}"]
-addopts = ["-rfEx", "--import-mode=importlib", "-p", "no:rerunfailures", "-p", "no:hypothesispytest", "--assert=plain", "--tb=short"]
+addopts = [
+  "-rfEx", "--import-mode=importlib", "-p", "no:rerunfailures",
+  "-p", "no:hypothesispytest", "--assert=plain", "--tb=short",
+]
 junit_family = "xunit1"
 filterwarnings = ["error"]
 """
