@@ -1,6 +1,7 @@
 """Every layout, read back from the written bytes by small readers that share no code with the writers."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quantdet.checkpoints import resolve
+from quantdet.checkpoints import resolve, rounding
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
 from quantdet.checkpoints.tensors import load_folder
@@ -322,7 +323,48 @@ def test_fp8_casts_saturate_and_round_to_even() -> None:
     assert q.scales.tolist() == [1.0] and q.codes[0, :4].astype(float).tolist() == [448.0, 16.0, 20.0, -448.0]
 
 
+FP8, FP4 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
+
+
+@pytest.mark.parametrize(("cast", "dtype", "top"), [(rounding.to_fp8, FP8, 448), (rounding.to_fp4, FP4, 6)])
+def test_narrow_casts_are_those_of_ml_dtypes(cast: Any, dtype: Any, top: int) -> None:
+    # Every value of the type, every tie between two of them, and all the neighbours of both in float32.
+    codes = np.arange(256 if dtype is FP8 else 16, dtype=np.uint8).view(dtype).astype(np.float32)
+    values = np.unique(codes[np.isfinite(codes)])
+    points = np.concatenate([values, (values[1:] + values[:-1]) / np.float32(2)])
+    near = [np.nextafter(points, np.float32(side)) for side in (-np.inf, np.inf)]
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32).view(np.float32)
+    x = np.concatenate([points, *near, bits[np.isfinite(bits)], np.float32([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])])
+    assert (
+        cast(x).view(np.uint8).tobytes()
+        == (
+            np.clip(x, np.float32(-top), np.float32(top)).astype(dtype).view(np.uint8) & (0xFF if dtype is FP8 else 0xF)
+        ).tobytes()
+    )
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_quantizing_does_not_depend_on_the_blocks(word: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = np.random.default_rng(1).standard_normal((300, 192)).astype(np.float32)
+    whole = quantize(word, w, group=GROUP)
+    monkeypatch.setattr("quantdet.checkpoints.quantize._CHUNK", 1000)
+    parts = quantize(word, w, group=GROUP)
+    for field in fields(Quantized):
+        one, other = getattr(whole, field.name), getattr(parts, field.name)
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), field.name
+    rounded = w.astype(ml_dtypes.bfloat16)
+    assert quantize(word, rounded, group=GROUP).codes.tobytes() == (
+        quantize(word, rounded.astype(np.float32), group=GROUP).codes.tobytes()
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- packing
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
+def test_transposed_by_strips(matrix: np.ndarray) -> None:
+    np.testing.assert_array_equal(packing.transposed(matrix), matrix.T)
 
 
 @settings(deadline=None)

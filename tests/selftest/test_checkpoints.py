@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantdet import checkpoints
-from quantdet.checkpoints import Unavailable, cache, resolve, synthetic, tensors
+from quantdet.checkpoints import Unavailable, cache, pool, resolve, synthetic, tensors
 from quantdet.schema import Format, Model
 
 SPEC = {
@@ -132,6 +134,89 @@ def test_what_changes_the_bits_changes_the_key(tmp_path: Path) -> None:
     assert len({c.path for c in made}) == len({c.sha256 for c in made}) == 4
     same = [resolve("m", make_model(group_size=group), BF16, cache=tmp_path) for group in (32, 64, 128)]
     assert len({c.path for c in same}) == 1
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders whose tensors were read for their digest."""
+    folders: list[Path] = []
+
+    def record(folder: Path) -> str:
+        folders.append(folder)
+        return tensors.tensors_sha256(folder)
+
+    monkeypatch.setattr(cache, "tensors_sha256", record)
+    return folders
+
+
+def settle(folder: Path) -> None:
+    """Make the tensor files as old as those of yesterday."""
+    for path in folder.glob("*.safetensors"):
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns - 86400 * 10**9))
+
+
+def test_unchanged_files_are_hashed_once_in_a_process(tmp_path: Path, hashed: list[Path]) -> None:
+    first = resolve("m", make_model(), W4, cache=tmp_path)
+    settle(first.path)
+    hashed.clear()
+    for _ in range(3):
+        assert resolve("m", make_model(), W4, cache=tmp_path) == first
+    assert hashed == [first.path]
+    flip(first.path / "model.safetensors")
+    assert resolve("m", make_model(), W4, cache=tmp_path) == first
+    assert hashed[1] == first.path and hashed[2].name.endswith(".part")  # found damaged, built again
+
+
+def test_files_just_written_are_hashed_again(tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_SETTLED_NS", 10**12)
+    first = resolve("m", make_model(), W4, cache=tmp_path)
+    hashed.clear()
+    for _ in range(2):
+        resolve("m", make_model(), W4, cache=tmp_path)
+    assert hashed == [first.path] * 2
+
+
+@pytest.mark.parametrize("words", [("gptq", "int4-sym"), ("ct", "nvfp4"), ("fp8", "fp8-block", "fp8")], ids="-".join)
+def test_plain_checkpoint_serves_as_base(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    format_ = make_format(*words)
+    generated = resolve("m", make_model(), format_, cache=tmp_path / "one")
+    plain = resolve("m", make_model(), BF16, cache=tmp_path / "two")
+    settle(plain.path)
+    resolve("m", make_model(), BF16, cache=tmp_path / "two")  # verified in this process
+    monkeypatch.setattr(synthetic, "tensor", None)
+    taken = resolve("m", make_model(), format_, cache=tmp_path / "two")
+    assert taken.sha256 == generated.sha256
+    assert {p.name: p.read_bytes() for p in taken.path.iterdir()} == {p.name: p.read_bytes() for p in generated.path.iterdir()}
+
+
+def test_results_come_in_order_and_not_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "workers", lambda: 3)
+    begun: list[int] = []
+
+    def job(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.001 * (number % 3))
+        return number
+
+    for taken, result in enumerate(pool.in_order(partial(job, n) for n in range(30))):
+        assert result == taken
+        assert max(begun) <= taken + 6
+
+
+def test_failed_job_is_raised_in_its_turn_and_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "workers", lambda: 1)
+    begun: list[int] = []
+
+    def job(number: int) -> int:
+        begun.append(number)
+        return 1 // (2 - number)
+
+    results = pool.in_order(partial(job, n) for n in range(100))
+    assert (next(results), next(results)) == (0, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(begun) <= 5
 
 
 def race(root: Path, barrier: Any, results: Any) -> None:

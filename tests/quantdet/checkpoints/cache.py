@@ -3,12 +3,16 @@
 `ROOT/KEY/` is a whole checkpoint: it appears by one rename and carries `checkpoint.json`, written last, with the size of
 every file and the SHA-256 of the tensors. `ROOT/.KEY.part/` is a build in progress or its remains; `ROOT/.KEY.lock` keeps
 a second builder waiting.
+
+An entry is hashed before it is used. Within one process it is not hashed again while the name, size, modification time and
+inode of its tensor files stay as they were when it was found or made whole.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,12 @@ from filelock import FileLock
 from quantdet.checkpoints.tensors import tensors_sha256
 
 RECORD = "checkpoint.json"
+
+# By folder: its tensor files' identity and their SHA-256, as this process found them.
+_verified: dict[Path, tuple[Any, str]] = {}
+
+# Modification times have the grain of the system's clock tick (10 ms at most); a younger file could change and show the same.
+_SETTLED_NS = 100_000_000
 
 
 def key(description: dict[str, Any]) -> str:
@@ -50,10 +60,48 @@ def ensure(root: Path, description: dict[str, Any], build: Callable[[Path], None
             record = {"sha256": sha256, "files": _files(part), "description": description}
             (part / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(part, final)
+            _remember(final, sha256, time.time_ns())
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     return final, sha256
+
+
+def verified(root: Path, description: dict[str, Any]) -> Path | None:
+    """The checkpoint folder of `description` if this process has found it whole and it has not changed; reads no tensor."""
+    folder = root / key(description)
+    return folder if _remembered(folder) is not None else None
+
+
+def digest(folder: Path) -> str:
+    """`tensors_sha256` of any checkpoint folder, read once in a process while its files do not change.
+
+    Raises:
+        ValueError: see `tensors_sha256`.
+    """
+    sha256 = _remembered(folder)
+    if sha256 is None:
+        began = time.time_ns()
+        sha256 = tensors_sha256(folder)
+        _remember(folder, sha256, began)
+    return sha256
+
+
+def _identity(folder: Path) -> list[tuple[str, int, int, int]]:
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors*"))]  # and their index
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+
+
+def _remember(folder: Path, sha256: str, seen_ns: int) -> None:
+    """Note what the tensors were at `seen_ns` and later."""
+    identity = _identity(folder)
+    if all(mtime_ns + _SETTLED_NS < seen_ns for _, _, mtime_ns, _ in identity):
+        _verified[folder.resolve()] = identity, sha256
+
+
+def _remembered(folder: Path) -> str | None:
+    known = _verified.get(folder.resolve())
+    return known[1] if known is not None and known[0] == _identity(folder) else None
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -73,7 +121,7 @@ def _whole(folder: Path) -> str | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["files"] != _files(folder):
             return None
-        sha256 = tensors_sha256(folder)
+        sha256 = digest(folder)
         return sha256 if record["sha256"] == sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,12 +4,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quantdet.checkpoints.base import Base
+from quantdet.checkpoints.cache import digest
 from quantdet.checkpoints.errors import Unavailable
-from quantdet.checkpoints.tensors import by_layer, load_folder, tensors_sha256
+from quantdet.checkpoints.tensors import by_layer, load_folder
 
 # No *.bin, no *.pt: pickles run code when they are read.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -68,10 +72,11 @@ class FolderSource:
 
     def identity(self) -> dict[str, Any]:
         """Digest of the tensors and the configuration; not cheap, but a folder may change at any time."""
-        return {"source": "folder", "config": self.config(), "sha256": tensors_sha256(self.folder)}
+        return {"source": "folder", "config": self.config(), "sha256": digest(self.folder)}
 
     @contextmanager
     def open(self) -> Iterator[Base]:
         """The weights, memory-mapped."""
         extra = sorted({path for pattern in _EXTRA for path in self.folder.glob(pattern) if path.is_file()})
-        yield Base(self.config(), by_layer(load_folder(self.folder)), tuple(extra))
+        loads = {name: partial(np.asarray, array) for name, array in load_folder(self.folder).items()}
+        yield Base(self.config(), by_layer(loads), tuple(extra))

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,6 @@ def read_gguf(path: Path) -> Base:
             values = _unpermute(values, heads if name.endswith("attn_q.weight") else kv_heads)
         return values.astype(ml_dtypes.bfloat16)
 
-    def batches() -> Iterator[dict[str, Array]]:
-        for batch in by_layer({hf: np.empty(0) for hf in names}):
-            yield {hf: dequantized(names[hf]) for hf in batch}
-
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -174,7 +171,7 @@ def read_gguf(path: Path) -> Base:
         "bos_token_id": field("tokenizer.ggml.bos_token_id", 1),
         "eos_token_id": field("tokenizer.ggml.eos_token_id", 2),
     }
-    return Base(config, batches())
+    return Base(config, by_layer({hf: partial(dequantized, name) for hf, name in names.items()}))
 
 
 def _hf_name(name: str, path: Path) -> str:

@@ -8,16 +8,18 @@ on that package's version, and so that bfloat16 and float8 need no torch.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Load = Callable[[], Array]  # makes or reads one tensor, in whatever thread calls it
+T = TypeVar("T")
 
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD_BYTES = 2**30
@@ -234,16 +236,16 @@ class ShardWriter:
         self._pending, self._bytes = {}, 0
 
 
-def by_layer(tensors: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+def by_layer(tensors: Mapping[str, T]) -> Iterator[dict[str, T]]:
     """`tensors` in batches: one for each decoder layer in order, the rest last."""
-    groups: dict[int, dict[str, Array]] = {}
-    rest: dict[str, Array] = {}
-    for name, array in tensors.items():
+    groups: dict[int, dict[str, T]] = {}
+    rest: dict[str, T] = {}
+    for name, tensor in tensors.items():
         parts = name.split(".")
         if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal():
-            groups.setdefault(int(parts[2]), {})[name] = array
+            groups.setdefault(int(parts[2]), {})[name] = tensor
         else:
-            rest[name] = array
+            rest[name] = tensor
     for number in sorted(groups):
         yield groups[number]
     if rest:

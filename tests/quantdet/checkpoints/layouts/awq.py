@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantdet.checkpoints.errors import Unavailable
-from quantdet.checkpoints.layouts.packing import pack
+from quantdet.checkpoints.layouts.packing import transposed
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
 from quantdet.schema import Activations, Weights
@@ -24,7 +24,7 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     return {
         "qweight": _interleaved(q.codes),
         "qzeros": _interleaved(q.zero_points),
-        "scales": np.ascontiguousarray(q.scales.T).astype(np.float16),
+        "scales": transposed(q.scales).astype(np.float16),
     }
 
 
@@ -45,5 +45,9 @@ def _interleaved(values: Array) -> Array:
     rows, columns = values.shape
     if rows % 8:
         raise Unavailable(f"AWQ packs outputs by eight: need a multiple of 8, have {rows}")
-    ordered = values.T.reshape(columns, rows // 8, 8)[:, :, ORDER]
-    return pack(ordered.reshape(columns, rows), 4)
+    rowwise = np.ascontiguousarray(values).reshape(rows // 8, 8, columns)
+    words = np.empty((rows // 8, columns, 4), np.uint8)
+    for byte in range(4):
+        low, high = ORDER[2 * byte : 2 * byte + 2]
+        words[:, :, byte] = rowwise[:, low] | (rowwise[:, high] << np.uint8(4))
+    return transposed(words.view("<i4")[:, :, 0])

@@ -21,11 +21,9 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     """The tensors of one module."""
     if q.weights == "bnb-int8":
         return {"weight": q.codes, "SCB": q.scales.reshape(-1)}
-    # bitsandbytes puts the even element high: swap each pair before packing.
-    pairs = q.codes.reshape(-1, 2)[:, ::-1]
     state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16", "shape": list(q.codes.shape)}
     return {
-        "weight": pack_nibbles(pairs),
+        "weight": pack_nibbles(q.codes.reshape(-1, 2), even_high=True),
         "weight.absmax": q.scales,
         "weight.quant_map": NF4_CODE,
         "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),

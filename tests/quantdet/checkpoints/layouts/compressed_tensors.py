@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from quantdet.checkpoints.layouts.packing import pack, pack_nibbles, unsigned
-from quantdet.checkpoints.quantize import FP4_MAX, FP8_MAX, Quantized
+from quantdet.checkpoints.quantize import Quantized
+from quantdet.checkpoints.rounding import FP4_MAX, FP8_MAX
 from quantdet.checkpoints.tensors import Array
 from quantdet.schema import Activations, Weights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantdet.checkpoints.layouts.packing import pack, unsigned
+from quantdet.checkpoints.layouts.packing import pack, transposed, unsigned
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
 from quantdet.schema import Activations, Weights
@@ -22,9 +22,9 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     rows, columns = q.codes.shape
     zeros = np.full((columns // q.group, rows), 2 ** (bits - 1) - 1, np.uint8)
     return {
-        "qweight": np.ascontiguousarray(pack(unsigned(q.codes, bits), bits).T),
+        "qweight": transposed(pack(unsigned(q.codes, bits), bits)),
         "qzeros": pack(zeros, bits),
-        "scales": np.ascontiguousarray(q.scales.T).astype(np.float16),
+        "scales": transposed(q.scales).astype(np.float16),
         "g_idx": (np.arange(columns) // q.group).astype(np.int32),
     }
 

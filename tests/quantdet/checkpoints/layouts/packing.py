@@ -5,6 +5,8 @@ import numpy as np
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import Array
 
+_STRIP = 16  # rows: one cache line of int32 in the transposed matrix
+
 
 def unsigned(codes: Array, bits: int) -> Array:
     """`codes` as uint8 0 .. 2^bits - 1: symmetric codes (int8) are offset by 2^(bits-1), unsigned ones stay."""
@@ -29,6 +31,21 @@ def pack(values: Array, bits: int) -> Array:
     return np.ascontiguousarray(values).view("<i4")
 
 
-def pack_nibbles(values: Array) -> Array:
+def pack_nibbles(values: Array, *, even_high: bool = False) -> Array:
     """Two uint8 values below 16 a byte, the even one in the low half: [..., n] -> uint8 [..., n / 2]."""
-    return np.asarray(values[..., 0::2] | (values[..., 1::2] << np.uint8(4)), np.uint8)
+    pairs = np.ascontiguousarray(values).view("<u2")  # two values in one word: no pass with a stride of two
+    if even_high:
+        packed = pairs << np.uint16(4)
+        packed |= pairs >> np.uint16(8)
+    else:
+        packed = pairs >> np.uint16(4)
+        packed |= pairs
+    return packed.astype(np.uint8)
+
+
+def transposed(matrix: Array) -> Array:
+    """A contiguous copy of `matrix.T`, by strips of rows: a large one at once misses the cache at every element."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, len(matrix), _STRIP):
+        out[:, start : start + _STRIP] = matrix[start : start + _STRIP].T
+    return out
