@@ -36,7 +36,7 @@ class RequiredHardware(Exception):
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
-    if "cell" not in metafunc.fixturenames:
+    if not {"cell", "judge"} <= set(metafunc.fixturenames):
         return
     cells = session.cells()
     if metafunc.definition.get_closest_marker("declared_unsupported"):

@@ -130,12 +130,15 @@ def visible(gpus: tuple[Gpu, ...], variable: str | None) -> tuple[Gpu, ...]:
         return gpus
     chosen: list[Gpu] = []
     for entry in (part.strip() for part in variable.split(",")):
-        if entry.isdigit() and int(entry) < len(gpus):
-            chosen.append(gpus[int(entry)])
+        if entry.isascii() and entry.isdecimal() and int(entry) < len(gpus):
+            gpu = gpus[int(entry)]
         elif entry.startswith("GPU-") and (match := [gpu for gpu in gpus if gpu.uuid.startswith(entry)]):
-            chosen.append(match[0])
+            gpu = match[0]
         else:
             break
+        if gpu in chosen:  # CUDA sees none at all then; one worker per GPU must not become two
+            break
+        chosen.append(gpu)
     return tuple(chosen)
 
 
@@ -158,7 +161,11 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software) -> s
         if _version(package) is None:
             return f"package: needs {package} (pip install {package}), have none"
     needs = matrix.models[cell.model_id].memory_gib
-    has = machine.memory_gib if row.kind == "cpu" else max(gpu.memory_gib for gpu in machine.gpus)
+    has = (
+        machine.memory_gib
+        if row.kind == "cpu"
+        else max(gpu.memory_gib for gpu in machine.gpus if gpu.compute_capability == row.compute_capability)
+    )
     if has < needs:
         return f"memory: needs {needs:g} GiB, have {has:.0f} GiB"
     return None

@@ -52,7 +52,7 @@ class Judge:
     def restart(self, cell: Cell) -> None:
         """Same request, same bits, in another engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.restart(observations), observations)
+        self._say(judgements.restart(observations, self.session.expectations), observations)
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""

@@ -199,9 +199,17 @@ def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectatio
     cell = own.header.cell
     pairs: list[Pair] = []
     wrong: list[str] = []
+    mute: list[str] = []
+    if own.header.nonfinite:
+        first = own.header.nonfinite[0]
+        where = f"prompt {first.prompt} {first.phase} {_at(first.phase, first.position)}"
+        return Judgement(Verdict.INVALID, f"INVALID {cell} distinct: non-finite logits, first {where}", False)
     twins: list[str] = []
     declared: list[str] = []
     for other, observation in peers.items():
+        if observation.header.nonfinite:  # its own case is INVALID; there is nothing to compare with
+            mute.append(other.format_id)
+            continue
         why = comparable(own, observation)
         if why is not None:
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
@@ -216,6 +224,9 @@ def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectatio
         if result.verdict is not expected:
             wrong.append(f"{result.verdict} {other.format_id}, expected {expected} ({_size(result)})")
         pairs.append(result)
+    if not pairs:
+        text = f"INVALID {cell} distinct: nothing to compare with, non-finite logits in {', '.join(mute)}"
+        return Judgement(Verdict.INVALID, text, False)
     closest = min(pairs, key=lambda p: (p.verdict is Verdict.IDENTICAL, p.l2, p.b))
     indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
     verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
@@ -230,6 +241,8 @@ def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectatio
     }
     told = len(pairs) - len(twins) - len(indistinct)
     text = f"DISTINCT from {told} of {len(pairs)} formats"
+    if mute:
+        text += f" (not compared, non-finite logits: {', '.join(mute)})"
     if twins:
         text += f", IDENTICAL to {', '.join(twins)}"
     if indistinct:
@@ -244,17 +257,20 @@ def _size(result: Pair) -> str:
     return f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
 
 
-def restart(observations: Sequence[Observation]) -> Judgement:
+def restart(observations: Sequence[Observation], expectations: Expectations) -> Judgement:
     """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
     cell = observations[0].header.cell
+    if any(observation.header.nonfinite for observation in observations):
+        return Judgement(Verdict.INVALID, f"INVALID {cell} restart: non-finite logits", False)
+    row = expectations.noise(cell, "decode") or expectations.noise(cell, "prefill")
     seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
     flips = len(seen) - max(Counter(seen).values())
     bound = stats.flip_rate_upper(flips, len(seen))
     figures: dict[str, object] = {
-        "expectation": "bit-exact across lifetimes",
+        "expectation": describe(row, "bit-exact across lifetimes"),
         "distinct_outputs": max(seen) + 1,
         "flip_rate_upper95": round(bound, 6),
     }
     share = f"{flips} of {len(seen)} lifetimes differ, flip rate < {bound:.3g} per lifetime at 95 %"
     verdict = Verdict.NOISY if flips else Verdict.BIT_EXACT
-    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not flips, figures)
+    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not flips or row is not None, figures)

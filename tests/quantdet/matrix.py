@@ -138,7 +138,8 @@ def _rows(raw: dict[str, Any], name: str) -> list[Any]:
 
 def _id_mistakes(raw: dict[str, Any]) -> list[str]:
     return [
-        f"{table}.{key}: id must be lower-case letters, digits, '.', '_', '-' (1 to 64, no mark at either end)"
+        f"{table}.{key if key.isprintable() else repr(key)}: id must be lower-case letters, digits, '.', '_', '-' "
+        "(1 to 64, no mark at either end)"
         for table in ("hardware", "formats", "models", "kernels")
         for key in _table(raw, table)
         if not ID_PATTERN.fullmatch(key)

@@ -150,7 +150,7 @@ class Header(_Part):
         return Cell(self.model, self.format, self.hardware)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Block:
     """One phase of one output; n positions, k = top_k.
 
@@ -181,7 +181,7 @@ class Block:
         return digest.digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Output:
     """One distinct answer to a request: `output_ids` int32 (decode_tokens,) and its two phases."""
 
@@ -197,7 +197,7 @@ class Output:
         return hashlib.sha256(self.output_ids.tobytes() + self.decode.fingerprint + self.prefill.fingerprint).digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PromptRecord:
     """A prompt's forced ids (int32, (length,)) and its distinct outputs in order of first appearance."""
 
@@ -209,7 +209,7 @@ class PromptRecord:
         return self.outputs[self.header.runs[repeat]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Observation:
     """A header and, unless the engine refused, the arrays of every prompt."""
 
@@ -295,9 +295,12 @@ def read_header(directory: Path) -> Header:
         if header.executed is None or not header.prompts:
             raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")
         for p, prompt in enumerate(header.prompts):
+            if prompt.content_start >= prompt.length:
+                raise ObservationError(f"{path}: prompts.{p}.content_start: {prompt.content_start} of {prompt.length} ids")
             if len(prompt.runs) != header.repeats:
                 raise ObservationError(f"{path}: prompts.{p}.runs: {len(prompt.runs)} runs of {header.repeats} repeats")
-            if list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
+            # Bounded before anything is made of it: the number may be anything.
+            if max(prompt.runs) >= len(prompt.runs) or list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
                 raise ObservationError(f"{path}: prompts.{p}.runs: indices do not number the outputs in order")
     return header
 
@@ -311,18 +314,27 @@ def _prompt(path: Path, header: Header, p: int, tensors: dict[str, NDArray[Any]]
             raise ObservationError(f"{path}: {p}.{name}: missing")
         if array.dtype != np.dtype(dtype) or array.shape != shape:
             raise ObservationError(f"{path}: {p}.{name}: {array.dtype} {array.shape}, needs {dtype} {shape}")
-        if dtype == "float32" and np.isnan(array).any() and not header.nonfinite:
-            raise ObservationError(f"{path}: {p}.{name}: has NaN, and the header reports no non-finite logits")
+        if dtype == "int32" and array.size and int(array.min()) < 0:
+            raise ObservationError(f"{path}: {p}.{name}: has a negative id")
         return array
 
     def block(o: int, phase: str, n: int) -> Block:
         at, k = f"{o}.{phase}", header.top_k
-        return Block(
+        found = Block(
             take(f"{at}.digests", "uint8", n, 32),
             take(f"{at}.chosen", "float32", n),
             take(f"{at}.topk_ids", "int32", n, k),
             take(f"{at}.topk_logprobs", "float32", n, k),
         )
+        ordered = np.sort(found.topk_ids, axis=1)
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ObservationError(f"{path}: {p}.{at}.topk_ids: an id stands twice in one row")
+        reported = any((bad.prompt, bad.phase) == (prompt.id, phase) for bad in header.nonfinite)
+        for name, values in ("chosen", found.chosen[:, None]), ("topk_logprobs", found.topk_logprobs):
+            bad_rows = np.isnan(values).any(axis=1) | np.isposinf(values).any(axis=1) | ~np.isfinite(values).any(axis=1)
+            if bad_rows.any() and not reported:
+                raise ObservationError(f"{path}: {p}.{at}.{name}: no logprob, and the header reports no non-finite logits")
+        return found
 
     ids = take("prompt_ids", "int32", prompt.length)
     outputs = tuple(

@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+
+from quantdet.schema import Cell
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def parse(config: pytest.Config) -> Options:
     )
 
 
-def injection(text: str, formats: list[str]) -> tuple[str, str] | None:
+def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
     """`bitflip:GLOB` as (kind, glob over formats or cell ids); None if empty.
 
     Raises:
@@ -94,6 +97,6 @@ def injection(text: str, formats: list[str]) -> tuple[str, str] | None:
     kind, _, target = text.partition(":")
     if kind != "bitflip" or not target:
         raise pytest.UsageError(f"QUANTDET_INJECT: needs bitflip:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE), is {text!r}")
-    if "/" not in target and target not in formats:
-        raise pytest.UsageError(f"QUANTDET_INJECT: no format {target!r} in this matrix")
+    if not any(fnmatchcase(name, target) for cell in cells for name in (cell.format_id, cell.id)):
+        raise pytest.UsageError(f"QUANTDET_INJECT: {target!r} is no format and no cell of this matrix")
     return kind, target

@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         table = matrix.load(chosen.matrix)
     except matrix.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
-    for name in ("hardware", "require_hardware"):
+    for name in ("require_hardware", "hardware"):
         value = getattr(chosen, name)
         if value is not None and value not in table.hardware:
             raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         session = Session(
             chosen, table, machine=found[0], software=found[1],
             engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
-            prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.formats)),
+            prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.cells())),
         )  # fmt: skip
     except ObservationError as error:
         raise pytest.UsageError(f"--replay: {error}") from None

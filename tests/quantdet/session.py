@@ -18,13 +18,13 @@ from quantdet.environment import environment_of, slug
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate
 from quantdet.matrix import Matrix
-from quantdet.observation import SCHEMA, Header, Observation, write
+from quantdet.observation import HEADER_FILE, SCHEMA, Header, Observation, write
 from quantdet.options import Options
 from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured:
     """A cell's observations, one per engine lifetime. `reused`: found in the store."""
 
@@ -63,7 +63,7 @@ class Clock:
     reused: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Session:
     """State of a run; one per process (each pytest-xdist worker has its own)."""
 
@@ -111,13 +111,14 @@ class Session:
         for other in self.cells():
             if (other.model_id, other.hardware_id) != (cell.model_id, cell.hardware_id) or other == cell:
                 continue
-            if other not in self.selected and not self._known(other):
-                continue
             if self.gate(other) is not None or self.expectations.unsupported(other) is not None:
                 continue
-            result = self.result(other)
-            if isinstance(result, Measured):
-                found[other] = result.observations[0]
+            if other in self.selected or self._replayed is not None:
+                result = self.result(other)
+                if isinstance(result, Measured):
+                    found[other] = result.observations[0]
+            elif (known := self._stored(other)) is not None:
+                found[other] = known
         return found
 
     # ---------------------------------------------------------------------------------------------------- measuring
@@ -139,33 +140,11 @@ class Session:
         same = [o for o in observations if o.header.environment == first.environment or o is observations[0]]
         return Measured(tuple(o for o in observations if o in same), reused=True)
 
-    def _known(self, cell: Cell) -> bool:
-        """Whether the store holds the cell's first lifetime (synthetic checkpoints are rebuilt to know their hash)."""
-        if self._replayed is not None:
-            return cell in self._replayed
-        folder = self.store.root / cell.hardware_id / slug(self.environment) / cell.model_id / cell.format_id
-        return not self.options.fresh and folder.is_dir() and self.gate(cell) is None
-
     def _measure(self, cell: Cell) -> Result:
         reason = self.gate(cell)
         if reason is not None:
             return Missing(Verdict.UNAVAILABLE, reason)
-        model = self.matrix.models[cell.model_id]
-        began = time.monotonic()
-        try:
-            work = self._workload(model.workload)
-            if model.synthetic is not None:
-                workload.check_vocab(work, model.synthetic.vocab_size)
-            checkpoint = self._checkpoint(cell)
-        except checkpoints.Unavailable as error:
-            return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
-        except (workload.WorkloadError, ValueError) as error:
-            return Missing(Verdict.INVALID, str(error))
-        except OSError as error:
-            return Missing(Verdict.ERROR, f"checkpoint: {error}")
-        finally:
-            self.clock.checkpoints += time.monotonic() - began
-        plan = self._plan(cell, work, checkpoint)
+        plan = self._prepare(cell)
         if isinstance(plan, Missing):
             return plan
         lifetimes = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
@@ -186,6 +165,40 @@ class Session:
                 store.copy_into(observation, self.options.record)
         return Measured(tuple(observations), reused)
 
+    def _prepare(self, cell: Cell) -> Plan | Missing:
+        """Workload, weights and arguments of a cell."""
+        model = self.matrix.models[cell.model_id]
+        began = time.monotonic()
+        try:
+            work = self._workload(model.workload)
+            if model.synthetic is not None:
+                workload.check_vocab(work, model.synthetic.vocab_size)
+            checkpoint = self._checkpoint(cell)
+        except checkpoints.Unavailable as error:
+            return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
+        except workload.WorkloadError as error:
+            return Missing(Verdict.INVALID, str(error))
+        except (OSError, ValueError) as error:
+            return Missing(Verdict.ERROR, f"checkpoint: {error}")
+        finally:
+            self.clock.checkpoints += time.monotonic() - began
+        return self._plan(cell, work, checkpoint)
+
+    def _stored(self, cell: Cell) -> Observation | None:
+        """What the store holds of a cell that this run does not measure, if it is still valid; starts no engine."""
+        place = self.store.root / cell.hardware_id / slug(self.environment) / cell.model_id / cell.format_id
+        if self.options.fresh or not any(place.glob(f"[!.]*/{HEADER_FILE}")):
+            return None
+        plan = self._prepare(cell)
+        if isinstance(plan, Missing):
+            return None
+        found = self.store.find(cell, slug(self.environment), self._key(plan, 0))
+        return found if found is not None and found.header.kind == "observation" else None
+
+    @staticmethod
+    def _key(plan: Plan, lifetime: int) -> str:
+        return store.key_of({**plan.identity, "lifetime": lifetime})
+
     def _checkpoint(self, cell: Cell) -> checkpoints.Checkpoint:
         """The cell's weights; those of the cells to come are built beside the engine that runs meanwhile."""
         if self._builder is None:
@@ -204,7 +217,7 @@ class Session:
 
     def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing, bool]:
         identity = {**plan.identity, "lifetime": lifetime}
-        key = store.key_of({k: v for k, v in identity.items() if k != "created"})
+        key = self._key(plan, lifetime)
         place = slug(self.environment)
         if self.options.fresh:
             self.store.forget(cell, place, key)

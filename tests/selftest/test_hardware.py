@@ -57,7 +57,6 @@ def test_visible(variable: str | None, wanted: tuple[Gpu, ...]) -> None:
     assert wanted == visible(GPUS, variable)
 
 
-@pytest.mark.xfail(strict=True, reason="the same GPU is there twice, and two workers get it")
 @pytest.mark.parametrize("variable", ["0,0", "0,1,0", "GPU-a0,GPU-a0", "GPU-a0,0"])
 def test_a_device_named_twice_is_not_two_devices(variable: str) -> None:
     """No two workers get the same GPU."""
@@ -66,7 +65,6 @@ def test_a_device_named_twice_is_not_two_devices(variable: str) -> None:
     assert len(found) == len(set(found))
 
 
-@pytest.mark.xfail(strict=True, reason="ValueError: '\u00b2' is a digit, and no number")
 def test_a_strange_digit_is_a_bad_entry() -> None:
     """What is no index ends the list, without an exception."""
     assert (A,) == visible(GPUS, "0,\u00b2")
@@ -171,7 +169,6 @@ def test_a_missing_package_is_told() -> None:
     assert gate(matrix(formats__bf16__packages=["numpy"]), HERE, machine(), CPU) is None
 
 
-@pytest.mark.xfail(strict=True, reason="memory of the largest GPU, whichever row it belongs to")
 def test_memory_is_that_of_the_rows_gpu() -> None:
     """On a machine with two kinds of GPU the memory of the one that the cell runs on counts."""
     small, large = Gpu("small", "GPU-s", "9.0", 0.5), Gpu("other", "GPU-l", "8.0", 80.0)

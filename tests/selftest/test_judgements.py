@@ -74,9 +74,7 @@ def test_lifetimes_add_up() -> None:
 
 @settings(deadline=None, max_examples=80)
 @given(data=st.data(), phase=st.sampled_from(PHASES), byte=st.integers(0, 31), bit=st.integers(0, 7))
-def test_any_changed_bit_of_any_digest_is_found_where_it_is(
-    data: st.DataObject, phase: Phase, byte: int, bit: int
-) -> None:
+def test_any_changed_bit_of_any_digest_is_found_where_it_is(data: st.DataObject, phase: Phase, byte: int, bit: int) -> None:
     """One bit of one digest of one repeat: NOISY, at exactly that prompt, phase and position; the other phase is not."""
     whole = observation()
     prompt = data.draw(st.integers(0, 1))
@@ -326,7 +324,7 @@ def test_a_long_refusal_is_cut() -> None:
 
 def test_equal_lifetimes() -> None:
     """Lifetimes with the same bits are BIT_EXACT, with the bound for their number."""
-    found = judgements.restart([observation(lifetime=n) for n in range(3)])
+    found = judgements.restart([observation(lifetime=n) for n in range(3)], NOTHING)
 
     assert (Verdict.BIT_EXACT, True) == (found.verdict, found.expected)
     assert "0 of 3 lifetimes differ, flip rate < 0.632 per lifetime at 95 %" in found.message
@@ -338,7 +336,7 @@ def test_a_lifetime_that_differs_in_one_bit(phase: Phase) -> None:
     whole = observation()
     output = changed_output(whole.prompts[1].outputs[0], phase, digests=flipped(3, 31, 7))
 
-    found = judgements.restart([whole, whole, with_outputs(whole, 1, (output,), (0, 0, 0))])
+    found = judgements.restart([whole, whole, with_outputs(whole, 1, (output,), (0, 0, 0))], NOTHING)
 
     assert (Verdict.NOISY, False, 2) == (found.verdict, found.expected, found.figures["distinct_outputs"])
     assert "1 of 3 lifetimes differ" in found.message
@@ -352,7 +350,7 @@ def test_every_message_is_one_line_that_starts_with_its_verdict() -> None:
     noisy = one_flip(observation(), 0, "decode", 1)
     found = [
         repeat(observation(), "decode"), repeat(noisy, "decode"), kernel("K"), kernel("Other"),
-        judgements.restart([observation(), observation()]), judgements.refusal(CELL, "no", NOTHING),
+        judgements.restart([observation(), observation()], NOTHING), judgements.refusal(CELL, "no", NOTHING),
         judgements.distinctness(observation(), {CELL: observation("gptq")}, NOTHING),
     ]  # fmt: skip
 

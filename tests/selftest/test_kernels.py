@@ -60,16 +60,18 @@ def test_a_scheme_without_a_kernel() -> None:
     """The scheme is what multiplies."""
     method = make("CompressedTensorsLinearMethod")
 
-    assert "CompressedTensorsW4A16Fp4" == only(
-        make("ColumnParallelLinear", quant_method=method, scheme=make("CompressedTensorsW4A16Fp4"))
-    ).executed
+    assert (
+        "CompressedTensorsW4A16Fp4"
+        == only(make("ColumnParallelLinear", quant_method=method, scheme=make("CompressedTensorsW4A16Fp4"))).executed
+    )
 
 
 def test_a_scheme_that_is_none() -> None:
     """A layer that its format leaves out has `scheme = None`."""
-    assert "UnquantizedLinearMethod" == only(
-        make("ReplicatedLinear", quant_method=make("UnquantizedLinearMethod"), scheme=None)
-    ).executed
+    assert (
+        "UnquantizedLinearMethod"
+        == only(make("ReplicatedLinear", quant_method=make("UnquantizedLinearMethod"), scheme=None)).executed
+    )
 
 
 def test_the_instruction_set_is_a_detail() -> None:
@@ -113,9 +115,7 @@ def test_torchao_shows_its_tensor() -> None:
 
 def test_a_plain_weight_is_no_detail() -> None:
     """Other methods' weights are tensors like any."""
-    assert "" == only(
-        make("RowParallelLinear", quant_method=make("UnquantizedLinearMethod"), weight=make("Parameter"))
-    ).detail
+    assert "" == only(make("RowParallelLinear", quant_method=make("UnquantizedLinearMethod"), weight=make("Parameter"))).detail
 
 
 @pytest.mark.parametrize(

@@ -158,9 +158,7 @@ def test_report_carries_the_promised_properties(suite: Suite) -> None:
         case[f"case.{key}"] for key in ("model", "format", "hardware", "phase")
     )
     assert ("fake4", "Fake4Kernel x4") == (case["kernel.requested"], case["kernel.executed"])
-    assert ("3", "1", "1", "bit-exact") == tuple(
-        case[key] for key in ("runs", "lifetimes", "distinct_outputs", "expectation")
-    )
+    assert ("3", "1", "1", "bit-exact") == tuple(case[key] for key in ("runs", "lifetimes", "distinct_outputs", "expectation"))
     assert 1 - 0.05 ** (1 / 3) == pytest.approx(float(case["flip_rate_upper95"]), abs=1e-6)
     assert re.fullmatch(r"[0-9a-f]{64}", case["checkpoint.sha256"])
     assert re.fullmatch(r"[0-9a-f]{64}", case["logits.sha256"])
@@ -574,15 +572,9 @@ def test_an_empty_machine_skips_with_the_install_command(suite: Suite, pytester:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- known bugs
+# ------------------------------------------------------------------------------------------------- once bugs
 
 
-def known(reason: str) -> pytest.MarkDecorator:
-    """A bug that is known: the test fails until it is fixed, and says so when it is."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-@known("declared noise is an xfail, but counted and marked as unexpected")
 def test_an_expected_failure_is_not_unexpected(suite: Suite) -> None:
     """Declared noise that shows is not counted as unexpected in the summaries."""
     run = suite("-k", f"{TWO} and decode", matrix=MATRIX + setting("awq", "noise") + expect("awq", "noisy", "decode"))
@@ -592,7 +584,6 @@ def test_an_expected_failure_is_not_unexpected(suite: Suite) -> None:
     assert "NOISY !" not in run.output
 
 
-@known("a folder of the cell is taken for its observation, and the cell is measured")
 def test_deselected_cells_are_not_measured(suite: Suite, tmp_path: Path) -> None:
     """What the store holds of a deselected cell may be compared with; an engine is never started for one."""
     starts = tmp_path / "starts"
@@ -606,7 +597,6 @@ def test_deselected_cells_are_not_measured(suite: Suite, tmp_path: Path) -> None
     assert ["alpha/awq"] == starts.read_text().splitlines()
 
 
-@known("ValueError is not caught: a traceback without verdict, and no memory of it")
 def test_a_damaged_weight_file_costs_its_cell(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """ValueError from the checkpoints (a damaged source file) is an ERROR verdict, not a traceback."""
     resolve = checkpoints.resolve
@@ -632,10 +622,7 @@ def test_a_vocabulary_that_is_too_small_is_invalid(suite: Suite) -> None:
     assert "outside a vocabulary of 512" in run.output
 
 
-@known("only formats are checked, cell globs are not")
-def test_a_defect_for_a_cell_that_does_not_exist_is_a_usage_error(
-    suite: Suite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defect_for_a_cell_that_does_not_exist_is_a_usage_error(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """QUANTDET_INJECT with a cell that is not in the matrix would seed nothing."""
     monkeypatch.setenv("QUANTDET_INJECT", "bitflip:alpha/nosuch/cpu-here")
 
