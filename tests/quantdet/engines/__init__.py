@@ -14,6 +14,10 @@ class InvalidMeasurement(Exception):
     """A precondition of the measurement does not hold; nothing can be said about the cell."""
 
 
+class NeedsSpawn(Exception):
+    """This process cannot run the plan because it was forked; a fresh interpreter can."""
+
+
 @dataclass(frozen=True)
 class PlannedPrompt:
     """One request. Ids, or texts for a model whose checkpoint carries its tokenizer."""

@@ -15,6 +15,9 @@ FORK_MASKED = (*MASKED, "torchao")
 for _name in FORK_MASKED:
     sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
 
+# False once the server has initialised CUDA: its children could not use it and ask for a fresh interpreter instead.
+FORK_SAFE = True
+
 with contextlib.suppress(Exception):
     import torch
     import vllm.entrypoints.llm

@@ -18,12 +18,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, Plan
+from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan
 
 _TESTS = Path(__file__).resolve().parents[2]
 _SHIM = Path(__file__).resolve().parent / "shim"
@@ -124,6 +124,9 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
         else:
             child.join(timeout=10)
         seconds = time.monotonic() - started
+        if record is not None and record["status"] == "needs spawn":
+            again = replace(plan, extra={**plan.extra, "spawn": True})
+            return run(spec, again, directory, log, time_limit_s - seconds)
         if record is None:
             return Crashed(f"engine process {_ended(child.exitcode)}, no completion record{_tail(log)}", log, seconds)
         if record["status"] == "completed":
@@ -195,6 +198,8 @@ def _child(
         answer = {"status": "completed"}
     except EngineRefused as refusal:
         answer = {"status": "refused", "message": str(refusal)}
+    except NeedsSpawn as error:
+        answer = {"status": "needs spawn", "message": str(error)}
     except InvalidMeasurement as error:
         answer = {"status": "invalid", "message": str(error)}
     except BaseException as error:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quantdet import kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, Plan, PlannedPrompt
+from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, preload_vllm
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.preload_vllm import FORK_MASKED, MASKED
 from quantdet.engines.recorder import Recorder
@@ -29,6 +29,8 @@ class VllmEngine:
     def measure(self, plan: Plan, directory: Path) -> None:
         """See `quantdet.engines.Engine`."""
         began = time.monotonic()
+        if not plan.extra.get("spawn") and not preload_vllm.FORK_SAFE:
+            raise NeedsSpawn("CUDA was initialised in the forkserver")
         for name in MASKED if plan.extra.get("spawn") else FORK_MASKED:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]
         import vllm
