@@ -20,9 +20,14 @@ RELEVANT = re.compile(
 _HARMLESS = re.compile(r"^(VLLM_(CACHE_ROOT|CONFIG_ROOT|LOGGING_.*|NO_USAGE_STATS|DO_NOT_TRACK)|QUANTDET_INJECT|CUDA_HOME)$")
 
 
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+# Instruction sets that libraries choose their code by.
+_ISA = re.compile(r"^(avx|amx|fma$|f16c$|sse4|asimd|sve|bf16|i8mm|neon)")
+
+
 def relevant_variables() -> dict[str, str]:
-    """Environment variables that can change what runs."""
-    return {name: value for name, value in sorted(os.environ.items()) if RELEVANT.match(name)}
+    """Environment variables that can change what runs; none that may hold a secret."""
+    return {name: value for name, value in sorted(os.environ.items()) if RELEVANT.match(name) and not _SECRET.search(name)}
 
 
 def environment_of(machine: Machine, installed: Software) -> dict[str, Any]:
@@ -32,9 +37,14 @@ def environment_of(machine: Machine, installed: Software) -> dict[str, Any]:
         "vllm": installed.vllm or "",
         "vllm_flavour": installed.flavour or "",
         "torch_package": installed.torch or "",
+        "transformers_package": installed.transformers or "",
+        "compressed_tensors_package": installed.compressed_tensors or "",
         "python": platform.python_version(),
         "cpu": machine.cpu_name,
+        "cpu_isa": " ".join(sorted(flag for flag in machine.cpu_flags if _ISA.match(flag))),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         "gpu": gpu.name if gpu else "",
+        "gpu_uuid": gpu.uuid if gpu else "",
         "driver": gpu.driver if gpu else "",
         "variables": {name: value for name, value in relevant_variables().items() if not _HARMLESS.match(name)},
     }

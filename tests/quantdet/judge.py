@@ -112,6 +112,12 @@ class Judge:
             }
         figures |= judgement.figures
         figures["verdict"] = str(judgement.verdict)
+        for pair in judgement.pairs:
+            figures[f"pair.{pair.b}"] = (
+                f"{pair.verdict} l2={pair.l2:.6g} max_abs={pair.max_abs:.6g} differing={pair.differing}/{pair.positions} "
+                f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
+                f"within={pair.within:.6g}"
+            )
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there
         self.item.user_properties.extend((name, str(value)) for name, value in figures.items())

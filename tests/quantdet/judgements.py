@@ -1,5 +1,6 @@
 """Judgements over observations: pure functions, no engine, no I/O. Each states its verdict in one line."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -170,13 +171,14 @@ def kernel(observation: Observation, requested: str, classes: Sequence[str], qua
 
     if not names:
         return invalid("no linear layer was found in the loaded model")
-    if len(names) > 1:
+    if len({(layer.executed, layer.detail) for layer in executed.linear}) > 1:
         return invalid(f"mixed kernels: {executed.summary}")
     if classes and names[0] not in classes:
         return invalid(f"requested {requested} ({' or '.join(classes)}), executed {executed.summary}")
     if quantized and names[0] == "UnquantizedLinearMethod":
         return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
-    message = f"CONFIRMED {header.cell} kernel: {executed.summary} ({'requested ' + requested})"
+    asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
+    message = f"CONFIRMED {header.cell} kernel: {executed.summary} ({asked})"
     return Judgement(Verdict.CONFIRMED, message, True, figures)
 
 
@@ -186,6 +188,9 @@ def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judg
     figures: dict[str, object] = {"expectation": describe(row, "accepted")}
     if message is None:
         text = f"INVALID {cell}: the engine accepts a format that the matrix says is unsupported here"
+        return Judgement(Verdict.INVALID, text, False, figures)
+    if row is not None and row.match and not re.search(row.match, message):
+        text = f"INVALID {cell}: refused for another reason than the declared one ({row.match!r}): {message[:200]}"
         return Judgement(Verdict.INVALID, text, False, figures)
     short = message if len(message) <= 300 else message[:297] + "..."
     return Judgement(
@@ -221,7 +226,8 @@ def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectatio
         if result.verdict is Verdict.IDENTICAL:
             twins.append(other.format_id)
         expected = Verdict.DISTINCT if row is None else Verdict.IDENTICAL
-        if result.verdict is not expected:
+        noisy = any(expectations.noise(one, "prefill") for one in (cell, other))
+        if result.verdict is not expected and not (noisy and result.verdict is Verdict.INDISTINCT):
             wrong.append(f"{result.verdict} {other.format_id}, expected {expected} ({_size(result)})")
         pairs.append(result)
     if not pairs:
@@ -262,6 +268,8 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     cell = observations[0].header.cell
     if any(observation.header.nonfinite for observation in observations):
         return Judgement(Verdict.INVALID, f"INVALID {cell} restart: non-finite logits", False)
+    if len(observations) < 2:
+        return Judgement(Verdict.INVALID, f"INVALID {cell} restart: needs 2 lifetimes, have {len(observations)}", False)
     row = expectations.noise(cell, "decode") or expectations.noise(cell, "prefill")
     seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
     flips = len(seen) - max(Counter(seen).values())

@@ -8,7 +8,7 @@ a kernel decides per call (for example by the number of rows) is not visible her
 from collections import Counter
 from typing import Any
 
-from quantdet.observation import Executed, Layer
+from quantdet.observation_header import Executed, Layer
 
 # Where a quantization method or scheme keeps the object that multiplies, in order of preference.
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "linear_kernel")

@@ -61,9 +61,8 @@ class Matrix(Row):
                 if not self.has_format(model, format_id):
                     continue
                 for hardware_id in self.hardware:
-                    if matches_any(hardware_id, model.hardware) and matches_any(
-                        hardware_id, self.kernels[format_.kernel].hardware
-                    ):
+                    where = (model.hardware, format_.hardware, self.kernels[format_.kernel].hardware)
+                    if all(matches_any(hardware_id, globs) for globs in where):
                         yield Cell(model_id, format_id, hardware_id)
 
     def has_format(self, model: Model, format_id: str) -> bool:

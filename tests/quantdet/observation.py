@@ -10,144 +10,25 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from quantdet.schema import ID_PATTERN, Cell, Phase
+from quantdet.observation_header import SCHEMA, Header, PromptHeader
+from quantdet.schema import Phase
 
-SCHEMA = 1
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS_BYTES = 1 << 30
 
-Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
 
 class ObservationError(Exception):
     """An observation cannot be used; the message names the file and the field."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Layer(_Part):
-    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
-
-    kind: Literal["linear", "moe", "embedding", "other"]
-    module: str
-    method: str
-    scheme: str = ""
-    kernel: str = ""
-    detail: str = ""
-    count: int = Field(gt=0)
-
-    @property
-    def executed(self) -> str:
-        """The class that multiplies: the kernel, else the scheme, else the method."""
-        return self.kernel or self.scheme or self.method
-
-
-class Executed(_Part):
-    """What really ran, read from the loaded model."""
-
-    layers: tuple[Layer, ...]
-    attention: tuple[str, ...] = ()
-    mode: Literal["eager", "compiled"] = "eager"
-    runner: str = ""
-    logits_dtype: str = ""
-
-    @property
-    def linear(self) -> tuple[Layer, ...]:
-        return tuple(layer for layer in self.layers if layer.kind == "linear")
-
-    @property
-    def summary(self) -> str:
-        """For example `CPUWNA16LinearKernel[vec] x8`."""
-        counts: dict[str, int] = {}
-        for layer in self.linear:
-            name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
-            counts[name] = counts.get(name, 0) + layer.count
-        return " + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer"
-
-
-class Divergence(_Part):
-    """First position at which a repeat's full-vocabulary logits differ from repeat 0's, for one prompt and phase.
-
-    `ulp` counts representable numbers of the logits' native dtype between the two values of the token `token`, at
-    which |difference| is largest (`max_abs`, in nats); `differing` is the number of unequal logits at the position.
-    """
-
-    prompt: str
-    phase: Phase
-    repeat: int = Field(gt=0)
-    position: int = Field(ge=0)
-    differing: int = Field(ge=0)
-    token: int = Field(ge=0)
-    max_abs: float = Field(ge=0)
-    ulp: int = Field(ge=0)
-
-
-class NonFinite(_Part):
-    """A position with NaN or infinite logits."""
-
-    prompt: str
-    phase: Phase
-    repeat: int
-    position: int
-
-
-class PromptHeader(_Part):
-    """`length` forced token ids; `runs[r]` is the index of the output that repeat r gave."""
-
-    id: str
-    length: int = Field(ge=2)
-    content_start: int = Field(ge=1)
-    runs: tuple[int, ...] = Field(min_length=1)
-
-
-class Header(_Part):
-    """Everything of an observation but its arrays."""
-
-    schema_: Literal[1] = Field(alias="schema")
-    kind: Literal["observation", "refusal"]
-    key: Sha256
-    created: str
-    model: Id
-    format: Id
-    hardware: Id
-    lifetime: int = Field(ge=0)
-    checkpoint_sha256: Sha256
-    checkpoint_source: str = ""
-    engine: str
-    engine_args: dict[str, Any] = {}
-    engine_env: dict[str, str] = {}
-    dtype: str = ""
-    workload: str = ""
-    workload_sha256: Sha256
-    repeats: int = Field(ge=1)
-    decode_tokens: int = Field(ge=1)
-    top_k: int = Field(ge=1)
-    inject: str = ""
-    environment: dict[str, Any] = {}
-    refusal: str = ""
-    executed: Executed | None = None
-    nonfinite: tuple[NonFinite, ...] = ()
-    divergences: tuple[Divergence, ...] = ()
-    prompts: tuple[PromptHeader, ...] = ()
-    timings: dict[str, float] = {}
-    tensors_sha256: str = ""
-
-    @property
-    def cell(self) -> Cell:
-        return Cell(self.model, self.format, self.hardware)
 
 
 @dataclass(frozen=True, repr=False)
@@ -239,6 +120,7 @@ def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...]) ->
         payload = save_tensors(tensors)
         (directory / TENSORS_FILE).write_bytes(payload)
         header = header.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
+    header = header.model_copy(update={"header_sha256": header.digest()})
     text = json.dumps(header.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True)
     (directory / HEADER_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -302,6 +184,8 @@ def read_header(directory: Path) -> Header:
             # Bounded before anything is made of it: the number may be anything.
             if max(prompt.runs) >= len(prompt.runs) or list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
                 raise ObservationError(f"{path}: prompts.{p}.runs: indices do not number the outputs in order")
+    if header.header_sha256 != header.digest():
+        raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
 
 

@@ -65,6 +65,9 @@ def parse(config: pytest.Config) -> Options:
     for other in ("--record", "--fresh", "--allow-download"):
         if replay is not None and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
+    record, kept_in = path("--record"), path("--store")
+    if record is not None and kept_in is not None and (record == kept_in or record in kept_in.parents):
+        raise pytest.UsageError(f"--record and --store: {record} cannot be both")
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")

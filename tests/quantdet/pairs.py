@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from quantdet.compare import bits_equal
 from quantdet.distance import Distance, decode_distance, distance
 from quantdet.observation import Observation, Output
+from quantdet.observation_header import environment_differences
 from quantdet.schema import Phase
 from quantdet.verdicts import Pair, Verdict
 
@@ -16,8 +17,9 @@ def pair(a: Observation, b: Observation) -> Pair:
     """Two formats on the same forced ids (full-vocabulary digests decide; distances explain).
 
     Formats that are bit-exact in prefill are IDENTICAL if every logit is equal, prefill and, while the context is
-    common, decode. A noisy one is DISTINCT only if the smallest distance between the formats exceeds the largest
-    within either of them.
+    common, decode; one that is noisy in decode only has to have a repeat whose decode the other has too, and is
+    INDISTINCT otherwise. Formats that are noisy in prefill are DISTINCT only if the smallest distance between them exceeds
+    the largest within either of them.
     """
     differing = positions = steps = decode_differs = 0
     cross: list[float] = []
@@ -45,8 +47,10 @@ def pair(a: Observation, b: Observation) -> Pair:
             variants = product(_variants(a, p, "prefill"), _variants(b, p, "prefill"))
             cross.append(min(_forced(i, j, content).l2 for i, j in variants))
     if single:
-        same = differing == 0 and not (decode_single and decode_differs)
-        verdict = Verdict.IDENTICAL if same else Verdict.DISTINCT
+        if differing or (decode_single and decode_differs):
+            verdict = Verdict.DISTINCT
+        else:
+            verdict = Verdict.IDENTICAL if _decode_meets(a, b) else Verdict.INDISTINCT
     else:
         verdict = Verdict.DISTINCT if float(np.mean(cross)) > within else Verdict.INDISTINCT
     weights = [gap.positions for gap in prefill]
@@ -72,6 +76,19 @@ def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:
     return list(seen.values())
 
 
+def _decode_meets(a: Observation, b: Observation) -> bool:
+    """Whether, for every prompt, some repeat of `a` and some repeat of `b` have equal logits while the context is common."""
+    for p in range(len(a.prompts)):
+        met = False
+        for x, y in product(_variants(a, p, "decode"), _variants(b, p, "decode")):
+            apart = np.flatnonzero(x.output_ids != y.output_ids)
+            common = int(apart[0]) + 1 if apart.size else len(x.output_ids)
+            met = met or bool((x.decode.digests[:common] == y.decode.digests[:common]).all())
+        if not met:
+            return False
+    return True
+
+
 def _within(observation: Observation) -> float:
     """Largest mean distance between two repeats of one format (prefill, nats)."""
     largest = 0.0
@@ -93,6 +110,9 @@ def comparable(a: Observation, b: Observation) -> str | None:
     for one, other in zip(a.prompts, b.prompts, strict=True):
         if not bits_equal(one.prompt_ids, other.prompt_ids):
             return f"token ids of prompt {one.header.id} differ"
+    names = environment_differences(a.header, b.header)
+    if names:
+        return f"environments differ in {', '.join(names)}"
     if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
         return "run lengths differ"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect, hardware, matrix, options, workers
+from quantdet import collect, hardware, matrix, options, planning, workers
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
@@ -53,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
         table = matrix.load(chosen.matrix)
     except matrix.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
+    unusable = planning.unusable(table, _PROMPTS)
+    if unusable:
+        raise pytest.UsageError(str(matrix.MatrixError(chosen.matrix, unusable)))
     for name in ("require_hardware", "hardware"):
         value = getattr(chosen, name)
         if value is not None and value not in table.hardware:
@@ -117,10 +120,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
     session.config.stash[collect.SESSION].close()
     workers.require(session)
+    workers.report_clock(session.config)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminal.summary(terminalreporter, config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    workers.add_clock(node.config, node)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -68,12 +68,20 @@ def _specifier(text: str) -> str:
     return text
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
 Specifier = Annotated[str, AfterValidator(_specifier)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunLengths(Row):
@@ -255,7 +263,8 @@ class When(Row):
 class Expect(Row):
     """A declared departure from the default (bit-exact, distinct, accepted).
 
-    `max_rows`: the noise is in forward passes of at most this many rows (tokens); a longer prompt has to be exact.
+    `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
+    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact.
     """
 
     when: When = When()
@@ -264,6 +273,7 @@ class Expect(Row):
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
     max_rows: Annotated[int, Field(gt=0)] | None = None
+    match: Annotated[str, AfterValidator(_regex)] = ""
     vllm: Specifier = ""
 
     @model_validator(mode="after")
@@ -272,6 +282,8 @@ class Expect(Row):
             raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
+        if self.match and self.outcome != "unsupported":
+            raise ValueError("'match' belongs to the outcome 'unsupported'")
         if self.when.phase is not None and self.outcome in ("identical_to", "unsupported"):
             raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
         return self

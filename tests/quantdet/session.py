@@ -4,21 +4,20 @@ Tests ask for results and judge them; this module starts engines, fills the stor
 """
 
 import datetime
-import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from quantdet import __version__, checkpoints, store, workload
-from quantdet.engines import Plan, PlannedPrompt, process
+from quantdet import checkpoints, planning, store, workload
+from quantdet.engines import Plan, process
 from quantdet.environment import environment_of, slug
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate
 from quantdet.matrix import Matrix
-from quantdet.observation import HEADER_FILE, SCHEMA, Header, Observation, write
+from quantdet.observation import HEADER_FILE, Observation, ObservationError, write
+from quantdet.observation_header import SCHEMA, Header, different
 from quantdet.options import Options
 from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
@@ -91,6 +90,8 @@ class Session:
             self._replayed = {}
             for observation in store.Store(self.options.replay).all():
                 self._replayed.setdefault(observation.header.cell, []).append(observation)
+            if not self._replayed:
+                raise ObservationError(f"{self.options.replay}: no observation in this folder")
 
     # ------------------------------------------------------------------------------------------------ what there is
 
@@ -130,15 +131,21 @@ class Session:
         return self._results[cell]
 
     def _replay(self, cell: Cell) -> Result:
-        observations = (self._replayed or {}).get(cell, [])
+        # A seeded defect is evidence about the suite, never about the cell.
+        observations = [o for o in (self._replayed or {}).get(cell, []) if not o.header.inject]
         if not observations:
-            return Missing(Verdict.UNAVAILABLE, self.gate(cell) or "replay: no recording")
+            return Missing(Verdict.UNAVAILABLE, self.gate(cell) or "replay: needs a recording without a seeded defect")
         refusals = [o for o in observations if o.header.kind == "refusal"]
         if refusals:
             return Refusal(refusals[0].header.refusal, refusals[0])
         first = observations[0].header
-        same = [o for o in observations if o.header.environment == first.environment or o is observations[0]]
-        return Measured(tuple(o for o in observations if o in same), reused=True)
+        for other in observations[1:]:
+            names = different(first, other.header)
+            if names:
+                text = f"replay: several runs of this cell in the folder, which differ in {', '.join(names)}"
+                return Missing(Verdict.INVALID, text)
+        lifetimes = {o.header.lifetime: o for o in observations}
+        return Measured(tuple(lifetimes[n] for n in sorted(lifetimes)), reused=True)
 
     def _measure(self, cell: Cell) -> Result:
         reason = self.gate(cell)
@@ -155,15 +162,19 @@ class Session:
             if not isinstance(outcome, Observation):
                 return outcome
             if outcome.header.kind == "refusal":
+                self._record([outcome])
                 return Refusal(outcome.header.refusal, outcome)
             observations.append(outcome)
             reused = reused and was_there
         self.clock.cells += 1
         self.clock.reused += reused
+        self._record(observations)
+        return Measured(tuple(observations), reused)
+
+    def _record(self, observations: list[Observation]) -> None:
         if self.options.record is not None:
             for observation in observations:
                 store.copy_into(observation, self.options.record)
-        return Measured(tuple(observations), reused)
 
     def _prepare(self, cell: Cell) -> Plan | Missing:
         """Workload, weights and arguments of a cell."""
@@ -182,7 +193,12 @@ class Session:
             return Missing(Verdict.ERROR, f"checkpoint: {error}")
         finally:
             self.clock.checkpoints += time.monotonic() - began
-        return self._plan(cell, work, checkpoint)
+        planned = planning.plan_for(
+            cell, self.matrix, work, checkpoint, self.environment,
+            vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
+            repeats=self.options.repeats, inject=self.inject,
+        )  # fmt: skip
+        return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 
     def _stored(self, cell: Cell) -> Observation | None:
         """What the store holds of a cell that this run does not measure, if it is still valid; starts no engine."""
@@ -192,12 +208,8 @@ class Session:
         plan = self._prepare(cell)
         if isinstance(plan, Missing):
             return None
-        found = self.store.find(cell, slug(self.environment), self._key(plan, 0))
+        found = self.store.find(cell, slug(self.environment), planning.key_of(plan, 0))
         return found if found is not None and found.header.kind == "observation" else None
-
-    @staticmethod
-    def _key(plan: Plan, lifetime: int) -> str:
-        return store.key_of({**plan.identity, "lifetime": lifetime})
 
     def _checkpoint(self, cell: Cell) -> checkpoints.Checkpoint:
         """The cell's weights; those of the cells to come are built beside the engine that runs meanwhile."""
@@ -215,9 +227,9 @@ class Session:
             cache=self.options.checkpoints, allow_download=self.options.allow_download,
         )  # fmt: skip
 
-    def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing, bool]:
+    def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
         identity = {**plan.identity, "lifetime": lifetime}
-        key = self._key(plan, lifetime)
+        key = planning.key_of(plan, lifetime)
         place = slug(self.environment)
         if self.options.fresh:
             self.store.forget(cell, place, key)
@@ -233,10 +245,13 @@ class Session:
         limit = self.matrix.run_for(cell).time_limit_s
         with self.store.writing(cell, place, key) as folder:
             outcome = process.run(self.engine, plan, folder, log, limit)
-            if isinstance(outcome, process.Refused):
+            if isinstance(outcome, process.Refused) and self.expectations.unsupported(cell) is not None:
+                # Kept only where the matrix expects it: another refusal may be gone the next time.
                 header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
                 write(folder, Header.model_validate(header), ())
         match outcome:
+            case process.Refused() if self.expectations.unsupported(cell) is None:
+                return Refusal(outcome.message), False
             case process.TimedOut():
                 return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
             case process.Invalid():
@@ -257,64 +272,8 @@ class Session:
             self._workloads[name] = workload.load(name, self.prompts)
         return self._workloads[name]
 
-    def _plan(self, cell: Cell, work: workload.Workload, checkpoint: checkpoints.Checkpoint) -> Plan | Missing:
-        matrix, format_ = self.matrix, self.matrix.formats[cell.format_id]
-        run, row = matrix.run_for(cell), matrix.hardware[cell.hardware_id]
-        args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
-        env: dict[str, str] = {}
-        if format_.kernel not in ("auto", "unquantized"):
-            pin = matrix.pin_for(format_, self.software.vllm or "0")
-            if pin is None:
-                return Missing(
-                    Verdict.UNSUPPORTED,
-                    f"pin: needs a way to use {format_.kernel} for layout {format_.layout}, "
-                    f"have none in vLLM {self.software.vllm}",
-                )
-            args |= pin.args
-            env |= pin.env
-        settings: dict[str, bool] = {}
-        for setting in matrix.setting:
-            if setting.when.matches(cell):
-                args |= setting.args
-                env |= setting.env
-                settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
-        text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
-        length = matrix.engine.max_text_tokens if text else workload.max_tokens(work)
-        args |= {
-            "skip_tokenizer_init": not text,
-            "max_model_len": length + run.decode_tokens,
-            "max_num_batched_tokens": max(2048, length + run.decode_tokens),
-            "max_logprobs": run.top_k,
-        }
-        prompts = tuple(
-            PlannedPrompt(p.id, p.token_ids, p.forced_ids, p.content_start, None if p.token_ids else p.text,
-                          None if p.token_ids else p.forced_text)
-            for p in work.prompts
-        )  # fmt: skip
-        inject = ""
-        if self.inject is not None and any(fnmatchcase(x, self.inject[1]) for x in (cell.format_id, cell.id)):
-            inject = self.inject[0]
-        repeats = self.options.repeats or run.repeats
-        identity: dict[str, Any] = {
-            "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
-            "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
-            "engine": "vllm" if self.engine == process.VLLM else self.engine.target,
-            "engine_args": args, "engine_env": env, "dtype": format_.dtype_on(row.kind),
-            "workload": work.id, "workload_sha256": work.sha256, "repeats": repeats,
-            "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": inject,
-            "environment": {**self.environment, **settings, "suite": __version__},
-        }  # fmt: skip
-        return Plan(
-            identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(row.kind), args=args,
-            env={**matrix.engine.env, **env}, prompts=prompts, repeats=repeats,
-            decode_tokens=run.decode_tokens, top_k=run.top_k, inject=inject,
-            extra={"spawn": bool(env) or "torchao" in format_.packages, **settings},
-        )  # fmt: skip
-
     def close(self) -> None:
         """Stop building ahead; remove what a cut-off run left in the store (half-written folders begin with a dot)."""
         if self._builder is not None:
             self._builder.shutdown(wait=False, cancel_futures=True)
-        for folder in self.options.store.glob("*/*/*/*/.*.*"):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
-                shutil.rmtree(folder, ignore_errors=True)
+        self.store.sweep()

@@ -8,19 +8,25 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantdet.observation import HEADER_FILE, Observation, ObservationError, read, read_header
+from quantdet.observation import HEADER_FILE, Observation, ObservationError, read
 from quantdet.schema import Cell
 
 
 def key_of(identity: dict[str, Any]) -> str:
     """SHA-256 of canonical JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# A key's beginning and what tempfile appends.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.[a-z0-9_]{8}")
 
 
 class Store:
@@ -75,14 +81,14 @@ class Store:
         folders = sorted(p.parent for p in self.root.rglob(HEADER_FILE) if not p.parent.name.startswith("."))
         return [read(folder) for folder in folders]
 
+    def sweep(self) -> None:
+        """Remove what a killed run left half-written, a day after; never a folder of another name."""
+        for folder in self.root.glob("*/*/*/*/.*"):
+            if _UNFINISHED.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def forget(self, cell: Cell, environment: str, key: str) -> None:
         shutil.rmtree(self.place(cell, environment, key), ignore_errors=True)
-
-    def has(self, cell: Cell, environment: str, key: str) -> bool:
-        """Whether a readable header with this key is there (the arrays are not checked)."""
-        with contextlib.suppress(ObservationError):
-            return read_header(self.place(cell, environment, key)).key == key
-        return False
 
     def _set_aside(self, place: Path) -> None:
         with contextlib.suppress(OSError):
@@ -94,7 +100,9 @@ def copy_into(observation: Observation, root: Path) -> None:
     assert observation.path is not None
     relative = Path(*observation.path.parts[-5:])
     target = root / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".recording.", dir=target.parent))
+    shutil.copytree(observation.path, temporary, dirs_exist_ok=True)
     if target.exists():
         shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(observation.path, target)
+    os.rename(temporary, target)

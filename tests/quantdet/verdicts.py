@@ -50,7 +50,6 @@ class Pair:
     decode_l2: float = 0.0
     decode_published: float = 0.0
     within: float = 0.0
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -52,6 +53,20 @@ def pin(config: pytest.Config, specs: list[Any]) -> None:
     for spec, gpu in zip(specs, machine.gpus, strict=False):
         spec.env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         spec.env["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+
+
+def report_clock(config: pytest.Config) -> None:
+    """On a worker: hand the session's clock to the controller."""
+    output = getattr(config, "workeroutput", None)
+    if output is not None:
+        output["quantdet_clock"] = asdict(config.stash[collect.SESSION].clock)
+
+
+def add_clock(config: pytest.Config, node: Any) -> None:
+    """On the controller: add a worker's clock to its own."""
+    clock = config.stash[collect.SESSION].clock
+    for name, value in getattr(node, "workeroutput", {}).get("quantdet_clock", {}).items():
+        setattr(clock, name, getattr(clock, name) + value)
 
 
 def refuse_reruns(config: pytest.Config) -> None:

@@ -22,18 +22,8 @@ from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPro
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
-from quantdet.observation import (
-    SCHEMA,
-    Block,
-    Executed,
-    Header,
-    Layer,
-    Observation,
-    Output,
-    PromptHeader,
-    PromptRecord,
-    write,
-)
+from quantdet.observation import Block, Observation, Output, PromptRecord, write
+from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"

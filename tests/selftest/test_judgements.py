@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from quantdet import judgements
 from quantdet.expectations import Expectations
-from quantdet.observation import Divergence as Difference
-from quantdet.observation import NonFinite, Observation
+from quantdet.observation import Observation
+from quantdet.observation_header import Divergence as Difference
+from quantdet.observation_header import NonFinite
 from quantdet.schema import PHASES, Cell, Expect, Phase
 from quantdet.verdicts import Divergence, Judgement, Verdict, Violation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from quantdet.kernels import describe
-from quantdet.observation import Executed, Layer
+from quantdet.observation_header import Executed, Layer
 
 
 def make(name: str, **attributes: Any) -> Any:

@@ -1,5 +1,6 @@
 """Observations on disk: what is written comes back bit by bit, and what somebody else wrote is checked before use."""
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.numpy import load, save
 
 from quantdet import judgements
 from quantdet.compare import bits_equal
 from quantdet.expectations import Expectations
 from quantdet.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, read, read_header, write
+from quantdet.observation_header import Header
 from quantdet.schema import PHASES
 from selftest.fakes import changed_output, last_repeat, observation
 
@@ -48,6 +51,8 @@ def edit_header(place: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path = place / HEADER_FILE
     raw = json.loads(path.read_text())
     edit(raw)
+    with contextlib.suppress(ValidationError):  # sealed again, as somebody with intent would
+        raw["header_sha256"] = Header.model_validate(raw).digest()
     path.write_text(json.dumps(raw))
 
 
@@ -79,7 +84,7 @@ def test_round_trip(folder: Path) -> None:
     """Header, ids and every bit of every array come back, in the arrays' dtypes."""
     whole, found = sample(), read(folder)
 
-    assert whole.header == found.header.model_copy(update={"tensors_sha256": ""})
+    assert whole.header == found.header.model_copy(update={"tensors_sha256": "", "header_sha256": ""})
     assert folder == found.path
     assert (0, 0, 1) == found.prompts[0].header.runs
     for prompt, back in zip(whole.prompts, found.prompts, strict=True):
@@ -89,6 +94,21 @@ def test_round_trip(folder: Path) -> None:
             assert bits_equal(output.output_ids, again.output_ids)
             assert output.fingerprint == again.fingerprint
     assert [whole.logits_sha256(phase) for phase in PHASES] == [found.logits_sha256(phase) for phase in PHASES]
+
+
+@pytest.mark.parametrize("field", ["executed", "checkpoint_sha256", "engine_args", "dtype", "environment"])
+def test_an_edited_header_is_refused(folder: Path, field: str) -> None:
+    """What was measured, and how, cannot be changed without a trace."""
+    path = folder / HEADER_FILE
+    raw = json.loads(path.read_text())
+    raw[field] = {
+        "executed": {**raw["executed"], "runner": "V9"}, "checkpoint_sha256": "0" * 64, "engine_args": {"a": 1},
+        "dtype": "float64", "environment": {"vllm": "9"},
+    }[field]  # fmt: skip
+    path.write_text(json.dumps(raw))
+
+    with pytest.raises(ObservationError, match="header_sha256: differs"):
+        read_header(folder)
 
 
 def test_writing_is_reproducible(tmp_path: Path) -> None:

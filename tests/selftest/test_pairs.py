@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from quantdet.expectations import Expectations
 from quantdet.judgements import distinctness
-from quantdet.observation import NonFinite, Observation
+from quantdet.observation import Observation
+from quantdet.observation_header import NonFinite
 from quantdet.pairs import comparable, pair
 from quantdet.schema import Expect
 from quantdet.verdicts import Judgement, Verdict, Violation

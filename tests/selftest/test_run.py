@@ -614,12 +614,12 @@ def test_a_damaged_weight_file_costs_its_cell(suite: Suite, monkeypatch: pytest.
     assert "cut short" in run.cases[f"test_kernel[{AWQ}]"].message
 
 
-def test_a_vocabulary_that_is_too_small_is_invalid(suite: Suite) -> None:
-    """A synthetic model without the workload's token ids is told so, not left to the engine."""
+def test_a_vocabulary_that_is_too_small_is_a_mistake_in_the_matrix(suite: Suite) -> None:
+    """A synthetic model without the workload's token ids is told so before any engine starts."""
     run = suite("-k", f"{HERE} and awq and decode", matrix=MATRIX.replace("vocab_size = 1024", "vocab_size = 512"))
 
-    assert {f"test_repeat[{AWQ}-decode]": "INVALID"} == run.failures()
-    assert "outside a vocabulary of 512" in run.output
+    assert 4 == run.code
+    assert "models.alpha.workload: synthetic-v1: 4 mistakes" in run.output
 
 
 def test_a_defect_for_a_cell_that_does_not_exist_is_a_usage_error(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,6 @@ def test_what_is_written_is_found(tmp_path: Path) -> None:
     assert found is not None
     assert keyed().logits_sha256("decode") == found.logits_sha256("decode")
     assert ("cpu-here", ENVIRONMENT, "alpha", "bf16", KEY[:16]) == place.relative_to(tmp_path).parts
-    assert store.has(CELL, ENVIRONMENT, KEY)
     assert [KEY] == [one.header.key for one in store.all()]
 
 
@@ -86,7 +85,6 @@ def test_another_key_is_not_found(tmp_path: Path) -> None:
 
     assert store.place(CELL, ENVIRONMENT, KEY) == store.place(CELL, ENVIRONMENT, other)
     assert store.find(CELL, ENVIRONMENT, other) is None
-    assert not store.has(CELL, ENVIRONMENT, other)
     assert store.find(CELL, "another-environment", KEY) is None
 
 

@@ -24,7 +24,7 @@ def to_numpy(logits: Any) -> NDArray[Any]:
 
     tensor = logits.detach().to("cpu").contiguous()
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+        return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
     return tensor.numpy().copy()  # type: ignore[no-any-return]
 
 

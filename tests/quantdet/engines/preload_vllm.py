@@ -5,15 +5,10 @@ meets the real error itself.
 """
 
 import contextlib
-import sys
 
-# Builds of these that do not match torch break `import vllm`, and a text model needs none of them. transformers
-# imports an installed torchao, whose import initialises CUDA; cells that need torchao are spawned, not forked.
-MASKED = ("torchvision", "torchaudio", "torchcodec")
-FORK_MASKED = (*MASKED, "torchao")
+from quantdet.engines import masks
 
-for _name in FORK_MASKED:
-    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
+masks.hide(masks.IN_FORKSERVER)
 
 # False once the server has initialised CUDA: its children could not use it and ask for a fresh interpreter instead.
 FORK_SAFE = True
@@ -29,3 +24,5 @@ with contextlib.suppress(Exception):
         import vllm.v1.worker.cpu_worker  # noqa: F401
 
     FORK_SAFE = not torch.cuda.is_initialized()
+
+PRELOADED = True

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from quantdet.compare import distinct, first_difference, ulp_distance
 from quantdet.engines import Plan, PlannedPrompt
 from quantdet.engines.capture import CaptureError
-from quantdet.observation import Block, Divergence, NonFinite, Output, PromptHeader, PromptRecord
+from quantdet.observation import Block, Output, PromptRecord
+from quantdet.observation_header import Divergence, NonFinite, PromptHeader
 from quantdet.schema import PHASES
 
 # Logprobs come from logits by a log-softmax in float32; the tolerance only has to tell a wrong row from the right one.

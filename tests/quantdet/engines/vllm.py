@@ -1,7 +1,7 @@
 """vLLM, driven in this process. The only module that imports vllm; runs in a child process only."""
 
 import contextlib
-import os
+import re
 import sys
 import time
 from importlib import metadata
@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 
 from quantdet import kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, preload_vllm
+from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
-from quantdet.engines.preload_vllm import FORK_MASKED, MASKED
 from quantdet.engines.recorder import Recorder
-from quantdet.observation import SCHEMA, Block, Executed, Header, write
+from quantdet.observation import Block, write
+from quantdet.observation_header import SCHEMA, Executed, Header
 
 # Start-up failures that say nothing about the format.
-_NOT_A_REFUSAL = ("failed to be inspected", "out of memory", "No available memory", "No space left")
+_NOT_A_REFUSAL = re.compile(
+    r"failed to be inspected|out of memory|can't allocate|No available memory|less than desired|No space left"
+    r"|Address already in use|ninja|nvcc|unexpected keyword argument",
+    re.IGNORECASE,
+)
 
 
 class VllmEngine:
@@ -29,10 +33,10 @@ class VllmEngine:
     def measure(self, plan: Plan, directory: Path) -> None:
         """See `quantdet.engines.Engine`."""
         began = time.monotonic()
-        if not plan.extra.get("spawn") and not preload_vllm.FORK_SAFE:
+        preloaded = sys.modules.get("quantdet.engines.preload_vllm")
+        if not plan.extra.get("spawn") and not getattr(preloaded, "FORK_SAFE", True):
             raise NeedsSpawn("CUDA was initialised in the forkserver")
-        for name in MASKED if plan.extra.get("spawn") else FORK_MASKED:
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        masks.hide(masks.ALWAYS if plan.extra.get("spawn") else masks.IN_FORKSERVER)
         import vllm
 
         if plan.args.get("enforce_eager"):
@@ -84,7 +88,7 @@ class VllmEngine:
         except (ImportError, OSError, MemoryError):
             raise
         except Exception as error:
-            if any(text in str(error) for text in _NOT_A_REFUSAL) or "OutOfMemory" in type(error).__name__:
+            if _NOT_A_REFUSAL.search(str(error)) or "OutOfMemory" in type(error).__name__:
                 raise
             import traceback
 
@@ -194,7 +198,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "start": "spawn" if plan.extra.get("spawn") else "forkserver",
-        "masked": ",".join(name for name in FORK_MASKED if sys.modules.get(name, 0) is None),
+        "masked": ",".join(name for name in masks.IN_FORKSERVER if sys.modules.get(name, 0) is None),
     }
     for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
         with contextlib.suppress(Exception):
@@ -210,5 +214,4 @@ def environment(plan: Plan) -> dict[str, Any]:
     for name in ("transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
-    facts["pid"] = os.getpid()
     return facts

@@ -30,9 +30,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         if rows:
             reporter.write_line(render(pair_table(rows), width))
     _skipped(reporter, records)
-    session = config.stash[collect.SESSION]
-    clock = session.clock
-    if clock.cells and not hasattr(config, "workerinput"):
+    clock = config.stash[collect.SESSION].clock
+    if clock.cells:
         reporter.write_line(
             f"engines: {clock.cells} cells, {clock.reused} of them from the store (--fresh measures again); "
             f"{clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
@@ -92,7 +91,7 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
     text = executed.replace("[", "\\[")
-    return text + (" INVALID !" if case is not None and not case["expected"] else "")
+    return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
 
 
 def pairs(records: Records) -> list[tuple[str, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 vLLM inspects a model's class in a fresh interpreter, which knows nothing of what its parent masked.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import sys

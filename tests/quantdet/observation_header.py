@@ -1,0 +1,158 @@
+"""The JSON part of an observation: which run it was, where, what executed, and where repeats differ."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantdet.schema import ID_PATTERN, Cell, Phase
+
+SCHEMA = 1
+
+Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layer(_Part):
+    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
+
+    kind: Literal["linear", "moe", "embedding", "other"]
+    module: str
+    method: str
+    scheme: str = ""
+    kernel: str = ""
+    detail: str = ""
+    count: int = Field(gt=0)
+
+    @property
+    def executed(self) -> str:
+        """The class that multiplies: the kernel, else the scheme, else the method."""
+        return self.kernel or self.scheme or self.method
+
+
+class Executed(_Part):
+    """What really ran, read from the loaded model."""
+
+    layers: tuple[Layer, ...]
+    attention: tuple[str, ...] = ()
+    mode: Literal["eager", "compiled"] = "eager"
+    runner: str = ""
+    logits_dtype: str = ""
+
+    @property
+    def linear(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "linear")
+
+    @property
+    def summary(self) -> str:
+        """For example `CPUWNA16LinearKernel[vec] x8`."""
+        counts: dict[str, int] = {}
+        for layer in self.linear:
+            name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
+            counts[name] = counts.get(name, 0) + layer.count
+        return " + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer"
+
+
+class Divergence(_Part):
+    """First position at which a repeat's full-vocabulary logits differ from repeat 0's, for one prompt and phase.
+
+    `ulp` counts representable numbers of the logits' native dtype between the two values of the token `token`, at
+    which |difference| is largest (`max_abs`, in nats); `differing` is the number of unequal logits at the position.
+    """
+
+    prompt: str
+    phase: Phase
+    repeat: int = Field(gt=0)
+    position: int = Field(ge=0)
+    differing: int = Field(ge=0)
+    token: int = Field(ge=0)
+    max_abs: float = Field(ge=0)
+    ulp: int = Field(ge=0)
+
+
+class NonFinite(_Part):
+    """A position with NaN or infinite logits."""
+
+    prompt: str
+    phase: Phase
+    repeat: int
+    position: int
+
+
+class PromptHeader(_Part):
+    """`length` forced token ids; `runs[r]` is the index of the output that repeat r gave."""
+
+    id: str
+    length: int = Field(ge=2)
+    content_start: int = Field(ge=1)
+    runs: tuple[int, ...] = Field(min_length=1)
+
+
+class Header(_Part):
+    """Everything of an observation but its arrays."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["observation", "refusal"]
+    key: Sha256
+    created: str
+    model: Id
+    format: Id
+    hardware: Id
+    lifetime: int = Field(ge=0)
+    checkpoint_sha256: Sha256
+    checkpoint_source: str = ""
+    checkpoint_files_sha256: str = ""
+    engine: str
+    engine_args: dict[str, Any] = {}
+    engine_env: dict[str, str] = {}
+    dtype: str = ""
+    workload: str = ""
+    workload_sha256: Sha256
+    repeats: int = Field(ge=1)
+    decode_tokens: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    inject: str = ""
+    environment: dict[str, Any] = {}
+    refusal: str = ""
+    executed: Executed | None = None
+    nonfinite: tuple[NonFinite, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
+    prompts: tuple[PromptHeader, ...] = ()
+    timings: dict[str, float] = {}
+    tensors_sha256: str = ""
+    header_sha256: str = ""
+
+    def digest(self) -> str:
+        """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
+        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256"})
+        return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.model, self.format, self.hardware)
+
+
+# Fields that say what happened in a run; the others say which run it was.
+_OUTCOME = {
+    "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "timings", "refusal",
+    "tensors_sha256", "header_sha256",
+}  # fmt: skip
+# Facts of the environment that differ between formats measured side by side, and change no number.
+_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite")
+
+
+def different(a: Header, b: Header) -> list[str]:
+    """Names of the fields in which two lifetimes are not of the same run."""
+    one, other = a.model_dump(exclude=_OUTCOME), b.model_dump(exclude=_OUTCOME)
+    return [name for name in one if one[name] != other[name]]
+
+
+def environment_differences(a: Header, b: Header) -> list[str]:
+    """Names of the environment's facts in which two observations differ, but for those that go with a format."""
+    names = sorted({*a.environment, *b.environment} - set(_PER_FORMAT))
+    return [name for name in names if a.environment.get(name) != b.environment.get(name)]

@@ -1,0 +1,100 @@
+"""The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
+
+import hashlib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantdet import __version__, store, workload
+from quantdet.checkpoints import Checkpoint
+from quantdet.engines import Plan, PlannedPrompt
+from quantdet.matrix import Matrix
+from quantdet.schema import Cell
+
+# Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
+MEASUREMENT = 2
+
+# Set per cell below; given in [engine.args] they would silently be lost.
+RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs")
+
+
+def key_of(plan: Plan, lifetime: int) -> str:
+    """SHA-256 over everything that an observation of this lifetime depends on."""
+    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": plan.extra})
+
+
+def plan_for(
+    cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
+    vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None,
+) -> Plan | str:  # fmt: skip
+    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel."""
+    format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
+    kind = matrix.hardware[cell.hardware_id].kind
+    args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
+    own: dict[str, str] = {}
+    if format_.kernel not in ("auto", "unquantized"):
+        pin = matrix.pin_for(format_, vllm_version)
+        if pin is None:
+            need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
+            return f"{need}, have none in vLLM {vllm_version}"
+        args |= pin.args
+        own |= pin.env
+    settings: dict[str, bool] = {}
+    for setting in matrix.setting:
+        if setting.when.matches(cell):
+            args |= setting.args
+            own |= setting.env
+            settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
+    text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
+    length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
+    args |= {
+        "skip_tokenizer_init": not text,
+        "max_model_len": length,
+        "max_num_batched_tokens": max(2048, length),
+        "max_logprobs": run.top_k,
+    }
+    repeats = repeats or run.repeats
+    defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
+    env = {**matrix.engine.env, **own}
+    identity: dict[str, Any] = {
+        "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
+        "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
+        "checkpoint_files_sha256": files_sha256(checkpoint.path), "engine": engine, "engine_args": args,
+        "engine_env": env, "dtype": format_.dtype_on(kind), "workload": work.id, "workload_sha256": work.sha256,
+        "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
+        "environment": {**environment, **settings, "suite": __version__},
+    }  # fmt: skip
+    return Plan(
+        identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
+        prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
+        decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
+        extra={"spawn": bool(own) or "torchao" in format_.packages, **settings},
+    )  # fmt: skip
+
+
+def _planned(prompt: workload.Prompt) -> PlannedPrompt:
+    if prompt.token_ids:  # a text beside ids is documentation
+        return PlannedPrompt(prompt.id, prompt.token_ids, prompt.forced_ids, prompt.content_start)
+    return PlannedPrompt(prompt.id, (), (), prompt.content_start, prompt.text, prompt.forced_text)
+
+
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "checkpoint.json":
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def unusable(matrix: Matrix, prompts: Path) -> list[str]:
+    """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
+    mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
+    for name, model in matrix.models.items():
+        try:
+            work = workload.load(model.workload, prompts)
+            if model.synthetic is not None:
+                workload.check_vocab(work, model.synthetic.vocab_size)
+        except workload.WorkloadError as error:
+            mistakes.append(f"models.{name}.workload: {' '.join(str(error).split())}")
+    return mistakes
