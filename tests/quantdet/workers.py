@@ -15,9 +15,9 @@ _CELL = re.compile(r"\[([^/\]]+)/[^/\]]+/([^/\]]+?)(?:-(?:decode|prefill))?\]$")
 
 
 def scope_of(nodeid: str) -> str:
-    """The group that a test belongs to: model and hardware for measured tests, else its file."""
+    """The group that a test belongs to: model and hardware for measured tests; a self-test is on its own."""
     match = _CELL.search(nodeid)
-    return f"{match[1]}/{match[2]}" if match else nodeid.partition("::")[0]
+    return f"{match[1]}/{match[2]}" if match else nodeid
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

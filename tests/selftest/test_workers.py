@@ -56,9 +56,9 @@ def test_other_models_and_hardware_are_other_groups() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_x", "test_x[1/2]", "test_x[p]", "T::test"])
-def test_other_tests_are_grouped_by_file(name: str) -> None:
-    """A self-test has no cell."""
-    assert "tests/a.py" == workers.scope_of(f"tests/a.py::{name}")
+def test_a_self_test_is_a_group_of_its_own(name: str) -> None:
+    """It has no cell, so it can run anywhere."""
+    assert f"tests/a.py::{name}" == workers.scope_of(f"tests/a.py::{name}")
 
 
 def test_each_worker_has_its_own_gpu() -> None:

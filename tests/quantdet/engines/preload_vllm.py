@@ -18,11 +18,11 @@ with contextlib.suppress(Exception):
     import vllm.entrypoints.llm
     from vllm.platforms import current_platform
 
+    import quantdet.engines.vllm  # noqa: F401  (what the children need as well)
+
     if current_platform.is_cpu():  # on CUDA these initialise the device
         import vllm.model_executor.models.llama
         import vllm.model_executor.models.qwen3
         import vllm.v1.worker.cpu_worker  # noqa: F401
 
     FORK_SAFE = not torch.cuda.is_initialized()
-
-PRELOADED = True

@@ -153,7 +153,8 @@ def _context(spec: EngineSpec, plan: Plan) -> Any:
     if plan.extra.get("spawn") or not spec.preload:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([spec.preload])
+    # pytest too: multiprocessing imports the parent's main module in every child.
+    context.set_forkserver_preload([spec.preload, "pytest"])
     # The variables too: OpenMP reads its own once, when its library is loaded.
     with _environment(plan.env):
         # Python 3.11 and 3.12 hand no sys.path to the server and swallow a failed preload: it must find the module
