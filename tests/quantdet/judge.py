@@ -38,7 +38,9 @@ class Judge:
         if not peers:
             reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
             self._skip(Verdict.UNAVAILABLE, reason)
-        self._say(judgements.distinctness(observations[0], peers, self.session.expectations), observations)
+        self._say(
+            judgements.distinctness(observations[0], peers, self.session.expectations, self.session.compare), observations
+        )
 
     def kernel(self, cell: Cell) -> None:
         """The executed kernel is the requested one in every layer."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -199,8 +199,16 @@ def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judg
     )  # fmt: skip
 
 
-def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectations: Expectations) -> Judgement:
-    """Can this format be told from every other format of its model measured on this hardware?"""
+def distinctness(
+    own: Observation,
+    peers: Mapping[Cell, Observation],
+    expectations: Expectations,
+    compare: Callable[[Observation, Observation], Pair] = pair,
+) -> Judgement:
+    """Can this format be told from every other format of its model measured on this hardware?
+
+    `compare`: `pair`, or one that remembers what it has compared.
+    """
     cell = own.header.cell
     pairs: list[Pair] = []
     wrong: list[str] = []
@@ -219,7 +227,7 @@ def distinctness(own: Observation, peers: Mapping[Cell, Observation], expectatio
         if why is not None:
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
             return Judgement(Verdict.INVALID, message, False)
-        result = pair(own, observation)
+        result = compare(own, observation)
         row = expectations.twins(cell, other)
         if row is not None:
             declared.append(f"{other.format_id} ({row.reason})")

@@ -9,6 +9,7 @@ import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from quantdet.distance import distance
 from quantdet.observation_header import SCHEMA, Header, PromptHeader
 from quantdet.schema import Phase
 
@@ -97,6 +99,23 @@ class Observation:
     header: Header
     prompts: tuple[PromptRecord, ...] = ()
     path: Path | None = None
+
+    @cached_property
+    def prefill_spread(self) -> float:
+        """Largest mean L2 distance (nats, content positions) between two repeats' prefill; 0 if all are equal."""
+        largest = 0.0
+        seen: dict[tuple[int, ...], list[Output]] = {}
+        for repeat in range(self.header.repeats):
+            runs = tuple(prompt.header.runs[repeat] for prompt in self.prompts)
+            seen.setdefault(runs, [prompt.run(repeat) for prompt in self.prompts])
+        for one, other in combinations(seen.values(), 2):
+            gaps = []
+            for prompt, x, y in zip(self.prompts, one, other, strict=True):
+                content = np.arange(len(x.prefill.digests)) + 1 >= prompt.header.content_start
+                a, b = x.prefill, y.prefill
+                gaps.append(distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs, content).l2)
+            largest = max(largest, float(np.mean(gaps)))
+        return largest
 
     def logits_sha256(self, phase: Phase) -> str:
         """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits."""

@@ -25,10 +25,10 @@ def pair(a: Observation, b: Observation) -> Pair:
     cross: list[float] = []
     prefill: list[Distance] = []
     decode: list[Distance] = []
-    published: list[float] = []
+    published: list[tuple[float, float]] = []
     single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
     decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
-    within = max(_within(a), _within(b)) if not single else 0.0
+    within = max(a.prefill_spread, b.prefill_spread) if not single else 0.0
     for p, (one, other) in enumerate(zip(a.prompts, b.prompts, strict=True)):
         x, y = one.run(0), other.run(0)
         content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
@@ -41,7 +41,11 @@ def pair(a: Observation, b: Observation) -> Pair:
         )  # fmt: skip
         steps += common
         decode.append(gap)
-        published.append(value)
+        back = decode_distance(
+            y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
+            x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
+        )  # fmt: skip
+        published.append((value, back[2]))
         decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
         if not single:
             variants = product(_variants(a, p, "prefill"), _variants(b, p, "prefill"))
@@ -60,7 +64,8 @@ def pair(a: Observation, b: Observation) -> Pair:
         max_abs=max(gap.max_abs for gap in prefill), differing=differing, positions=positions,
         decode_steps=steps,
         decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
-        decode_published=float(np.mean(published)), within=within,
+        decode_published=float(np.mean([forth for forth, _ in published])),
+        decode_published_back=float(np.mean([back for _, back in published])), within=within,
     )  # fmt: skip
 
 
@@ -87,20 +92,6 @@ def _decode_meets(a: Observation, b: Observation) -> bool:
         if not met:
             return False
     return True
-
-
-def _within(observation: Observation) -> float:
-    """Largest mean distance between two repeats of one format (prefill, nats)."""
-    largest = 0.0
-    for i in range(observation.header.repeats):
-        for j in range(i):
-            gaps = []
-            for prompt in observation.prompts:
-                x, y = prompt.run(i), prompt.run(j)
-                content = np.arange(len(x.prefill.digests)) + 1 >= prompt.header.content_start
-                gaps.append(_forced(x, y, content).l2)
-            largest = max(largest, float(np.mean(gaps)))
-    return largest
 
 
 def comparable(a: Observation, b: Observation) -> str | None:

@@ -6,7 +6,7 @@ Tests ask for results and judge them; this module starts engines, fills the stor
 import datetime
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from quantdet.matrix import Matrix
 from quantdet.observation import HEADER_FILE, Observation, ObservationError, write
 from quantdet.observation_header import SCHEMA, Header, different
 from quantdet.options import Options
+from quantdet.pairs import pair
 from quantdet.schema import Cell
-from quantdet.verdicts import Verdict
+from quantdet.verdicts import Pair, Verdict
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,6 +80,7 @@ class Session:
     _results: dict[Cell, Result] = field(default_factory=dict)
     _workloads: dict[str, workload.Workload] = field(default_factory=dict)
     _replayed: dict[Cell, list[Observation]] | None = None
+    _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
 
@@ -92,6 +94,10 @@ class Session:
                 self._replayed.setdefault(observation.header.cell, []).append(observation)
             if not self._replayed:
                 raise ObservationError(f"{self.options.replay}: no observation in this folder")
+            # Expectations are those of the vLLM that was measured, not of the one that may be installed here.
+            versions = {str(o.header.environment.get("vllm")) for group in self._replayed.values() for o in group}
+            if len(versions) == 1:
+                self.expectations = Expectations.of(self.matrix, versions.pop() or None)
 
     # ------------------------------------------------------------------------------------------------ what there is
 
@@ -121,6 +127,17 @@ class Session:
             elif (known := self._stored(other)) is not None:
                 found[other] = known
         return found
+
+    def compare(self, a: Observation, b: Observation) -> Pair:
+        """The pair of two observations of this run, computed once for both directions."""
+        ids = (a.header.cell, b.header.cell)
+        if ids not in self._pairs:
+            found = pair(a, b)
+            self._pairs[ids], self._pairs[ids[::-1]] = found, replace(
+                found, a=found.b, b=found.a,
+                decode_published=found.decode_published_back, decode_published_back=found.decode_published,
+            )  # fmt: skip
+        return self._pairs[ids]
 
     # ---------------------------------------------------------------------------------------------------- measuring
 

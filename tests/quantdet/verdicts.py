@@ -35,7 +35,8 @@ class Pair:
 
     l2: mean over content positions of the L2 distance of the logprobs over the union of top-k ids, nats;
     max_abs: largest |difference| of a logprob, nats; decode_steps: steps whose context is common;
-    decode_l2: the same L2 over these; decode_published: the published decode metric, `inf` where tokens part;
+    decode_l2: the same L2 over these; decode_published: the published decode metric, `inf` where tokens part; it
+    takes the ids of its first side, so it has a direction: `a` to `b`, and back;
     differing: positions with different full-vocabulary logits, of `positions`.
     """
 
@@ -49,6 +50,7 @@ class Pair:
     decode_steps: int = 0
     decode_l2: float = 0.0
     decode_published: float = 0.0
+    decode_published_back: float = 0.0
     within: float = 0.0
 
 

@@ -24,6 +24,7 @@ from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
 from quantdet.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
+from quantdet.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -468,3 +469,18 @@ def make_suite(folder: Path, matrix: str = MATRIX) -> None:
     (folder / "quant_matrix.toml").write_text(matrix, encoding="utf-8")
     for path in sorted((TESTS / "determinism").glob("test_*.py")):
         shutil.copy(path, folder / path.name)
+
+
+def write_often(root: str, results: Any) -> None:
+    """For a process of its own: write the same observation thirty times, each time found whole; says what went wrong."""
+    store, whole = Store(Path(root)), observation(numerics="bf16", key="a" * 64)
+    cell, environment, key = whole.header.cell, "vllm-1-torch-2-00000000", whole.header.key
+    try:
+        for _ in range(30):
+            with store.writing(cell, environment, key) as folder:
+                write(folder, whole.header, whole.prompts)
+            assert store.find(cell, environment, key) is not None
+    except BaseException as error:
+        results.put(repr(error))
+        raise
+    results.put("")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantdet.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, write
 from quantdet.schema import Cell
 from quantdet.store import Store, copy_into, key_of
-from selftest.fakes import observation
+from selftest.fakes import observation, write_often
 
 KEY = "a" * 64
 CELL = Cell("alpha", "bf16", "cpu-here")
@@ -141,24 +141,11 @@ def test_of_two_writers_the_first_stays(tmp_path: Path) -> None:
     assert [] == [path for path in tmp_path.rglob(".*") if path.is_dir()]
 
 
-def _write_often(root: str, results: "multiprocessing.Queue[str]") -> None:
-    store = Store(Path(root))
-    try:
-        for _ in range(30):
-            fill(store, keyed())
-            assert store.find(CELL, ENVIRONMENT, KEY) is not None
-    except BaseException as error:
-        results.put(repr(error))
-        raise
-    results.put("")
-
-
 def test_concurrent_writers(tmp_path: Path) -> None:
     """Three processes writing the same observation over and over never see a half one, and leave one whole one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selftest.fakes"])
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    writers = [context.Process(target=_write_often, args=(str(tmp_path), results)) for _ in range(3)]
+    writers = [context.Process(target=write_often, args=(str(tmp_path), results)) for _ in range(3)]
     for writer in writers:
         writer.start()
     said = [results.get(timeout=30) for _ in writers]
