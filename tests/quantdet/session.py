@@ -112,6 +112,21 @@ class Session:
             return None if cell in self._replayed else f"replay: needs a recording, have none in {self.options.replay}"
         return gate(self.matrix, cell, self.machine, self.software)
 
+    def measured_environment(self) -> dict[str, Any]:
+        """The environment that this run's figures come from: this machine's, or that of the replayed observations."""
+        if self._replayed is None:
+            return dict(self.environment)
+        merged: dict[str, Any] = {}
+        for observations in self._replayed.values():
+            for observation in observations:
+                for name, value in observation.header.environment.items():
+                    merged.setdefault(name, value)
+                    if merged[name] != value:
+                        merged[name] = "several"
+        if not isinstance(merged.get("variables", {}), dict):
+            merged["variables"] = {}
+        return merged
+
     def peers(self, cell: Cell) -> dict[Cell, Observation]:
         """Every other format of the model on the same hardware that this run measures, or the store already holds."""
         found: dict[Cell, Observation] = {}

@@ -31,11 +31,12 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("summary", f"{summary}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
         ("unexpected", " | ".join(unexpected[:5])),
         ("hardware", ",".join(session.machine.rows(session.matrix))),
+        ("replay", str(session.options.replay or "")),
         ("suite.version", __version__),
         ("suite.revision", git_revision(config.rootpath)),
         ("suite.injected", ":".join(session.inject) if session.inject else ""),
     ]
-    environment = dict(session.environment)
+    environment = session.measured_environment()
     variables = environment.pop("variables", {})
     found += [(f"env.{name}", str(value)) for name, value in environment.items()]
     found += [(f"env.variable.{name}", value) for name, value in variables.items()]
