@@ -30,10 +30,6 @@ MARKERS = (
 )
 
 
-class RequiredHardware(Exception):
-    """A case that --require-hardware demands cannot be measured here."""
-
-
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
     if not {"cell", "judge"} <= set(metafunc.fixturenames):
@@ -57,12 +53,14 @@ def cell_of(item: pytest.Item) -> Cell | None:
     return cell if isinstance(cell, Cell) else None
 
 
-def prune(items: list[pytest.Item]) -> None:
+def prune(items: list[pytest.Item]) -> list[pytest.Item]:
     """Leave out a test without any cell in this run (no second lifetime, nothing declared unsupported).
 
     pytest would report an empty parameter set as a skip.
     """
+    empty = [item for item in items if _empty(item)]
     items[:] = [item for item in items if not _empty(item)]
+    return empty
 
 
 def order(items: list[pytest.Item], matrix: Matrix) -> None:

@@ -236,7 +236,10 @@ def distinctness(
         expected = Verdict.DISTINCT if row is None else Verdict.IDENTICAL
         noisy = any(expectations.noise(one, "prefill") for one in (cell, other))
         if result.verdict is not expected and not (noisy and result.verdict is Verdict.INDISTINCT):
-            wrong.append(f"{result.verdict} {other.format_id}, expected {expected} ({_size(result)})")
+            hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
+            wrong.append(
+                f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
+            )
         pairs.append(result)
     if not pairs:
         text = f"INVALID {cell} distinct: nothing to compare with, non-finite logits in {', '.join(mute)}"
@@ -261,10 +264,23 @@ def distinctness(
         text += f", IDENTICAL to {', '.join(twins)}"
     if indistinct:
         text += f", INDISTINCT from {', '.join(indistinct)}"
+    figures["compared_with"] = ",".join(p.b for p in pairs)
     if wrong:
-        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong), tuple(pairs))
+        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))
     text += f"; closest {closest.b} ({_size(closest)})"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
+
+
+def _preposition(result: Pair) -> str:
+    return "to" if result.verdict is Verdict.IDENTICAL else "from"
+
+
+def _same(a: Observation, b: Observation) -> str:
+    """A hint for twins that nobody declared."""
+    one, other = a.header.executed, b.header.executed
+    if one is None or other is None or one.linear != other.linear:
+        return ""
+    return f"; both ran {one.summary}: if they hold the same numbers, declare [[expect]] outcome = 'identical_to'"
 
 
 def _size(result: Pair) -> str:

@@ -71,6 +71,8 @@ def parse(config: pytest.Config) -> Options:
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
+    if kept_in is not None and kept_in.exists() and not kept_in.is_dir():
+        raise pytest.UsageError(f"--store: {kept_in} is not a folder")
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(

@@ -45,7 +45,7 @@ def plan_for(
             args |= setting.args
             own |= setting.env
             settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
-    text = any(prompt.text is not None and not prompt.token_ids for prompt in work.prompts)
+    text = work.has_text
     length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
     args |= {
         "skip_tokenizer_init": not text,

@@ -85,7 +85,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
     session = config.stash[collect.SESSION]
-    collect.prune(items)
+    config.hook.pytest_deselected(items=collect.prune(items))
     collect.mark(items, session)
     yield  # -k and -m deselect here
     collect.gate(items, session)
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = item.stash.get(collect.REQUIRED, None)
     if reason is not None:
-        raise collect.RequiredHardware(f"--require-hardware: {reason}")
+        pytest.fail(f"{reason} (--require-hardware)", pytrace=False)
 
 
 @pytest.fixture

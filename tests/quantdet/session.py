@@ -140,6 +140,7 @@ class Session:
                 if isinstance(result, Measured):
                     found[other] = result.observations[0]
             elif (known := self._stored(other)) is not None:
+                self._record([known])  # what a verdict rests on belongs to the recording
                 found[other] = known
         return found
 
@@ -217,6 +218,9 @@ class Session:
             if model.synthetic is not None:
                 workload.check_vocab(work, model.synthetic.vocab_size)
             checkpoint = self._checkpoint(cell)
+            if work.has_text and not any(checkpoint.path.glob("tokenizer*")):
+                need = f"workload {work.id} is text: needs a tokenizer in the checkpoint"
+                return Missing(Verdict.INVALID, f"{need}, have none in {checkpoint.path.name}; a workload of ids needs none")
         except checkpoints.Unavailable as error:
             return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
         except workload.WorkloadError as error:

@@ -34,6 +34,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.set_aside: list[Path] = []
 
     def place(self, cell: Cell, environment: str, key: str) -> Path:
         return self.root / cell.hardware_id / environment / cell.model_id / cell.format_id / key[:16]
@@ -92,7 +93,9 @@ class Store:
 
     def _set_aside(self, place: Path) -> None:
         with contextlib.suppress(OSError):
-            os.rename(place, place.with_name(f".damaged-{place.name}-{os.getpid()}"))
+            aside = place.with_name(f".damaged-{place.name}-{os.getpid()}")
+            os.rename(place, aside)
+            self.set_aside.append(aside)
 
 
 def copy_into(observation: Observation, root: Path) -> None:

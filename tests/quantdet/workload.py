@@ -67,6 +67,11 @@ class Workload:
     sha256: str
     prompts: tuple[Prompt, ...]
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a prompt has to be tokenised by the model's own tokenizer."""
+        return any(not prompt.token_ids for prompt in self.prompts)
+
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 

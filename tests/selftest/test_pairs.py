@@ -185,7 +185,7 @@ def test_undeclared_twins_fail(own: Observation, peer: Observation) -> None:
     found = judge(own, peer, BF16)
 
     assert (Verdict.IDENTICAL, False) == (found.verdict, found.expected)
-    assert f"IDENTICAL {peer.header.format}, expected DISTINCT" in found.message
+    assert f"IDENTICAL to {peer.header.format}, expected DISTINCT" in found.message
     with pytest.raises(Violation):
         found.enforce()
 
@@ -206,7 +206,7 @@ def test_declared_twins_that_differ_fail() -> None:
     found = judge(GPTQ, nudged(GPTQ, "ct", "prefill", 1, 2), expectations=twins("ct"))
 
     assert (Verdict.DISTINCT, False) == (found.verdict, found.expected)
-    assert "DISTINCT ct, expected IDENTICAL" in found.message
+    assert "DISTINCT from ct, expected IDENTICAL" in found.message
     assert "1/13 positions differ" in found.message
 
 
@@ -218,10 +218,11 @@ def test_an_indistinct_pair_fails() -> None:
 
 
 def test_every_wrong_pair_is_told() -> None:
-    """The message has the first, the detail all of them."""
+    """The message has the first, the detail the others."""
     found = judge(observation("a", numerics="int4"), GPTQ, CT)
 
-    assert ["IDENTICAL gptq", "IDENTICAL ct"] == [line.partition(",")[0] for line in found.detail.splitlines()]
+    assert "IDENTICAL to gptq, expected DISTINCT" in found.message
+    assert ["IDENTICAL to ct"] == [line.partition(",")[0] for line in found.detail.splitlines()]
 
 
 def test_nan_is_invalid_for_the_cell_and_named_for_its_peers() -> None:

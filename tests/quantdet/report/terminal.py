@@ -23,7 +23,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
     width = max(80, min(reporter._tw.fullwidth, 160))
     if records.cases:
         reporter.write_sep("=", "quantdet: verdicts")
-        for table in matrix_tables(records):
+        for table in matrix_tables(records, list(config.stash[collect.SESSION].matrix.formats)):
             reporter.write_line(render(table, width))
         _classes(reporter, records)
         rows = pairs(records)
@@ -37,9 +37,25 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             f"{clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
             f"{clock.checkpoints:.1f} s for checkpoints"
         )
+    session = config.stash[collect.SESSION]
+    for aside in session.store.set_aside:
+        reporter.write_line(f"put aside, damaged or edited, and measured again: {aside}")
+    if session.inject is not None:
+        reporter.write_line(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:
-        # An id may hold shell characters; the command must survive being pasted.
-        reporter.write_line(f"rerun the first failure: pytest {shlex.quote(records.first_failure)}")
+        reporter.write_line(f"rerun the first failure: {_command(config, records.first_failure)}")
+
+
+def _command(config: pytest.Config, nodeid: str) -> str:
+    """What to paste: the case, and the options and the variable that it depended on."""
+    session = config.stash[collect.SESSION]
+    words = ["pytest", nodeid]
+    for name in ("--matrix", "--store", "--replay", "--repeats", "--lifetimes"):
+        value = config.getoption(name)
+        if value is not None:
+            words.append(f"{name}={value}")
+    prefix = f"QUANTDET_INJECT={shlex.quote(':'.join(session.inject))} " if session.inject else ""
+    return prefix + shlex.join(words)  # an id may hold shell characters
 
 
 def render(table: Table, width: int) -> str:
@@ -50,15 +66,17 @@ def render(table: Table, width: int) -> str:
     return console.file.getvalue().rstrip()
 
 
-def matrix_tables(records: Records) -> list[Table]:
-    """Per model and hardware: format -> verdicts, kernel, n, bound."""
+def matrix_tables(records: Records, order: list[str]) -> list[Table]:
+    """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
         place = places.setdefault(f"{p['case.model']} on {p['case.hardware']}", {})
         place.setdefault(p["case.format"], {})[name] = case
-    return [_matrix_table(place, formats) for place, formats in places.items()]
+    return [
+        _matrix_table(place, {name: formats[name] for name in order if name in formats}) for place, formats in places.items()
+    ]
 
 
 def _matrix_table(place: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
