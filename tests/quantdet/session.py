@@ -177,8 +177,9 @@ class Session:
             if names:
                 text = f"replay: several runs of this cell in the folder, which differ in {', '.join(names)}"
                 return Missing(Verdict.INVALID, text)
-        lifetimes = {o.header.lifetime: o for o in observations}
-        return Measured(tuple(lifetimes[n] for n in sorted(lifetimes)), reused=True)
+        # A copy of an observation is not another one; a second run of the same lifetime is, and none is left out.
+        once = {o.header.header_sha256: o for o in observations}
+        return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
 
     def _measure(self, cell: Cell) -> Result:
         reason = self.gate(cell)
