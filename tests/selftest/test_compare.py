@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as npst
 
 from quantdet import compare
 
-repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=50)
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 UNSIGNED: dict[str, Any] = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
 DTYPES = [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)]

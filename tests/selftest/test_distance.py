@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantdet import distance
 from quantdet.distance import Distance, Ids, Logprobs
 
-repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=50)
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 Side = tuple[Ids, Logprobs]
 VOCABULARY = 12  # small, so that most rows share some ids and few share all
 

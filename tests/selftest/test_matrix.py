@@ -394,7 +394,7 @@ def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PLACES = places(tomllib.loads(MATRIX))
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JUNK), min_size=1, max_size=3))
 def test_junk_is_a_matrix_or_a_matrix_error(tmp_path: Path, junk: list[tuple[tuple[Any, ...], Any]]) -> None:
     """Any value in any place: the file is a matrix whose cells can be listed, or it is refused; nothing else."""

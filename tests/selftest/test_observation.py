@@ -23,7 +23,7 @@ from quantdet.observation_header import Header
 from quantdet.schema import PHASES
 from selftest.fakes import changed_output, last_repeat, observation
 
-FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
