@@ -1,11 +1,11 @@
 """Which cases are collected, in which order, with which marks: from the matrix, before any engine starts."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from quantdet.expectations import Expectations, describe
-from quantdet.matrix import Matrix
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
 from quantdet.verdicts import Divergence, Verdict
@@ -27,6 +27,7 @@ MARKERS = (
     "compares_formats: judged after every cell of its model has been measured",
     "declared_unsupported: collected for the cells that the matrix declares unsupported",
     "several_lifetimes: collected when cells have more than one engine lifetime",
+    "several_versions: collected when --replay holds recordings of more than one vLLM version",
 )
 
 
@@ -36,9 +37,11 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
         return
     cells = session.cells()
     if metafunc.definition.get_closest_marker("declared_unsupported"):
-        cells = [cell for cell in cells if session.expectations.unsupported(cell) is not None]
+        cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("several_lifetimes"):
         cells = [cell for cell in cells if (session.options.lifetimes or session.matrix.run_for(cell).lifetimes) > 1]
+    if metafunc.definition.get_closest_marker("several_versions"):
+        cells = list(dict.fromkeys(replace(cell, vllm="") for cell in cells if cell.vllm))
     if "phase" in metafunc.fixturenames:
         values = [(cell, phase) for cell in cells for phase in PHASES]
         metafunc.parametrize(("cell", "phase"), values, ids=[f"{cell.id}-{phase}" for cell, phase in values])
@@ -63,12 +66,12 @@ def prune(items: list[pytest.Item]) -> list[pytest.Item]:
     return empty
 
 
-def order(items: list[pytest.Item], matrix: Matrix) -> None:
+def order(items: list[pytest.Item], session: Session) -> None:
     """Model by model, test by test; pairs when everything that they compare has been measured; skips last.
 
     The same on every xdist worker. A model's tests stand file by file, since pytest begins a line with each file.
     """
-    models, cells = list(matrix.models), {cell: index for index, cell in enumerate(matrix.cells())}
+    models, cells = list(session.matrix.models), {cell: index for index, cell in enumerate(session.cells())}
 
     def rank(item: pytest.Item) -> tuple[int, int, int, str, int]:
         cell = cell_of(item)
@@ -117,13 +120,13 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
             skip(item, Verdict.UNAVAILABLE, reason)
-        elif (row := session.expectations.unsupported(cell)) is not None and not item.get_closest_marker(
+        elif (row := session.expectations(cell).unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"
         ):
             skip(item, DECLARED, row.reason)
         else:
             selected.add(cell)
-            _strict(item, cell, session.expectations)
+            _strict(item, cell, session.expectations(cell))
     session.selected = frozenset(selected)
 
 
@@ -147,5 +150,7 @@ def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tup
     """The properties that a case has whatever happens to it."""
     properties = [("case.model", cell.model_id), ("case.format", cell.format_id), ("case.hardware", cell.hardware_id)]
     properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
+    if cell.vllm:
+        properties.append(("case.vllm", cell.vllm))
     properties.append(("kernel.requested", session.matrix.formats[cell.format_id].kernel))
     return properties

@@ -25,6 +25,10 @@ class Expectations:
         """The row that says that the engine refuses `cell`."""
         return self._first(cell, None, "unsupported")
 
+    def drifts(self, cell: Cell) -> Expect | None:
+        """The row that lets this version's logits differ from an older one's."""
+        return self._first(cell, None, "may_drift")
+
     def twins(self, a: Cell, b: Cell) -> Expect | None:
         """The row that declares two formats of one model on one hardware to be the same numerics."""
         for row in self.rows:

@@ -1,15 +1,16 @@
 """The `judge` fixture: gets a cell's result from the session, asks the pure judgements, and lets the verdict stand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from quantdet import judgements
+from quantdet import drift, judgements
 from quantdet.observation import Observation
 from quantdet.report.record import JUDGEMENT
+from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
-from quantdet.session import Measured, Missing, Refusal, Session
+from quantdet.session import Session
 from quantdet.verdicts import Judgement, Verdict
 
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
@@ -29,7 +30,7 @@ class Judge:
     def repeat(self, cell: Cell, phase: Phase) -> None:
         """Same request, same bits, within one engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.repeat(observations, phase, self.session.expectations), observations)
+        self._say(judgements.repeat(observations, phase, self.session.expectations(cell)), observations)
 
     def distinct(self, cell: Cell) -> None:
         """Distinct from every other format measured here, or declared to be the same."""
@@ -39,7 +40,7 @@ class Judge:
             reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
             self._skip(Verdict.UNAVAILABLE, reason)
         self._say(
-            judgements.distinctness(observations[0], peers, self.session.expectations, self.session.compare), observations
+            judgements.distinctness(observations[0], peers, self.session.expectations(cell), self.session.compare), observations
         )
 
     def kernel(self, cell: Cell) -> None:
@@ -54,20 +55,33 @@ class Judge:
     def restart(self, cell: Cell) -> None:
         """Same request, same bits, in another engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.restart(observations, self.session.expectations), observations)
+        self._say(judgements.restart(observations, self.session.expectations(cell)), observations)
+
+    def versions(self, cell: Cell) -> None:
+        """The same logits from every vLLM version that was recorded, where the same kernels ran."""
+        assert self.session.replay is not None
+        known: list[Observation] = []
+        for version in self.session.replay.versions(cell.hardware_id):
+            result = self.session.result(replace(cell, vllm=version))
+            known += result.observations[:1] if isinstance(result, Measured) else ()
+        if len(known) < 2:
+            have = ", ".join(one.vllm for one in known) or "none"
+            self._skip(Verdict.UNAVAILABLE, f"versions: needs recordings of two vLLM versions, have {have}")
+        row = self.session.expectations(known[-1].cell).drifts(known[-1].cell)
+        self._say(drift.across(known, row, self.session.matrix.family), tuple(known[:1]))
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""
         result = self.session.result(cell)
-        row = self.session.expectations.unsupported(cell)
+        row = self.session.expectations(cell).unsupported(cell)
         match result:
             case Refusal():
                 known = (result.observation,) if result.observation is not None else ()
-                self._say(judgements.refusal(cell, result.message, self.session.expectations), known)
+                self._say(judgements.refusal(cell, result.message, self.session.expectations(cell)), known)
             case Measured():
-                self._say(judgements.refusal(cell, None, self.session.expectations), result.observations)
+                self._say(judgements.refusal(cell, None, self.session.expectations(cell)), result.observations)
             case Missing(verdict=Verdict.UNSUPPORTED) if row is not None:
-                self._say(judgements.refusal(cell, result.reason, self.session.expectations), ())
+                self._say(judgements.refusal(cell, result.reason, self.session.expectations(cell)), ())
             case Missing():
                 self._missing(cell, result)
 
@@ -80,7 +94,7 @@ class Judge:
                 return result.observations
             case Refusal():
                 known = (result.observation,) if result.observation is not None else ()
-                self._say(judgements.refusal(cell, result.message, self.session.expectations), known)
+                self._say(judgements.refusal(cell, result.message, self.session.expectations(cell)), known)
             case Missing():
                 self._missing(cell, result)
         raise AssertionError("unreachable: both calls above raise")
@@ -101,7 +115,8 @@ class Judge:
         __tracebackhide__ = True
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
         if observations and observations[0].header.kind == "observation":
-            figures |= judgements.repeat(observations, self._phase(), self.session.expectations).figures
+            known = self.session.expectations(observations[0].cell)
+            figures |= judgements.repeat(observations, self._phase(), known).figures
         if observations:
             header = observations[0].header
             figures |= {

@@ -21,9 +21,8 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
 
     Compared are the full-vocabulary logits (digests), every reported logprob and id, and for decode the tokens.
     """
-    header = observations[0].header
-    row = expectations.noise(header.cell, phase)
-    where = f"{header.cell} {phase}"
+    row = expectations.noise(observations[0].cell, phase)
+    where = f"{observations[0].cell} {phase}"
     figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase}
     for observation in observations:
         for bad in observation.header.nonfinite:
@@ -167,7 +166,7 @@ def kernel(observation: Observation, requested: str, classes: Sequence[str], qua
     }
 
     def invalid(why: str) -> Judgement:
-        return Judgement(Verdict.INVALID, f"INVALID {header.cell} kernel: {why}", False, figures, executed.summary)
+        return Judgement(Verdict.INVALID, f"INVALID {observation.cell} kernel: {why}", False, figures, executed.summary)
 
     if not names:
         return invalid("no linear layer was found in the loaded model")
@@ -178,7 +177,7 @@ def kernel(observation: Observation, requested: str, classes: Sequence[str], qua
     if quantized and names[0] == "UnquantizedLinearMethod":
         return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
-    message = f"CONFIRMED {header.cell} kernel: {executed.summary} ({asked})"
+    message = f"CONFIRMED {observation.cell} kernel: {executed.summary} ({asked})"
     return Judgement(Verdict.CONFIRMED, message, True, figures)
 
 
@@ -209,7 +208,7 @@ def distinctness(
 
     `compare`: `pair`, or one that remembers what it has compared.
     """
-    cell = own.header.cell
+    cell = own.cell
     pairs: list[Pair] = []
     wrong: list[str] = []
     mute: list[str] = []
@@ -289,7 +288,7 @@ def _size(result: Pair) -> str:
 
 def restart(observations: Sequence[Observation], expectations: Expectations) -> Judgement:
     """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
-    cell = observations[0].header.cell
+    cell = observations[0].cell
     if any(observation.header.nonfinite for observation in observations):
         return Judgement(Verdict.INVALID, f"INVALID {cell} restart: non-finite logits", False)
     if len(observations) < 2:

@@ -85,6 +85,10 @@ class Matrix(Row):
             kernel = next((k for glob, k in format_.picks.items() if fnmatchcase(cell.hardware_id, glob)), "auto")
         return kernel, self.kernels[kernel].classes
 
+    def family(self, executed: str) -> str:
+        """The kernel of this matrix that shows the class name `executed`; the class name where none does."""
+        return next((name for name, kernel in self.kernels.items() if executed in kernel.classes), executed)
+
     def pin_for(self, format_: Format, vllm_version: str) -> Pin | None:
         """The row that tells this vLLM version to use the format's kernel; None: there is no way."""
         for pin in self.pin:

@@ -6,7 +6,7 @@ shapes, finiteness and the SHA-256 of the arrays are checked, and `ObservationEr
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_tensors
 
 from quantdet.distance import distance
 from quantdet.observation_header import SCHEMA, Header, PromptHeader
-from quantdet.schema import Phase
+from quantdet.schema import Cell, Phase
 
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -93,11 +93,19 @@ class PromptRecord:
 
 @dataclass(frozen=True, repr=False)
 class Observation:
-    """A header and, unless the engine refused, the arrays of every prompt."""
+    """A header and, unless the engine refused, the arrays of every prompt.
+
+    `vllm`: the version that tells this observation's cell from the same cell of another version (`Cell.vllm`).
+    """
 
     header: Header
     prompts: tuple[PromptRecord, ...] = ()
     path: Path | None = None
+    vllm: str = ""
+
+    @property
+    def cell(self) -> Cell:
+        return replace(self.header.cell, vllm=self.vllm)
 
     @cached_property
     def prefill_spread(self) -> float:

@@ -96,14 +96,19 @@ def _decode_meets(a: Observation, b: Observation) -> bool:
 
 def comparable(a: Observation, b: Observation) -> str | None:
     """Why two observations are not of the same forced ids in the same environment; None if they are."""
+    why = comparable_requests(a, b)
+    if why is None and (names := environment_differences(a.header, b.header)):
+        why = f"environments differ in {', '.join(names)}"
+    return why
+
+
+def comparable_requests(a: Observation, b: Observation) -> str | None:
+    """Why two observations are not of the same forced ids and run lengths; None if they are."""
     if a.header.workload_sha256 != b.header.workload_sha256 or len(a.prompts) != len(b.prompts):
         return "workloads differ"
     for one, other in zip(a.prompts, b.prompts, strict=True):
         if not bits_equal(one.prompt_ids, other.prompt_ids):
             return f"token ids of prompt {one.header.id} differ"
-    names = environment_differences(a.header, b.header)
-    if names:
-        return f"environments differ in {', '.join(names)}"
     if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
         return "run lengths differ"
     return None

@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     collect.mark(items, session)
     yield  # -k and -m deselect here
     collect.gate(items, session)
-    collect.order(items, session.matrix)
+    collect.order(items, session)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

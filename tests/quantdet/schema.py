@@ -42,15 +42,19 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One model in one format on one hardware row."""
+    """One model in one format on one hardware row.
+
+    `vllm`: the version, given only where one run judges recordings of several versions.
+    """
 
     model_id: str
     format_id: str
     hardware_id: str
+    vllm: str = ""
 
     @property
     def id(self) -> str:
-        return f"{self.model_id}/{self.format_id}/{self.hardware_id}"
+        return f"{self.model_id}/{self.format_id}/{self.hardware_id}{f'@{self.vllm}' if self.vllm else ''}"
 
     def __str__(self) -> str:
         return self.id
@@ -264,11 +268,12 @@ class Expect(Row):
     """A declared departure from the default (bit-exact, distinct, accepted).
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
-    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact.
+    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `may_drift`: recordings of
+    two vLLM versions may differ although the same kernels ran; the row is about the newer version.
     """
 
     when: When = When()
-    outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported"]
+    outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported", "may_drift"]
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
@@ -284,7 +289,7 @@ class Expect(Row):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if self.match and self.outcome != "unsupported":
             raise ValueError("'match' belongs to the outcome 'unsupported'")
-        if self.when.phase is not None and self.outcome in ("identical_to", "unsupported"):
+        if self.when.phase is not None and self.outcome in ("identical_to", "unsupported", "may_drift"):
             raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
         return self
 

@@ -16,40 +16,14 @@ from quantdet.environment import environment_of, slug
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate
 from quantdet.matrix import Matrix
-from quantdet.observation import HEADER_FILE, Observation, ObservationError, write
-from quantdet.observation_header import SCHEMA, Header, different
+from quantdet.observation import HEADER_FILE, Observation, write
+from quantdet.observation_header import SCHEMA, Header
 from quantdet.options import Options
 from quantdet.pairs import pair
+from quantdet.replay import Replay
+from quantdet.results import Measured, Missing, Refusal, Result
 from quantdet.schema import Cell
 from quantdet.verdicts import Pair, Verdict
-
-
-@dataclass(frozen=True, repr=False)
-class Measured:
-    """A cell's observations, one per engine lifetime. `reused`: found in the store."""
-
-    observations: tuple[Observation, ...]
-    reused: bool = False
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The engine refused the cell."""
-
-    message: str
-    observation: Observation | None = None
-
-
-@dataclass(frozen=True)
-class Missing:
-    """The cell was not measured: UNAVAILABLE, UNSUPPORTED (no pin), ERROR, TIMEOUT or INVALID, with the reason."""
-
-    verdict: Verdict
-    reason: str
-    log: str = ""
-
-
-Result = Measured | Refusal | Missing
 
 
 @dataclass
@@ -79,63 +53,52 @@ class Session:
     on_start: Any = None
     _results: dict[Cell, Result] = field(default_factory=dict)
     _workloads: dict[str, workload.Workload] = field(default_factory=dict)
-    _replayed: dict[Cell, list[Observation]] | None = None
+    _expectations: dict[str, Expectations] = field(default_factory=dict)
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.expectations = Expectations.of(self.matrix, self.software.vllm)
         self.store = store.Store(self.options.store)
         self.environment = environment_of(self.machine, self.software)
-        if self.options.replay is not None:
-            self._replayed = {}
-            for observation in store.Store(self.options.replay).all():
-                self._replayed.setdefault(observation.header.cell, []).append(observation)
-            if not self._replayed:
-                raise ObservationError(f"{self.options.replay}: no observation in this folder")
-            # Expectations are those of the vLLM that was measured, not of the one that may be installed here.
-            versions = {str(o.header.environment.get("vllm")) for group in self._replayed.values() for o in group}
-            if len(versions) == 1:
-                self.expectations = Expectations.of(self.matrix, versions.pop() or None)
+        self.replay = Replay(self.options.replay) if self.options.replay is not None else None
 
     # ------------------------------------------------------------------------------------------------ what there is
 
     def cells(self) -> list[Cell]:
         """Every cell of the run, in file order."""
         wanted = self.options.hardware
-        return [cell for cell in self.matrix.cells() if wanted is None or cell.hardware_id == wanted]
+        cells = [cell for cell in self.matrix.cells() if wanted is None or cell.hardware_id == wanted]
+        return cells if self.replay is None else self.replay.expand(cells)
+
+    def expectations(self, cell: Cell) -> Expectations:
+        """The rows that hold for the vLLM that `cell` is, or was, measured with, which may be none that is installed."""
+        version = cell.vllm or self.software.vllm or ""
+        if self.replay is not None and not cell.vllm and self.replay.versions(cell.hardware_id):
+            version = self.replay.versions(cell.hardware_id)[0]
+        if version not in self._expectations:
+            self._expectations[version] = Expectations.of(self.matrix, version or None)
+        return self._expectations[version]
 
     def gate(self, cell: Cell) -> str | None:
         """Why `cell` cannot be measured here (need and have); None if it can be tried."""
-        if self._replayed is not None:
-            return None if cell in self._replayed else f"replay: needs a recording, have none in {self.options.replay}"
+        if self.replay is not None:
+            return self.replay.gate(cell)
         return gate(self.matrix, cell, self.machine, self.software)
 
     def measured_environment(self) -> dict[str, Any]:
         """The environment that this run's figures come from: this machine's, or that of the replayed observations."""
-        if self._replayed is None:
-            return dict(self.environment)
-        merged: dict[str, Any] = {}
-        for observations in self._replayed.values():
-            for observation in observations:
-                for name, value in observation.header.environment.items():
-                    merged.setdefault(name, value)
-                    if merged[name] != value:
-                        merged[name] = "several"
-        if not isinstance(merged.get("variables", {}), dict):
-            merged["variables"] = {}
-        return merged
+        return dict(self.environment) if self.replay is None else self.replay.environment()
 
     def peers(self, cell: Cell) -> dict[Cell, Observation]:
         """Every other format of the model on the same hardware that this run measures, or the store already holds."""
         found: dict[Cell, Observation] = {}
         for other in self.cells():
-            if (other.model_id, other.hardware_id) != (cell.model_id, cell.hardware_id) or other == cell:
+            if replace(other, format_id=cell.format_id) != cell or other == cell:
                 continue
-            if self.gate(other) is not None or self.expectations.unsupported(other) is not None:
+            if self.gate(other) is not None or self.expectations(other).unsupported(other) is not None:
                 continue
-            if other in self.selected or self._replayed is not None:
+            if other in self.selected or self.replay is not None:
                 result = self.result(other)
                 if isinstance(result, Measured):
                     found[other] = result.observations[0]
@@ -146,7 +109,7 @@ class Session:
 
     def compare(self, a: Observation, b: Observation) -> Pair:
         """The pair of two observations of this run, computed once for both directions."""
-        ids = (a.header.cell, b.header.cell)
+        ids = (a.cell, b.cell)
         if ids not in self._pairs:
             found = pair(a, b)
             self._pairs[ids], self._pairs[ids[::-1]] = found, replace(
@@ -160,26 +123,8 @@ class Session:
     def result(self, cell: Cell) -> Result:
         """The cell's result; measured on the first call."""
         if cell not in self._results:
-            self._results[cell] = self._replay(cell) if self._replayed is not None else self._measure(cell)
+            self._results[cell] = self._measure(cell) if self.replay is None else self.replay.result(cell)
         return self._results[cell]
-
-    def _replay(self, cell: Cell) -> Result:
-        # A seeded defect is evidence about the suite, never about the cell.
-        observations = [o for o in (self._replayed or {}).get(cell, []) if not o.header.inject]
-        if not observations:
-            return Missing(Verdict.UNAVAILABLE, self.gate(cell) or "replay: needs a recording without a seeded defect")
-        refusals = [o for o in observations if o.header.kind == "refusal"]
-        if refusals:
-            return Refusal(refusals[0].header.refusal, refusals[0])
-        first = observations[0].header
-        for other in observations[1:]:
-            names = different(first, other.header)
-            if names:
-                text = f"replay: several runs of this cell in the folder, which differ in {', '.join(names)}"
-                return Missing(Verdict.INVALID, text)
-        # A copy of an observation is not another one; a second run of the same lifetime is, and none is left out.
-        once = {o.header.header_sha256: o for o in observations}
-        return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
 
     def _measure(self, cell: Cell) -> Result:
         reason = self.gate(cell)
@@ -282,12 +227,12 @@ class Session:
         limit = self.matrix.run_for(cell).time_limit_s
         with self.store.writing(cell, place, key) as folder:
             outcome = process.run(self.engine, plan, folder, log, limit)
-            if isinstance(outcome, process.Refused) and self.expectations.unsupported(cell) is not None:
+            if isinstance(outcome, process.Refused) and self.expectations(cell).unsupported(cell) is not None:
                 # Kept only where the matrix expects it: another refusal may be gone the next time.
                 header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
                 write(folder, Header.model_validate(header), ())
         match outcome:
-            case process.Refused() if self.expectations.unsupported(cell) is None:
+            case process.Refused() if self.expectations(cell).unsupported(cell) is None:
                 return Refusal(outcome.message), False
             case process.TimedOut():
                 return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False

@@ -29,6 +29,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         rows = pairs(records)
         if rows:
             reporter.write_line(render(pair_table(rows), width))
+        for table in version_tables(records):
+            reporter.write_line(render(table, width))
     _skipped(reporter, records)
     clock = config.stash[collect.SESSION].clock
     if clock.cells:
@@ -70,13 +72,42 @@ def matrix_tables(records: Records, order: list[str]) -> list[Table]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
+        if case["test"] == "test_versions":
+            continue
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
-        place = places.setdefault(f"{p['case.model']} on {p['case.hardware']}", {})
+        place = places.setdefault(_place(p), {})
         place.setdefault(p["case.format"], {})[name] = case
     return [
         _matrix_table(place, {name: formats[name] for name in order if name in formats}) for place, formats in places.items()
     ]
+
+
+def _place(properties: dict[str, str]) -> str:
+    version = properties.get("case.vllm", "")
+    return f"{properties['case.model']} on {properties['case.hardware']}{f', vLLM {version}' if version else ''}"
+
+
+def version_tables(records: Records) -> list[Table]:
+    """Per model and hardware: format -> the same raw logits in every recorded vLLM version or not, and what ran."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for case in records.cases:
+        if case["test"] == "test_versions":
+            places.setdefault(_place(case["properties"]), []).append(case)
+    tables = []
+    for place, cases in places.items():
+        versions = max((case["properties"]["versions"].split(",") for case in cases), key=len)
+        title = f"{place}: raw logits, vLLM {' against '.join(versions)}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for column in ("format", "logits", "L2", "max", *(f"kernel in {version}" for version in versions)):
+            table.add_column(column, overflow="fold", no_wrap=not column.startswith("kernel"))
+        for case in cases:
+            p = case["properties"]
+            executed = [p.get(f"kernel.executed@{version}", "") for version in versions]
+            figures = [f"{float(p[name]):.3g}" if p.get(name) else "" for name in ("l2", "max_abs_diff")]
+            table.add_row(p["case.format"], _word(case), *figures, *(_kernel(name, None) for name in executed))
+        tables.append(table)
+    return tables
 
 
 def _matrix_table(place: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
@@ -117,7 +148,7 @@ def pairs(records: Records) -> list[tuple[str, dict[str, Any]]]:
     seen: dict[tuple[str, frozenset[str]], tuple[str, dict[str, Any]]] = {}
     for case in records.cases:
         p = case["properties"]
-        where = f"{p['case.model']} on {p['case.hardware']}"
+        where = _place(p)
         for pair in case["pairs"]:
             seen.setdefault((where, frozenset((pair["a"], pair["b"]))), (where, pair))
     return sorted(seen.values(), key=lambda row: (row[1]["l2"], row[0], row[1]["a"], row[1]["b"]))

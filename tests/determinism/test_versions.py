@@ -1,0 +1,13 @@
+"""Recordings of several vLLM versions: the same raw logits or not (collected with --replay of such recordings)."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.schema import Cell
+
+
+@pytest.mark.several_versions
+@pytest.mark.compares_formats
+def test_versions(cell: Cell, judge: Judge) -> None:
+    """Where the same kernels ran, another vLLM version gives the same raw logits."""
+    judge.versions(cell)

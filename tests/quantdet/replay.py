@@ -1,0 +1,110 @@
+"""Recorded observations in place of an engine: which cells they are of, and what each cell's result is.
+
+Where a hardware row was recorded with several vLLM versions, each version is a cell of its own (`Cell.vllm`), since
+kernels, expectations and twins are a version's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from quantdet import store
+from quantdet.observation import Observation, ObservationError
+from quantdet.observation_header import different
+from quantdet.results import Measured, Missing, Refusal, Result
+from quantdet.schema import Cell
+from quantdet.verdicts import Verdict
+
+
+class Replay:
+    """The observations below one folder.
+
+    Raises:
+        ObservationError: a damaged observation, or none at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        found = store.Store(folder).all()
+        if not found:
+            raise ObservationError(f"{folder}: no observation in this folder")
+        self._versions: dict[str, list[str]] = {}
+        for observation in found:
+            known = self._versions.setdefault(observation.header.hardware, [])
+            if vllm_of(observation) not in known:
+                known.append(vllm_of(observation))
+        for known in self._versions.values():
+            known.sort(key=_order)
+        self._cells: dict[Cell, list[Observation]] = {}
+        for observation in found:
+            if len(self._versions[observation.header.hardware]) > 1:
+                observation = replace(observation, vllm=vllm_of(observation))
+            self._cells.setdefault(observation.cell, []).append(observation)
+
+    def expand(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The matrix's cells, one for each version that its hardware was recorded with."""
+        return [
+            replace(cell, vllm=version)
+            for cell in cells
+            for version in (self.versions(cell.hardware_id) if len(self.versions(cell.hardware_id)) > 1 else [""])
+        ]
+
+    def versions(self, hardware_id: str) -> list[str]:
+        """The vLLM versions that a hardware row was recorded with, oldest first."""
+        return self._versions.get(hardware_id, [])
+
+    def gate(self, cell: Cell) -> str | None:
+        """Why `cell` cannot be judged; None if there are observations of it (for all versions together: of two)."""
+        versions = self.versions(cell.hardware_id)
+        if len(versions) > 1 and not cell.vllm:
+            have = [version for version in versions if replace(cell, vllm=version) in self._cells]
+            need = "replay: needs recordings of two vLLM versions"
+            return None if len(have) > 1 else f"{need}, have {', '.join(have) or 'none'}"
+        return None if cell in self._cells else f"replay: needs a recording, have none in {self.folder}"
+
+    def result(self, cell: Cell) -> Result:
+        """What was recorded of `cell`."""
+        # A seeded defect is evidence about the suite, never about the cell.
+        observations = [o for o in self._cells.get(cell, []) if not o.header.inject]
+        if not observations:
+            return Missing(Verdict.UNAVAILABLE, self.gate(cell) or "replay: needs a recording without a seeded defect")
+        refusals = [o for o in observations if o.header.kind == "refusal"]
+        if refusals:
+            return Refusal(refusals[0].header.refusal, refusals[0])
+        first = observations[0].header
+        for other in observations[1:]:
+            names = different(first, other.header)
+            if names:
+                text = f"replay: several runs of this cell in the folder, which differ in {', '.join(names)}"
+                return Missing(Verdict.INVALID, text)
+        # A copy of an observation is not another one; a second run of the same lifetime is, and none is left out.
+        once = {o.header.header_sha256: o for o in observations}
+        return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
+
+    def environment(self) -> dict[str, Any]:
+        """What the observations' environments have in common; `several` where they differ."""
+        merged: dict[str, Any] = {}
+        for observations in self._cells.values():
+            for observation in observations:
+                for name, value in observation.header.environment.items():
+                    merged.setdefault(name, value)
+                    if merged[name] != value:
+                        merged[name] = "several"
+        if not isinstance(merged.get("variables", {}), dict):
+            merged["variables"] = {}
+        return merged
+
+
+def vllm_of(observation: Observation) -> str:
+    """The vLLM version that an observation was made with."""
+    return str(observation.header.environment.get("vllm") or "")
+
+
+def _order(version: str) -> tuple[Version, str]:
+    try:
+        return Version(version), version
+    except InvalidVersion:
+        return Version("0"), version
