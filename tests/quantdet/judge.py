@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from quantdet import drift, judgements
+from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
 from quantdet.report.record import JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
@@ -16,7 +17,8 @@ from quantdet.verdicts import Judgement, Verdict
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
 PROPERTIES = (
     "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
-    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second", "observation",
+    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second", "seconds",
+    "observation",
 )  # fmt: skip
 
 
@@ -125,6 +127,7 @@ class Judge:
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
                 "tokens_per_second": round(header.timings.get("tokens_per_second", 0.0), 1),
+                "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }
         figures |= judgement.figures
@@ -150,3 +153,8 @@ class Judge:
     @staticmethod
     def _relative(observation: Observation) -> str:
         return "/".join(observation.path.parts[-5:]) if observation.path is not None else ""
+
+
+def _seconds(timings: dict[str, float]) -> str:
+    """The first lifetime's time by part, for example `import=0.0 start=5.1 load=0.8 prepare=0.2 compile=1.0 measure=1.3`."""
+    return " ".join(f"{part.removesuffix('_s')}={timings[part]:.1f}" for part in PARTS if part in timings)

@@ -68,7 +68,7 @@ def plan_for(
         identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
         prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
         decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
-        extra={"spawn": bool(own) or "torchao" in format_.packages, **settings},
+        extra={"spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings},
     )  # fmt: skip
 
 

@@ -109,10 +109,15 @@ class ModelRun(Row):
 
 
 class Engine(Row):
-    """Arguments and environment that every engine lifetime gets; a pin adds to them."""
+    """Arguments and environment that every engine lifetime gets; a pin adds to them.
+
+    `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
+    preloaded server may still set them; a cell that sets any other one gets a fresh interpreter.
+    """
 
     args: dict[str, str | int | float | bool] = {}
     env: dict[str, str] = {}
+    env_at_start: tuple[str, ...] = ()
     max_text_tokens: PositiveInt = 1024
 
 

@@ -1,5 +1,6 @@
 """Collects the outputs of one lifetime: distinct ones only, with the run that gave each, and where repeats differ."""
 
+import statistics
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Recorder:
         self.divergences: list[Divergence] = []
         self.nonfinite: list[NonFinite] = []
         self.generate_s = 0.0
+        self.first_call_s = 0.0  # what first calls took longer than the later ones: kernels compiled at their first use
         self.tokens = 0
         self.logits_dtype = ""
 
@@ -33,6 +35,12 @@ class Recorder:
         self._ids = np.asarray(ids, dtype=np.int32)
         self._outputs: list[Output] = []
         self._first: dict[str, NDArray[Any]] = {}
+        self._seconds: list[float] = []
+
+    def seconds(self, call: float) -> None:
+        """Wall-clock time of a repeat's call."""
+        self.generate_s += call
+        self._seconds.append(call)
 
     def add(
         self,
@@ -90,6 +98,8 @@ class Recorder:
             runs=tuple(groups),
         )
         self.records.append(PromptRecord(header, self._ids, tuple(unique)))
+        if len(self._seconds) > 1:
+            self.first_call_s += max(0.0, self._seconds[0] - statistics.median(self._seconds[1:]))
         self._first = {}
 
 

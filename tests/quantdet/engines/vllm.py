@@ -16,6 +16,7 @@ from quantdet.compare import stable_topk
 from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
+from quantdet.engines.stopwatch import Stopwatch
 from quantdet.observation import Block, write
 from quantdet.observation_header import SCHEMA, Executed, Header
 
@@ -46,6 +47,7 @@ class VllmEngine:
             torch._dynamo.config.disable = True
         if plan.extra.get("onednn_fp8") is False:
             _fp8_outside_onednn()
+        stopwatch = _watched()
         imported = time.monotonic()
         llm = self._load(vllm, plan)
         loaded = time.monotonic()
@@ -72,10 +74,13 @@ class VllmEngine:
                 "prompts": [record.header.model_dump() for record in recorder.records],
                 "timings": {
                     "import_s": imported - began,
-                    "load_s": loaded - imported,
-                    "measure_s": measured - loaded,
+                    "start_s": loaded - imported - stopwatch.seconds.total(),
+                    "load_s": stopwatch.seconds["load"],
+                    "prepare_s": stopwatch.seconds["prepare"],
+                    "compile_s": stopwatch.seconds["compile"] + recorder.first_call_s,
+                    "measure_s": measured - loaded - recorder.first_call_s,
                     "generate_s": recorder.generate_s,
-                    "tokens_per_second": recorder.tokens / max(recorder.generate_s, 1e-9),
+                    "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
                 },
             }
         )
@@ -121,7 +126,7 @@ class VllmEngine:
         tap.start(flip)
         began = time.monotonic()
         (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
-        recorder.generate_s += time.monotonic() - began
+        recorder.seconds(time.monotonic() - began)
         decode, prefill = tap.assemble(len(ids), plan.decode_tokens)
         output = answer.outputs[0]
         recorder.add(
@@ -139,6 +144,18 @@ class VllmEngine:
         eager = bool(config.model_config.enforce_eager)
         runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
         return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
+
+
+def _watched() -> Stopwatch:
+    """The parts of vLLM's start-up: weights read, weights repacked, and the profile and warm-up runs, which compile."""
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.engine.core import EngineCore
+
+    stopwatch = Stopwatch()
+    stopwatch.watch("load", base_loader.BaseModelLoader, "load_model")
+    stopwatch.watch("prepare", base_loader, "process_weights_after_loading")
+    stopwatch.watch("compile", EngineCore, "_initialize_kv_caches")
+    return stopwatch
 
 
 def _fp8_outside_onednn() -> None:

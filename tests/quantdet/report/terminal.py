@@ -12,6 +12,7 @@ from rich.table import Table
 from quantdet import collect
 from quantdet.classes import equivalence_classes, intransitive
 from quantdet.collect import DECLARED
+from quantdet.engines.stopwatch import PARTS
 from quantdet.report.record import RECORDS, Records
 
 _CLOSEST = 10
@@ -25,6 +26,10 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         reporter.write_sep("=", "quantdet: verdicts")
         for table in matrix_tables(records, list(config.stash[collect.SESSION].matrix.formats)):
             reporter.write_line(render(table, width))
+        clock = config.stash[collect.SESSION].clock
+        if clock.cells > clock.reused:
+            for table in time_tables(records):
+                reporter.write_line(render(table, width))
         _classes(reporter, records)
         rows = pairs(records)
         if rows:
@@ -128,6 +133,28 @@ def _matrix_table(place: str, formats: dict[str, dict[str, dict[str, Any]]]) -> 
             f"{float(bound):.3g}" if bound else "",
         )  # fmt: skip
     return table
+
+
+def time_tables(records: Records) -> list[Table]:
+    """Per model and hardware: where the time of each cell's (first) engine lifetime went, slowest first."""
+    places: dict[str, dict[str, dict[str, float]]] = {}
+    for case in records.cases:
+        p = case["properties"]
+        if p.get("seconds"):
+            parts = {name: float(value) for name, _, value in (part.partition("=") for part in p["seconds"].split())}
+            places.setdefault(_place(p), {})[p["case.format"]] = parts
+    tables = []
+    for place, cells in places.items():
+        names = [part.removesuffix("_s") for part in PARTS]
+        table = Table(title=f"{place}: seconds", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("format", no_wrap=True)
+        for name in (*names, "total"):
+            table.add_column(name, justify="right")
+        for format_, parts in sorted(cells.items(), key=lambda row: -sum(row[1].values())):
+            figures = (*(parts.get(name, 0.0) for name in names), sum(parts.values()))
+            table.add_row(format_, *(f"{value:.1f}" for value in figures))
+        tables.append(table)
+    return tables
 
 
 def _word(case: dict[str, Any] | None) -> str:
