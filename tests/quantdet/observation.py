@@ -95,6 +95,7 @@ class PromptRecord:
 class Observation:
     """A header and, unless the engine refused, the arrays of every prompt.
 
+    `claims`: requests whose generated tokens were kept for re-execution, each with one output.
     `vllm`: the version that tells this observation's cell from the same cell of another version (`Cell.vllm`).
     """
 
@@ -102,6 +103,7 @@ class Observation:
     prompts: tuple[PromptRecord, ...] = ()
     path: Path | None = None
     vllm: str = ""
+    claims: tuple[PromptRecord, ...] = ()
 
     @property
     def cell(self) -> Cell:
@@ -132,10 +134,10 @@ class Observation:
         return digest.hexdigest()
 
 
-def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...]) -> None:
+def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], claims: tuple[PromptRecord, ...] = ()) -> None:
     """Write header and arrays into an existing directory; the header last, since it completes the observation."""
     tensors: dict[str, NDArray[Any]] = {}
-    for p, prompt in enumerate(prompts):
+    for p, prompt in (*enumerate(prompts), *((f"claim{c}", claim) for c, claim in enumerate(claims))):
         tensors[f"{p}.prompt_ids"] = prompt.prompt_ids
         for o, output in enumerate(prompt.outputs):
             tensors[f"{p}.{o}.output_ids"] = output.output_ids
@@ -173,10 +175,13 @@ def read(directory: Path) -> Observation:
         tensors = load_tensors(payload)
     except Exception as error:  # safetensors raises types of its own
         raise ObservationError(f"{path}: not safetensors: {error}") from None
-    prompts = tuple(_prompt(path, header, p, tensors) for p in range(len(header.prompts)))
+    lengths = (header.decode_tokens, header.top_k)
+    prompts = tuple(_prompt(path, header, row, str(p), lengths, tensors) for p, row in enumerate(header.prompts))
+    lengths = (header.claim_tokens, header.claim_top_k)
+    claims = tuple(_prompt(path, header, row, f"claim{c}", lengths, tensors) for c, row in enumerate(header.claims))
     if tensors:
         raise ObservationError(f"{path}: {min(tensors)}: belongs to no prompt")
-    return Observation(header, prompts, directory)
+    return Observation(header, prompts, directory, claims=claims)
 
 
 def read_header(directory: Path) -> Header:
@@ -203,20 +208,34 @@ def read_header(directory: Path) -> Header:
         if header.executed is None or not header.prompts:
             raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")
         for p, prompt in enumerate(header.prompts):
-            if prompt.content_start >= prompt.length:
-                raise ObservationError(f"{path}: prompts.{p}.content_start: {prompt.content_start} of {prompt.length} ids")
-            if len(prompt.runs) != header.repeats:
-                raise ObservationError(f"{path}: prompts.{p}.runs: {len(prompt.runs)} runs of {header.repeats} repeats")
-            # Bounded before anything is made of it: the number may be anything.
-            if max(prompt.runs) >= len(prompt.runs) or list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
-                raise ObservationError(f"{path}: prompts.{p}.runs: indices do not number the outputs in order")
+            _check_prompt(f"{path}: prompts.{p}", prompt, header.repeats)
+        for c, claim in enumerate(header.claims):
+            _check_prompt(f"{path}: claims.{c}", claim, 1)
+        if header.claims and not (header.claim_tokens and header.claim_top_k):
+            raise ObservationError(f"{path}: claims: need 'claim_tokens' and 'claim_top_k'")
+        ids = [prompt.id for prompt in (*header.prompts, *header.claims)]
+        if len(set(ids)) != len(ids):
+            raise ObservationError(f"{path}: prompts: id used twice: {next(name for name in ids if ids.count(name) > 1)}")
     if header.header_sha256 != header.digest():
         raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
 
 
-def _prompt(path: Path, header: Header, p: int, tensors: dict[str, NDArray[Any]]) -> PromptRecord:
-    prompt = header.prompts[p]
+def _check_prompt(where: str, prompt: PromptHeader, repeats: int) -> None:
+    if prompt.content_start >= prompt.length:
+        raise ObservationError(f"{where}.content_start: {prompt.content_start} of {prompt.length} ids")
+    if len(prompt.runs) != repeats:
+        raise ObservationError(f"{where}.runs: {len(prompt.runs)} runs of {repeats} repeats")
+    # Bounded before anything is made of it: the number may be anything.
+    if max(prompt.runs) >= len(prompt.runs) or list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
+        raise ObservationError(f"{where}.runs: indices do not number the outputs in order")
+
+
+def _prompt(
+    path: Path, header: Header, prompt: PromptHeader, p: str, lengths: tuple[int, int], tensors: dict[str, NDArray[Any]]
+) -> PromptRecord:
+    """The arrays of one prompt, whose names begin with `p`; `lengths` are its generated tokens and top-k."""
+    decode_tokens, k = lengths
 
     def take(name: str, dtype: str, *shape: int) -> NDArray[Any]:
         array = tensors.pop(f"{p}.{name}", None)
@@ -229,7 +248,7 @@ def _prompt(path: Path, header: Header, p: int, tensors: dict[str, NDArray[Any]]
         return array
 
     def block(o: int, phase: str, n: int) -> Block:
-        at, k = f"{o}.{phase}", header.top_k
+        at = f"{o}.{phase}"
         found = Block(
             take(f"{at}.digests", "uint8", n, 32),
             take(f"{at}.chosen", "float32", n),
@@ -249,8 +268,8 @@ def _prompt(path: Path, header: Header, p: int, tensors: dict[str, NDArray[Any]]
     ids = take("prompt_ids", "int32", prompt.length)
     outputs = tuple(
         Output(
-            take(f"{o}.output_ids", "int32", header.decode_tokens),
-            block(o, "decode", header.decode_tokens),
+            take(f"{o}.output_ids", "int32", decode_tokens),
+            block(o, "decode", decode_tokens),
             block(o, "prefill", prompt.length - 1),
         )
         for o in range(max(prompt.runs) + 1)

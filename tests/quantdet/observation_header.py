@@ -123,13 +123,18 @@ class Header(_Part):
     nonfinite: tuple[NonFinite, ...] = ()
     divergences: tuple[Divergence, ...] = ()
     prompts: tuple[PromptHeader, ...] = ()
+    claims_workload: str = ""
+    claims_workload_sha256: str = ""
+    claim_tokens: int = Field(0, ge=0)
+    claim_top_k: int = Field(0, ge=0)
+    claims: tuple[PromptHeader, ...] = ()
     timings: dict[str, float] = {}
     tensors_sha256: str = ""
     header_sha256: str = ""
 
     def digest(self) -> str:
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
-        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256"})
+        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *(() if self.claims else _CLAIMS)})
         return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -137,9 +142,11 @@ class Header(_Part):
         return Cell(self.model, self.format, self.hardware)
 
 
+# Younger than the first recordings, which were sealed without them.
+_CLAIMS = {"claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims"}
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
-    "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "timings", "refusal",
+    "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
     "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.

@@ -26,8 +26,12 @@ def key_of(plan: Plan, lifetime: int) -> str:
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None,
+    claimed: workload.Workload | None = None,
 ) -> Plan | str:  # fmt: skip
-    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel."""
+    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
+
+    `claimed`: the workload of the model's claims, if they are to be recorded.
+    """
     format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
     kind = matrix.hardware[cell.hardware_id].kind
     args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
@@ -47,11 +51,16 @@ def plan_for(
             settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
     text = work.has_text
     length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
+    claims = matrix.models[cell.model_id].claims if claimed is not None else None
+    if claims is not None and claimed is not None:
+        asked = matrix.engine.max_text_tokens if claimed.has_text else workload.max_tokens(claimed)
+        length = max(length, asked + claims.decode_tokens)
+        text = text or claimed.has_text
     args |= {
         "skip_tokenizer_init": not text,
         "max_model_len": length,
         "max_num_batched_tokens": max(2048, length),
-        "max_logprobs": run.top_k,
+        "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
     }
     repeats = repeats or run.repeats
     defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
@@ -64,10 +73,17 @@ def plan_for(
         "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
         "environment": {**environment, **settings, "suite": __version__},
     }  # fmt: skip
+    if claims is not None and claimed is not None:
+        identity |= {
+            "claims_workload": claimed.id, "claims_workload_sha256": claimed.sha256,
+            "claim_tokens": claims.decode_tokens, "claim_top_k": claims.top_k,
+        }  # fmt: skip
     return Plan(
         identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
         prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
         decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
+        claims=tuple(_planned(prompt) for prompt in claimed.prompts) if claims is not None and claimed is not None else (),
+        claim_tokens=claims.decode_tokens if claims else 0, claim_top_k=claims.top_k if claims else 0,
         extra={"spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings},
     )  # fmt: skip
 
@@ -91,10 +107,12 @@ def unusable(matrix: Matrix, prompts: Path) -> list[str]:
     """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
     mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
     for name, model in matrix.models.items():
-        try:
-            work = workload.load(model.workload, prompts)
-            if model.synthetic is not None:
-                workload.check_vocab(work, model.synthetic.vocab_size)
-        except workload.WorkloadError as error:
-            mistakes.append(f"models.{name}.workload: {' '.join(str(error).split())}")
+        used = {"workload": model.workload, **({"claims.workload": model.claims.workload} if model.claims else {})}
+        for key, wanted in used.items():
+            try:
+                work = workload.load(wanted, prompts)
+                if model.synthetic is not None:
+                    workload.check_vocab(work, model.synthetic.vocab_size)
+            except workload.WorkloadError as error:
+                mistakes.append(f"models.{name}.{key}: {' '.join(str(error).split())}")
     return mistakes

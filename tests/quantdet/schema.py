@@ -225,6 +225,17 @@ class Package(Row):
     file: str
 
 
+class Claims(Row):
+    """What a recording (`--record`) keeps for re-execution elsewhere: tokens that this format generated, once each.
+
+    `decode_tokens` per prompt of `workload`, with the `top_k` logprobs of every prompt and generated position.
+    """
+
+    workload: str
+    decode_tokens: int = Field(32, ge=2, le=4096)
+    top_k: int = Field(8, ge=2, le=1000)
+
+
 class Model(Row):
     """A model: where its weights come from, its workload and the formats it has (globs)."""
 
@@ -236,6 +247,7 @@ class Model(Row):
     memory_gib: Annotated[float, Field(gt=0)] = 4
     slow: bool = False
     run: ModelRun = ModelRun()
+    claims: Claims | None = None
     synthetic: Synthetic | None = None
     package: Package | None = None
     path: str | None = None

@@ -179,6 +179,7 @@ class Session:
             cell, self.matrix, work, checkpoint, self.environment,
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
             repeats=self.options.repeats, inject=self.inject,
+            claimed=self._workload(model.claims.workload) if model.claims and self.options.record else None,
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 

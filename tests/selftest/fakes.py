@@ -62,8 +62,13 @@ class FakeEngine:
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):
             _prompt(plan, behaviour, recorder, prompt, number)
-        header = _header(plan, behaviour, recorder)
-        write(directory, header, tuple(recorder.records))
+        claims = Recorder(plan.claiming)
+        for number, prompt in enumerate(plan.claims, len(plan.prompts)):
+            _prompt(plan.claiming, behaviour, claims, prompt, number)
+        header = _header(plan, behaviour, recorder).model_copy(
+            update={"claims": tuple(record.header for record in claims.records)}
+        )
+        write(directory, header, tuple(recorder.records), tuple(claims.records))
         if behaviour == "damaged":
             path = directory / "tensors.safetensors"
             path.write_bytes(path.read_bytes()[:-1])

@@ -16,6 +16,7 @@ PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
 # What runs under a released id never changes: a changed prompt is a new id, or recordings of both would be compared.
 RELEASED = {
     "synthetic-v1": "8620f18a6b8fdbe0634dece13a5a56d750f09cfbac86f9914bfc03519c9072e2",
+    "claims-v1": "ef86591df5d33f1e0a5e0c74cf3bdce966c8edcbbea4e93d6337a0f31e3034af",
     "smollm2-v1": "f153815f6f11fa9b0117c92b3a30bf54d5bb08b128b1a776abecb929f8b1a838",
     "text-v1": "17d35f0131458714f195a2af35df97d9ff757b90510a5eae314a7cd5d956201a",
 }

@@ -1,7 +1,7 @@
 """Engines: a plan in, an observation out. Each runs in a child process of its own (`quantdet.engines.process`)."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,8 @@ class PlannedPrompt:
 class Plan:
     """All that an engine lifetime has to do; JSON-able, since it crosses a process boundary.
 
-    `identity` are the header fields that are known before the run (`quantdet.observation.Header`).
+    `claims` are requests whose generated tokens a recording keeps for re-execution: `claim_tokens` each, `claim_top_k`
+    logprobs. `identity` are the header fields that are known before the run (`quantdet.observation.Header`).
     """
 
     identity: dict[str, Any]
@@ -47,6 +48,9 @@ class Plan:
     decode_tokens: int
     top_k: int
     inject: str = ""
+    claims: tuple[PlannedPrompt, ...] = ()
+    claim_tokens: int = 0
+    claim_top_k: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -55,11 +59,17 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         raw = json.loads(text)
-        prompts = tuple(
-            PlannedPrompt(**{**p, "token_ids": tuple(p["token_ids"]), "forced_ids": tuple(p["forced_ids"])})
-            for p in raw.pop("prompts")
-        )
-        return cls(prompts=prompts, **raw)
+        for name in ("prompts", "claims"):
+            raw[name] = tuple(
+                PlannedPrompt(**{**p, "token_ids": tuple(p["token_ids"]), "forced_ids": tuple(p["forced_ids"])})
+                for p in raw[name]
+            )
+        return cls(**raw)
+
+    @property
+    def claiming(self) -> "Plan":
+        """The claims as a plan of their own: each generated once, after everything else."""
+        return replace(self, prompts=self.claims, repeats=1, decode_tokens=self.claim_tokens, top_k=self.claim_top_k, inject="")
 
 
 class Engine(Protocol):

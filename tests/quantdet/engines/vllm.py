@@ -53,6 +53,38 @@ class VllmEngine:
         loaded = time.monotonic()
         executed = self._executed(llm)
         tap = LogitsTap(_model(llm))
+        recorder = self._run(vllm, llm, tap, plan)
+        measured = time.monotonic()
+        claims = self._run(vllm, llm, tap, plan.claiming)
+        claimed = time.monotonic()
+        header = Header.model_validate(
+            {
+                **plan.identity,
+                "schema": SCHEMA,
+                "kind": "observation",
+                "environment": {**plan.identity.get("environment", {}), **environment(plan)},
+                "executed": executed.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
+                "nonfinite": [row.model_dump() for row in (*recorder.nonfinite, *claims.nonfinite)],
+                "divergences": [row.model_dump() for row in recorder.divergences],
+                "prompts": [record.header.model_dump() for record in recorder.records],
+                "claims": [record.header.model_dump() for record in claims.records],
+                "timings": {
+                    "import_s": imported - began,
+                    "start_s": loaded - imported - stopwatch.seconds.total(),
+                    "load_s": stopwatch.seconds["load"],
+                    "prepare_s": stopwatch.seconds["prepare"],
+                    "compile_s": stopwatch.seconds["compile"] + recorder.first_call_s,
+                    "measure_s": measured - loaded - recorder.first_call_s,
+                    **({"claims_s": claimed - measured} if plan.claims else {}),
+                    "generate_s": recorder.generate_s,
+                    "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
+                },
+            }
+        )
+        write(directory, header, tuple(recorder.records), tuple(claims.records))
+
+    def _run(self, vllm: Any, llm: Any, tap: LogitsTap, plan: Plan) -> Recorder:
+        """Every prompt of the plan, each repeat of one before the next."""
         recorder = Recorder(plan)
         for prompt in plan.prompts:
             given, forced_from = self._ids(llm, prompt)
@@ -61,30 +93,7 @@ class VllmEngine:
                 flip = plan.inject == "bitflip" and repeat == plan.repeats - 1 and prompt is plan.prompts[0]
                 self._request(vllm, llm, tap, recorder, plan, given, (1, 0) if flip else None)
             recorder.end()
-        measured = time.monotonic()
-        header = Header.model_validate(
-            {
-                **plan.identity,
-                "schema": SCHEMA,
-                "kind": "observation",
-                "environment": {**plan.identity.get("environment", {}), **environment(plan)},
-                "executed": executed.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
-                "nonfinite": [row.model_dump() for row in recorder.nonfinite],
-                "divergences": [row.model_dump() for row in recorder.divergences],
-                "prompts": [record.header.model_dump() for record in recorder.records],
-                "timings": {
-                    "import_s": imported - began,
-                    "start_s": loaded - imported - stopwatch.seconds.total(),
-                    "load_s": stopwatch.seconds["load"],
-                    "prepare_s": stopwatch.seconds["prepare"],
-                    "compile_s": stopwatch.seconds["compile"] + recorder.first_call_s,
-                    "measure_s": measured - loaded - recorder.first_call_s,
-                    "generate_s": recorder.generate_s,
-                    "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
-                },
-            }
-        )
-        write(directory, header, tuple(recorder.records))
+        return recorder
 
     @staticmethod
     def _load(vllm: Any, plan: Plan) -> Any:

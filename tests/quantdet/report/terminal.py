@@ -145,7 +145,7 @@ def time_tables(records: Records) -> list[Table]:
             places.setdefault(_place(p), {})[p["case.format"]] = parts
     tables = []
     for place, cells in places.items():
-        names = [part.removesuffix("_s") for part in PARTS]
+        names = [name for name in (part.removesuffix("_s") for part in PARTS) if any(name in row for row in cells.values())]
         table = Table(title=f"{place}: seconds", title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("format", no_wrap=True)
         for name in (*names, "total"):
