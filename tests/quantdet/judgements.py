@@ -263,6 +263,9 @@ def distinctness(
         text += f", IDENTICAL to {', '.join(twins)}"
     if indistinct:
         text += f", INDISTINCT from {', '.join(indistinct)}"
+    units = {one.header.environment.get("gpu_uuid", "") for one in (own, *peers.values())}
+    if len(units) > 1:
+        text += f" (measured on {len(units)} GPUs of one kind)"
     figures["compared_with"] = ",".join(p.b for p in pairs)
     if wrong:
         return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))

@@ -151,6 +151,8 @@ _OUTCOME = {
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.
 _PER_FORMAT = ("start", "masked", "onednn_fp8", "suite")
+# Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
+_UNIT = ("gpu_uuid", "device_uuid")
 
 
 def different(a: Header, b: Header) -> list[str]:
@@ -160,6 +162,6 @@ def different(a: Header, b: Header) -> list[str]:
 
 
 def environment_differences(a: Header, b: Header) -> list[str]:
-    """Names of the environment's facts in which two observations differ, but for those that go with a format."""
-    names = sorted({*a.environment, *b.environment} - set(_PER_FORMAT))
+    """Names of the environment's facts in which two observations differ, but for those that go with a format or a unit."""
+    names = sorted({*a.environment, *b.environment} - {*_PER_FORMAT, *_UNIT})
     return [name for name in names if a.environment.get(name) != b.environment.get(name)]

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def with_outputs(whole: Observation, prompt: int, outputs: tuple[Output, ...], r
     prompts = list(whole.prompts)
     prompts[prompt] = PromptRecord(header, record.prompt_ids, outputs)
     changed = whole.header.model_copy(update={"prompts": tuple(p.header for p in prompts)})
-    return Observation(changed, tuple(prompts), whole.path)
+    return replace(whole, header=changed, prompts=tuple(prompts))
 
 
 def changed_block(block: Block, **arrays: Any) -> Block:

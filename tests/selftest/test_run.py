@@ -4,9 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,92 +16,17 @@ from quantdet import checkpoints
 from quantdet.judge import PROPERTIES
 from quantdet.schema import Format, Model
 from selftest.fakes import MATRIX, ROOT, TESTS, alive, expect, make_suite, setting
+from selftest.inner import Run, Suite, read_junit
 
 pytest_plugins = ["pytester"]
 
 CASE_PROPERTIES = {"case.model", "case.format", "case.hardware", "case.engine", "kernel.requested"}
-TIMINGS = {"tokens_per_second"}
+TIMINGS = {"tokens_per_second", "seconds"}
 HERE = "alpha and cpu-here"
 TWO = f"{HERE} and (awq or bf16)"
 THREE = f"{HERE} and (awq or bf16 or int8)"
 TWINS = f"{HERE} and (gptq or /ct/)"
 AWQ = "alpha/awq/cpu-here"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One `<testcase>`."""
-
-    outcome: str
-    message: str
-    properties: dict[str, str]
-
-    @property
-    def verdict(self) -> str:
-        return self.properties.get("verdict", "")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One inner pytest run, read back from its JUnit file and its terminal output."""
-
-    code: int
-    output: str
-    cases: dict[str, Case] = field(default_factory=dict)
-    suite: dict[str, str] = field(default_factory=dict)
-
-    def failures(self) -> dict[str, str]:
-        """Cases that did not pass, with the verdict; skipped ones left out."""
-        return {name: c.verdict for name, c in self.cases.items() if c.outcome not in ("passed", "skipped", "xfail")}
-
-    def ran(self) -> dict[str, Case]:
-        return {name: case for name, case in self.cases.items() if case.outcome != "skipped"}
-
-
-def read_junit(path: Path) -> tuple[dict[str, Case], dict[str, str]]:
-    """Cases by name, and the suite's properties."""
-    suite = ET.parse(path).getroot().find("testsuite")
-    assert suite is not None
-    cases: dict[str, Case] = {}
-    for element in suite.iter("testcase"):
-        found = [child for child in element if child.tag in ("failure", "error", "skipped")]
-        outcome = found[0].tag if found else "passed"
-        if outcome == "skipped" and found[0].get("type") == "pytest.xfail":
-            outcome = "xfail"
-        name = str(element.get("name"))
-        assert name not in cases
-        properties = {str(p.get("name")): str(p.get("value")) for p in element.iter("property")}
-        cases[name] = Case(outcome, str(found[0].get("message")) if found else "", properties)
-    properties = {str(p.get("name")): str(p.get("value")) for p in suite.findall("./properties/property")}
-    return cases, properties
-
-
-Suite = Callable[..., Run]
-
-
-@pytest.fixture
-def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """Runs the measured tests with the fake engine; `apart=True` in a process of its own."""
-    for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*args: str, matrix: str = MATRIX, apart: bool = False) -> Run:
-        make_suite(pytester.path, matrix)
-        # Inner runs need no plugin but the suite's, and xdist where there are workers: a quarter of a second each.
-        with monkeypatch.context() as patch:
-            if not apart:
-                patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-            return started(args, apart)
-
-    def started(args: tuple[str, ...], apart: bool) -> Run:
-        report = pytester.path / "report.xml"
-        report.unlink(missing_ok=True)
-        start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
-        result = start(f"--junitxml={report}", *args)
-        cases, properties = read_junit(report) if report.is_file() else ({}, {})
-        return Run(int(result.ret), result.stdout.str() + "\n" + result.stderr.str(), cases, properties)
-
-    return run
 
 
 def of(cell: str, *tests: str) -> set[str]:

@@ -1,0 +1,34 @@
+"""The fixture of the modules that run pytest inside pytest; each of them activates `pytester`."""
+
+import pytest
+import rich.console
+import rich.table  # noqa: F401
+import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
+
+from selftest.fakes import MATRIX, make_suite
+from selftest.inner import Run, Suite, read_junit
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Runs the measured tests with the fake engine; `apart=True` in a process of its own."""
+    for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*args: str, matrix: str = MATRIX, apart: bool = False) -> Run:
+        make_suite(pytester.path, matrix)
+        # Inner runs need no plugin but the suite's, and xdist where there are workers: a quarter of a second each.
+        with monkeypatch.context() as patch:
+            if not apart:
+                patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+            return started(args, apart)
+
+    def started(args: tuple[str, ...], apart: bool) -> Run:
+        report = pytester.path / "report.xml"
+        report.unlink(missing_ok=True)
+        start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
+        result = start(f"--junitxml={report}", *args)
+        cases, properties = read_junit(report) if report.is_file() else ({}, {})
+        return Run(int(result.ret), result.stdout.str() + "\n" + result.stderr.str(), cases, properties)
+
+    return run
