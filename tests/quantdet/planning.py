@@ -19,19 +19,28 @@ RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model
 
 
 def key_of(plan: Plan, lifetime: int) -> str:
-    """SHA-256 over everything that an observation of this lifetime depends on."""
-    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": plan.extra})
+    """SHA-256 over everything that an observation of this lifetime depends on.
+
+    Without `architecture`: what is checked before a measurement does not change it, and the hardware row is in the identity.
+    """
+    extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
+    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
 
 
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None,
+    device: dict[str, str] | None = None,
 ) -> Plan | str:  # fmt: skip
-    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel."""
+    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
+
+    `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
+    """
     format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
-    kind = matrix.hardware[cell.hardware_id].kind
+    row = matrix.hardware[cell.hardware_id]
+    kind = row.kind
     args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
-    own: dict[str, str] = {}
+    own: dict[str, str] = dict(device or {})
     if format_.kernel not in ("auto", "unquantized"):
         pin = matrix.pin_for(format_, vllm_version)
         if pin is None:
@@ -68,7 +77,10 @@ def plan_for(
         identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
         prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
         decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
-        extra={"spawn": bool(own) or "torchao" in format_.packages, **settings},
+        extra={
+            "spawn": bool(own) or "torchao" in format_.packages, **settings,
+            **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
+        },
     )  # fmt: skip
 
 
