@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from quantdet import devices
+from quantdet import devices, planning
 from quantdet.devices import Card, Gpu, visible
-from quantdet.engines import InvalidMeasurement, Plan, device
+from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, device, masks
+from quantdet.engines.vllm import VllmEngine
 
 A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
 CARDS = ((A,), (B,), (C,))
@@ -294,6 +295,33 @@ def test_the_rows_gpu_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     device.check(plan(architecture="9.0"))
     monkeypatch.delattr(device, "_architecture")
     device.check(plan())
+
+
+@pytest.mark.parametrize("refusal", [None, EngineRefused("ValueError: needs compute capability 9.0")])
+def test_the_engine_looks_at_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: Exception | None) -> None:
+    """As soon as the engine is up; and a refusal on another row's GPU is not taken for the cell's."""
+    loaded = []
+
+    def load(self: Any, vllm: Any, plan: Plan) -> None:
+        loaded.append(plan)
+        if refusal is not None:
+            raise refusal
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(masks, "hide", lambda names: None)
+    monkeypatch.setattr(VllmEngine, "_load", load)
+    monkeypatch.setattr(device, "_architecture", lambda: "8.0")
+
+    with pytest.raises(InvalidMeasurement, match=r"needs compute capability 9.0, torch sees 8.0"):
+        VllmEngine().measure(plan(architecture="9.0"), tmp_path)
+    assert 1 == len(loaded)
+
+
+def test_the_check_is_not_part_of_the_key() -> None:
+    """Observations from before there was a check stay valid; what else is beside the identity counts."""
+    keys = [planning.key_of(plan(**extra), 0) for extra in ({}, {"architecture": "9.0"}, {"spawn": True})]
+
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(
