@@ -119,7 +119,8 @@ class Session:
     def measured_environment(self) -> dict[str, Any]:
         """The environment that this run's figures come from: this machine's, or that of the replayed observations."""
         if self._replayed is None:
-            return dict(self.environment)
+            row = self.matrix.hardware.get(self.options.hardware or "")
+            return dict(self.environment if row is None else environment_on(self.environment, self.machine, row))
         merged: dict[str, Any] = {}
         for observations in self._replayed.values():
             for observation in observations:

@@ -496,6 +496,7 @@ def test_a_cell_runs_on_the_gpu_of_its_row(suite: Suite, pytester: pytest.Pytest
     header = json.loads(file.read_text(encoding="utf-8"))
     assert "GPU-h" == header["engine_env"]["CUDA_VISIBLE_DEVICES"]
     assert ("H100", "GPU-h") == (header["environment"]["gpu"], header["environment"]["gpu_uuid"])
+    assert "H100" == run.suite["env.gpu"]
 
 
 def test_required_hardware_that_is_here_passes(suite: Suite) -> None:
