@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantdet.hardware import Machine, Software
+from quantdet.schema import Hardware
 
 # Variables that change kernels, threads or devices. Echoed in the header, so that a typo in a name is seen.
 RELEVANT = re.compile(
@@ -48,6 +49,14 @@ def environment_of(machine: Machine, installed: Software) -> dict[str, Any]:
         "driver": gpu.driver if gpu else "",
         "variables": {name: value for name, value in relevant_variables().items() if not _HARMLESS.match(name)},
     }
+
+
+def environment_on(environment: dict[str, Any], machine: Machine, row: Hardware) -> dict[str, Any]:
+    """`environment` of a cell of `row`: where that is not the first visible GPU's, it names the GPU that the cell runs on."""
+    gpus = machine.gpus_of(row)
+    if not gpus or gpus[0] == machine.gpus[0]:
+        return environment
+    return {**environment, "gpu": gpus[0].name, "gpu_uuid": gpus[0].uuid, "driver": gpus[0].driver}
 
 
 def slug(environment: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What this machine is: CPU instruction sets and GPUs, read without touching CUDA, and the gate in front of a cell."""
+"""What this machine is: CPU instruction sets and GPUs, and the gate in front of a cell. Nothing here touches CUDA."""
 
 import contextlib
 import os
@@ -7,21 +7,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from quantdet import devices
+from quantdet.devices import Gpu
 from quantdet.matrix import Matrix
 from quantdet.schema import Cell, Hardware
 
 _INSTALL = {"cpu": "pip install -e '.[cpu]'", "cuda": "pip install -e '.[gpu]'", "rocm": "a ROCm build of vLLM"}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One visible GPU; memory in GiB."""
-
-    name: str
-    uuid: str
-    compute_capability: str
-    memory_gib: float
-    driver: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,13 @@ class Machine:
         """Whether this machine meets a row's needs."""
         if row.kind == "cpu":
             return set(row.isa) <= self.cpu_flags
-        return any(gpu.compute_capability == row.compute_capability for gpu in self.gpus)
+        return bool(self.gpus_of(row))
+
+    def gpus_of(self, row: Hardware) -> tuple[Gpu, ...]:
+        """The visible GPUs of a row, in the order in which CUDA shows them; a cell runs on the first."""
+        if row.kind == "cpu":
+            return ()
+        return tuple(gpu for gpu in self.gpus if gpu.architecture == (row.gfx or row.compute_capability))
 
     def rows(self, matrix: Matrix) -> tuple[str, ...]:
         """Hardware rows that are here: the first CPU row whose instruction sets are present, and one per GPU kind."""
@@ -58,12 +55,9 @@ class Software:
 
 
 def detect() -> Machine:
-    """Read this machine: /proc/cpuinfo (py-cpuinfo is not needed on Linux) and NVML."""
+    """Read this machine: /proc/cpuinfo (py-cpuinfo is not needed on Linux), NVML and sysfs."""
     name, flags = _cpu()
-    memory = 0.0
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Machine(name, flags, memory, _gpus())
+    return Machine(name, flags, devices.host_memory_gib(), devices.detect())
 
 
 def software() -> Software:
@@ -98,54 +92,25 @@ def _cpu() -> tuple[str, frozenset[str]]:
     return name, frozenset(flags)
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    """GPUs that CUDA_VISIBLE_DEVICES leaves visible, through NVML: no CUDA context is made."""
-    try:
-        import pynvml
+def variables_for(machine: Machine, row: Hardware, installed: Software) -> dict[str, str]:
+    """The environment that an engine needs to run on a GPU of `row`; nothing where CUDA takes such a GPU by itself.
 
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library: no GPU
-        return ()
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(
-                Gpu(
-                    str(pynvml.nvmlDeviceGetName(handle)),
-                    str(pynvml.nvmlDeviceGetUUID(handle)),
-                    f"{major}.{minor}",
-                    int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30,
-                    driver,
-                )
-            )
-        return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    finally:
-        pynvml.nvmlShutdown()
+    CUDA counts the fastest first unless CUDA_DEVICE_ORDER says otherwise: among GPUs of several kinds its first may not
+    be NVML's first.
+    """
+    fitting = machine.gpus_of(row)
+    if not fitting or len({gpu.architecture for gpu in machine.gpus}) < 2:
+        return {}
+    if fitting[0] == machine.gpus[0] and (fitting[0].gfx or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
+        return {}
+    return devices.variables(fitting[0], installed.vllm)
 
 
-def visible(gpus: tuple[Gpu, ...], variable: str | None) -> tuple[Gpu, ...]:
-    """`gpus` in the order of a CUDA_VISIBLE_DEVICES value (indices or UUID prefixes), which ends at a bad entry."""
-    if variable is None:
-        return gpus
-    chosen: list[Gpu] = []
-    for entry in (part.strip() for part in variable.split(",")):
-        if entry.isascii() and entry.isdecimal() and int(entry) < len(gpus):
-            gpu = gpus[int(entry)]
-        elif entry.startswith("GPU-") and (match := [gpu for gpu in gpus if gpu.uuid.startswith(entry)]):
-            gpu = match[0]
-        else:
-            break
-        if gpu in chosen:  # CUDA sees none at all then; one worker per GPU must not become two
-            break
-        chosen.append(gpu)
-    return tuple(chosen)
+def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, ignore_native: bool = False) -> str | None:
+    """Why `cell` cannot be measured here, as need and have; None if it can. Few different texts, so that they fold.
 
-
-def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software) -> str | None:
-    """Why `cell` cannot be measured here, as need and have; None if it can. Few different texts, so that they fold."""
+    `ignore_native`: a number format that the chip does not multiply is no reason; the kernel that ran is judged.
+    """
     row, format_ = matrix.hardware[cell.hardware_id], matrix.formats[cell.format_id]
     here = machine.rows(matrix)
     if cell.hardware_id not in here:
@@ -157,17 +122,14 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software) -> s
             f"vllm: needs a {row.kind.upper()} build of vLLM ({_INSTALL[row.kind]}), "
             f"have {installed.vllm} for {installed.flavour.upper()}"
         )
-    if row.kind != "cpu" and format_.native is not None and format_.native not in row.native:
+    native = format_.native in row.native or row.kind == "cpu" or ignore_native
+    if format_.native is not None and not native:
         return f"native_{format_.native}: needs native {format_.native.upper()}, have {', '.join(row.native)}"
     for package in format_.packages:
         if _version(package) is None:
             return f"package: needs {package} (pip install {package}), have none"
     needs = matrix.models[cell.model_id].memory_gib
-    has = (
-        machine.memory_gib
-        if row.kind == "cpu"
-        else max(gpu.memory_gib for gpu in machine.gpus if gpu.compute_capability == row.compute_capability)
-    )
+    has = machine.memory_gib if row.kind == "cpu" else machine.gpus_of(row)[0].memory_gib
     if has < needs:
         return f"memory: needs {needs:g} GiB, have {has:.0f} GiB"
     return None

@@ -51,7 +51,13 @@ class Judge:
         format_ = self.session.matrix.formats[cell.format_id]
         name, classes = self.session.matrix.kernel_classes(cell)
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        verdicts = [judgements.kernel(one, requested, classes, format_.quantized) for one in observations]
+        verdicts = [
+            judgements.kernel(
+                one, requested, classes, format_.quantized, precision=format_.precision,
+                weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
+            )
+            for one in observations
+        ]  # fmt: skip
         self._say(next((v for v in verdicts if not v.expected), verdicts[0]), observations)
 
     def restart(self, cell: Cell) -> None:

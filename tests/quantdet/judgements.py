@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -150,10 +150,15 @@ def _at(phase: Phase, position: int) -> str:
     return f"step {position}" if phase == "decode" else f"position {position}"
 
 
-def kernel(observation: Observation, requested: str, classes: Sequence[str], quantized: bool) -> Judgement:
+def kernel(
+    observation: Observation, requested: str, classes: Sequence[str], quantized: bool, *,
+    precision: str = "", weight_only: Collection[str] = (), native: bool = False,
+) -> Judgement:  # fmt: skip
     """Is the executed kernel the requested one, the same in every linear layer?
 
     `classes` are the class names that the requested kernel shows; none: vLLM's own choice, not judged but for mixing.
+    `precision` ("W4A4") of a format that quantizes activations: a kernel of the `weight_only` classes does not. Where the
+    chip multiplies the format (`native`), that is a substitution; elsewhere it is what vLLM can do, and is said.
     """
     header = observation.header
     executed = header.executed
@@ -177,6 +182,16 @@ def kernel(observation: Observation, requested: str, classes: Sequence[str], qua
     if quantized and names[0] == "UnquantizedLinearMethod":
         return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
+    if precision:
+        # Whatever the capitals: MarlinMxFp8 of one vLLM is MarlinMxfp8 of another.
+        substituted = names[0].casefold() in {name.casefold() for name in weight_only}
+        figures["kernel.weight_only"] = substituted
+        if substituted and native:
+            return invalid(f"{precision} requested, weight-only kernel {names[0]} executed: activations are not quantized")
+        if substituted:
+            text = f"weight-only: executed {executed.summary}, activations stay {header.dtype or 'unquantized'}"
+            message = f"CONFIRMED {observation.cell} kernel: {text} (the format is {precision}; {asked})"
+            return Judgement(Verdict.CONFIRMED, message, True, figures)
     message = f"CONFIRMED {observation.cell} kernel: {executed.summary} ({asked})"
     return Judgement(Verdict.CONFIRMED, message, True, figures)
 

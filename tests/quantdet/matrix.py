@@ -89,6 +89,16 @@ class Matrix(Row):
         """The kernel of this matrix that shows the class name `executed`; the class name where none does."""
         return next((name for name, kernel in self.kernels.items() if executed in kernel.classes), executed)
 
+    @property
+    def weight_only_classes(self) -> frozenset[str]:
+        """Class names of the kernel families that do not quantize activations."""
+        return frozenset(name for kernel in self.kernels.values() if kernel.weight_only for name in kernel.classes)
+
+    def multiplies(self, cell: Cell) -> bool:
+        """Whether the chip multiplies the number format of the cell's activations."""
+        format_ = self.formats[cell.format_id]
+        return (format_.native or format_.activations) in self.hardware[cell.hardware_id].native
+
     def pin_for(self, format_: Format, vllm_version: str) -> Pin | None:
         """The row that tells this vLLM version to use the format's kernel; None: there is no way."""
         for pin in self.pin:

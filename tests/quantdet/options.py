@@ -24,6 +24,7 @@ class Options:
     replay: Path | None = None
     record: Path | None = None
     allow_download: bool = False
+    ignore_native: bool = False
     fresh: bool = False
     inject: str = ""
 
@@ -34,6 +35,11 @@ def add(parser: pytest.Parser) -> None:
     group.addoption("--matrix", metavar="PATH", help="Matrix file (default: quant_matrix.toml of the suite)")
     group.addoption("--hardware", metavar="ID", help="Collect only the cells of this hardware row")
     group.addoption("--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip")
+    group.addoption(
+        "--ignore-native", action="store_true",
+        help="Run formats whose number format this chip does not multiply natively, e.g. NVFP4 W4A4 on Hopper; "
+        "what executes is reported",
+    )  # fmt: skip
     group.addoption("--repeats", type=int, metavar="N", help="Calls of each request in an engine lifetime")
     group.addoption("--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell")
     group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
@@ -86,6 +92,7 @@ def parse(config: pytest.Config) -> Options:
         replay=replay,
         record=path("--record"),
         allow_download=config.getoption("--allow-download"),
+        ignore_native=config.getoption("--ignore-native"),
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
     )

@@ -19,23 +19,29 @@ RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model
 
 
 def key_of(plan: Plan, lifetime: int) -> str:
-    """SHA-256 over everything that an observation of this lifetime depends on."""
-    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": plan.extra})
+    """SHA-256 over everything that an observation of this lifetime depends on.
+
+    Without `architecture`: what is checked before a measurement does not change it, and the hardware row is in the identity.
+    """
+    extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
+    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
 
 
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None,
-    claimed: workload.Workload | None = None,
+    device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
 ) -> Plan | str:  # fmt: skip
     """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
 
+    `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
     `claimed`: the workload of the model's claims, if they are to be recorded.
     """
     format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
-    kind = matrix.hardware[cell.hardware_id].kind
+    row = matrix.hardware[cell.hardware_id]
+    kind = row.kind
     args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
-    own: dict[str, str] = {}
+    own: dict[str, str] = dict(device or {})
     if format_.kernel not in ("auto", "unquantized"):
         pin = matrix.pin_for(format_, vllm_version)
         if pin is None:
@@ -84,7 +90,10 @@ def plan_for(
         decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
         claims=tuple(_planned(prompt) for prompt in claimed.prompts) if claims is not None and claimed is not None else (),
         claim_tokens=claims.decode_tokens if claims else 0, claim_top_k=claims.top_k if claims else 0,
-        extra={"spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings},
+        extra={
+            "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
+            **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
+        },
     )  # fmt: skip
 
 

@@ -143,10 +143,14 @@ class Hardware(Row):
 
 
 class Kernel(Row):
-    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs)."""
+    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
+
+    `weight_only`: it multiplies activations in the model's dtype, whatever the checkpoint asks for.
+    """
 
     hardware: tuple[str, ...] = Field(min_length=1)
     classes: tuple[str, ...] = ()
+    weight_only: bool = False
 
 
 class Format(Row):
@@ -190,6 +194,13 @@ class Format(Row):
     @property
     def quantized(self) -> bool:
         return self.layout != "plain"
+
+    @property
+    def precision(self) -> str:
+        """W4A4 and the like, of a format that quantizes activations; else empty."""
+        if self.activations == "none":
+            return ""
+        return "W{}A{}".format(*("".join(filter(str.isdigit, name)) for name in (self.weights, self.activations)))
 
 
 class Pin(Row):

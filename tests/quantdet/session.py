@@ -12,9 +12,9 @@ from typing import Any
 
 from quantdet import checkpoints, planning, store, workload
 from quantdet.engines import Plan, process
-from quantdet.environment import environment_of, slug
+from quantdet.environment import environment_of, environment_on, slug
 from quantdet.expectations import Expectations
-from quantdet.hardware import Machine, Software, gate
+from quantdet.hardware import Machine, Software, gate, variables_for
 from quantdet.matrix import Matrix
 from quantdet.observation import HEADER_FILE, Observation, write
 from quantdet.observation_header import SCHEMA, Header
@@ -84,11 +84,18 @@ class Session:
         """Why `cell` cannot be measured here (need and have); None if it can be tried."""
         if self.replay is not None:
             return self.replay.gate(cell)
-        return gate(self.matrix, cell, self.machine, self.software)
+        return gate(self.matrix, cell, self.machine, self.software, ignore_native=self.options.ignore_native)
+
+    def environment_on(self, cell: Cell) -> dict[str, Any]:
+        """The environment, with the GPU that `cell` runs on."""
+        return environment_on(self.environment, self.machine, self.matrix.hardware[cell.hardware_id])
 
     def measured_environment(self) -> dict[str, Any]:
         """The environment that this run's figures come from: this machine's, or that of the replayed observations."""
-        return dict(self.environment) if self.replay is None else self.replay.environment()
+        if self.replay is not None:
+            return self.replay.environment()
+        row = self.matrix.hardware.get(self.options.hardware or "")
+        return dict(self.environment if row is None else environment_on(self.environment, self.machine, row))
 
     def peers(self, cell: Cell) -> dict[Cell, Observation]:
         """Every other format of the model on the same hardware that this run measures, or the store already holds."""
@@ -176,7 +183,8 @@ class Session:
         finally:
             self.clock.checkpoints += time.monotonic() - began
         planned = planning.plan_for(
-            cell, self.matrix, work, checkpoint, self.environment,
+            cell, self.matrix, work, checkpoint, self.environment_on(cell),
+            device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
             repeats=self.options.repeats, inject=self.inject,
             claimed=self._workload(model.claims.workload) if model.claims and self.options.record else None,
@@ -185,13 +193,13 @@ class Session:
 
     def _stored(self, cell: Cell) -> Observation | None:
         """What the store holds of a cell that this run does not measure, if it is still valid; starts no engine."""
-        place = self.store.root / cell.hardware_id / slug(self.environment) / cell.model_id / cell.format_id
+        place = self.store.root / cell.hardware_id / slug(self.environment_on(cell)) / cell.model_id / cell.format_id
         if self.options.fresh or not any(place.glob(f"[!.]*/{HEADER_FILE}")):
             return None
         plan = self._prepare(cell)
         if isinstance(plan, Missing):
             return None
-        found = self.store.find(cell, slug(self.environment), planning.key_of(plan, 0))
+        found = self.store.find(cell, slug(self.environment_on(cell)), planning.key_of(plan, 0))
         return found if found is not None and found.header.kind == "observation" else None
 
     def _checkpoint(self, cell: Cell) -> checkpoints.Checkpoint:
@@ -213,7 +221,7 @@ class Session:
     def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
         identity = {**plan.identity, "lifetime": lifetime}
         key = planning.key_of(plan, lifetime)
-        place = slug(self.environment)
+        place = slug(self.environment_on(cell))
         if self.options.fresh:
             self.store.forget(cell, place, key)
         found = self.store.find(cell, place, key)

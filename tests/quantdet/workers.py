@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect
-from quantdet.hardware import Machine
+from quantdet import collect, devices
+from quantdet.devices import Gpu
 from quantdet.report.record import RECORDS
+from quantdet.session import Session
 
 _CELL = re.compile(r"\[([^/\]]+)/[^/\]]+/([^/\]]+?)(?:-(?:decode|prefill))?\]$")
 
@@ -35,24 +36,35 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def count(config: pytest.Config) -> int | None:
-    """`-n auto`: one worker per visible GPU; on a machine without GPUs xdist decides."""
-    return len(config.stash[collect.SESSION].machine.gpus) or None
+    """`-n auto`: one worker per visible GPU (of the wanted hardware row); without GPUs xdist decides."""
+    return len(_gpus(config.stash[collect.SESSION])) or None
 
 
 def pin(config: pytest.Config, specs: list[Any]) -> None:
     """Give each worker its own GPU, from what the caller left visible; a replacement keeps its predecessor's.
 
     Raises:
-        pytest.UsageError: more workers than GPUs.
+        pytest.UsageError: more workers than GPUs, or GPUs of several kinds: any worker may get any cell.
     """
-    machine: Machine = config.stash[collect.SESSION].machine
-    if not machine.gpus:
+    session: Session = config.stash[collect.SESSION]
+    gpus = _gpus(session)
+    if not gpus:
         return
-    if len(specs) > len(machine.gpus):
-        raise pytest.UsageError(f"-n {len(specs)}: one worker per GPU, and {len(machine.gpus)} are visible")
-    for spec, gpu in zip(specs, machine.gpus, strict=False):
-        spec.env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        spec.env["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+    if len(specs) > len(gpus):
+        raise pytest.UsageError(f"-n {len(specs)}: one worker per GPU, and {len(gpus)} are visible")
+    kinds = sorted({gpu.architecture for gpu in gpus})
+    if len(kinds) > 1:
+        words = f"-n {len(specs)}: GPUs of several kinds are visible ({', '.join(kinds)})"
+        raise pytest.UsageError(f"{words}: choose one with --hardware or CUDA_VISIBLE_DEVICES, or run without -n")
+    for spec, gpu in zip(specs, gpus, strict=False):
+        spec.env.update(devices.variables(gpu, session.software.vllm))
+
+
+def _gpus(session: Session) -> tuple[Gpu, ...]:
+    """The visible GPUs, or those of the one hardware row that the run is about."""
+    wanted = session.options.hardware
+    row = session.matrix.hardware[wanted] if wanted is not None else None
+    return session.machine.gpus if row is None or row.kind == "cpu" else session.machine.gpus_of(row)
 
 
 def report_clock(config: pytest.Config) -> None:

@@ -15,8 +15,8 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*args: str, matrix: str = MATRIX, apart: bool = False) -> Run:
-        make_suite(pytester.path, matrix)
+    def run(*args: str, matrix: str = MATRIX, apart: bool = False, machine: str = "") -> Run:
+        make_suite(pytester.path, matrix, machine)
         # Inner runs need no plugin but the suite's, and xdist where there are workers: a quarter of a second each.
         with monkeypatch.context() as patch:
             if not apart:

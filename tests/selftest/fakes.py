@@ -442,6 +442,41 @@ def pytest_quantdet_machine(config):
     return Machine("fake cpu", frozenset({"avx2"}), 64.0), Software("0.32.0", "cpu", "2.0")
 """
 
+# A machine with an A100 and an H100, for `make_suite`; the row `sm90` of the matrix is the second one.
+TWO_GPUS = """
+from quantdet.devices import Gpu
+
+
+def pytest_quantdet_machine(config):
+    gpus = tuple(
+        Gpu(name, uuid, capability, 80.0, "580.1", index=index)
+        for index, (name, uuid, capability) in enumerate([("A100", "GPU-a", "8.0"), ("H100", "GPU-h", "9.0")])
+    )
+    return Machine("fake cpu", frozenset({"avx2"}), 64.0, gpus), Software("0.32.0", "cuda", "2.0")
+"""
+
+# A format that asks for FP4 activations, and a kernel for it that does not quantize them.
+W4A4 = """
+[kernels.fake_marlin]
+hardware = ["*"]
+classes = ["FakeMarlin"]
+weight_only = true
+
+[formats.w4a4]
+title = "NVFP4 W4A4"
+layout = "ct"
+weights = "nvfp4"
+activations = "fp4"
+kernel = "auto"
+dtype = "float16"
+native = "fp4"
+
+[[setting]]
+when = { format = "w4a4", hardware = "sm90" }
+args = { executes = "FakeMarlin" }
+reason = "what vLLM does without native FP4"
+"""
+
 PYPROJECT = f"""\
 [tool.pytest]
 strict = true
@@ -468,10 +503,10 @@ def expect(format_id: str, outcome: str, phase: str | None = None) -> str:
     return f'\n[[expect]]\nwhen = {when}\noutcome = "{outcome}"\nreason = "for the test"\nsource = "the test"\n'
 
 
-def make_suite(folder: Path, matrix: str = MATRIX) -> None:
-    """A copy of the measured tests with the fake engine, in `folder`."""
+def make_suite(folder: Path, matrix: str = MATRIX, machine: str = "") -> None:
+    """A copy of the measured tests with the fake engine, in `folder`. `machine`: code with another machine hook."""
     (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
-    (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+    (folder / "conftest.py").write_text(CONFTEST + machine, encoding="utf-8")
     (folder / "quant_matrix.toml").write_text(matrix, encoding="utf-8")
     for path in sorted((TESTS / "determinism").glob("test_*.py")):
         shutil.copy(path, folder / path.name)

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from quantdet import hardware
-from quantdet.hardware import Gpu, Machine, Software, gate, visible
+from quantdet import environment, hardware
+from quantdet.devices import Gpu
+from quantdet.hardware import Machine, Software, gate, variables_for
 from quantdet.matrix import Matrix
 from quantdet.schema import Cell
 from selftest.fakes import MATRIX
 
 A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
-GPUS = (A, B, C)
 
 
 def matrix(**changes: Any) -> Matrix:
@@ -29,50 +29,6 @@ def machine(*flags: str, memory: float = 64.0, gpus: tuple[Gpu, ...] = ()) -> Ma
 
 
 CPU, CUDA = Software("0.32.0", "cpu", "2.0"), Software("0.32.0", "cuda", "2.0")
-
-
-# -------------------------------------------------------------------------------------------------- CUDA_VISIBLE_DEVICES
-
-
-@pytest.mark.parametrize(
-    ("variable", "wanted"),
-    [
-        (None, (A, B, C)),
-        ("", ()),
-        ("-1", ()),
-        ("0", (A,)),
-        ("2,0", (C, A)),
-        (" 1 , 2 ", (B, C)),
-        ("0,-1,1", (A,)),
-        ("0,7,1", (A,)),
-        ("x,0", ()),
-        ("GPU-b1", (B,)),
-        ("GPU-c,GPU-a0", (C, A)),
-        ("GPU-none,GPU-a0", ()),
-        ("NoDevFiles", ()),
-    ],
-)
-def test_visible(variable: str | None, wanted: tuple[Gpu, ...]) -> None:
-    """Indices and UUIDs (or the beginning of one) in the caller's order; the first bad entry ends the list."""
-    assert wanted == visible(GPUS, variable)
-
-
-@pytest.mark.parametrize("variable", ["0,0", "0,1,0", "GPU-a0,GPU-a0", "GPU-a0,0"])
-def test_a_device_named_twice_is_not_two_devices(variable: str) -> None:
-    """No two workers get the same GPU."""
-    found = visible(GPUS, variable)
-
-    assert len(found) == len(set(found))
-
-
-def test_a_strange_digit_is_a_bad_entry() -> None:
-    """What is no index ends the list, without an exception."""
-    assert (A,) == visible(GPUS, "0,\u00b2")
-
-
-def test_no_gpus() -> None:
-    """Without GPUs nothing becomes visible."""
-    assert () == visible((), "0,1")
 
 
 def test_detection_does_not_fail() -> None:
@@ -169,6 +125,18 @@ def test_a_missing_package_is_told() -> None:
     assert gate(matrix(formats__bf16__packages=["numpy"]), HERE, machine(), CPU) is None
 
 
+@pytest.mark.parametrize("native", ["fp8", "fp4"])
+def test_a_format_that_is_not_native_can_be_run_on_purpose(native: str) -> None:
+    """--ignore-native lifts that reason and no other."""
+    rows = matrix(formats__bf16__native=native, hardware__sm90__native=["bf16"])
+    small = machine(gpus=(Gpu("small", "GPU-s", "9.0", 0.75),))
+
+    assert f"native_{native}: " in str(gate(rows, GPU_CELL, machine(gpus=(A,)), CUDA))
+    assert gate(rows, GPU_CELL, machine(gpus=(A,)), CUDA, ignore_native=True) is None
+    for here, installed, reason in ((small, CUDA, "memory"), (machine(gpus=(A,)), CPU, "vllm"), (machine(), CUDA, "hardware")):
+        assert str(gate(rows, GPU_CELL, here, installed, ignore_native=True)).startswith(f"{reason}: ")
+
+
 def test_memory_is_that_of_the_rows_gpu() -> None:
     """On a machine with two kinds of GPU the memory of the one that the cell runs on counts."""
     small, large = Gpu("small", "GPU-s", "9.0", 0.5), Gpu("other", "GPU-l", "8.0", 80.0)
@@ -177,6 +145,69 @@ def test_memory_is_that_of_the_rows_gpu() -> None:
 
     assert reason is not None
     assert reason.startswith("memory: needs 1 GiB")
+
+
+def test_memory_is_that_of_the_gpu_that_the_cell_runs_on() -> None:
+    """The row's first; that a second one has more memory is of no use."""
+    small, large = Gpu("small", "GPU-s", "9.0", 0.5), Gpu("large", "GPU-l", "9.0", 80.0)
+
+    assert "memory: needs 1 GiB, have 0 GiB" == gate(matrix(), GPU_CELL, machine(gpus=(small, large)), CUDA)
+    assert gate(matrix(), GPU_CELL, machine(gpus=(large, small)), CUDA) is None
+
+
+def test_an_amd_gpu_is_its_row() -> None:
+    """By its gfx name; its memory counts."""
+    rows = matrix()
+    amd = Gpu("AMD Instinct MI300X", "GPU-0", "", 192.0, gfx="gfx942")
+    row = rows.hardware["sm90"].model_copy(update={"kind": "rocm", "compute_capability": None, "gfx": "gfx942"})
+    rows = rows.model_copy(update={"hardware": {**rows.hardware, "gfx942": row}})
+    cell, rocm = Cell("alpha", "bf16", "gfx942"), Software("0.32.0", "rocm", "2.0")
+
+    assert ("gfx942", "cpu-here") == machine(gpus=(amd,)).rows(rows)
+    assert gate(rows, cell, machine(gpus=(amd,)), rocm) is None
+    assert str(gate(rows, GPU_CELL, machine(gpus=(amd,)), rocm)).startswith("hardware: needs sm90")
+
+
+# ---------------------------------------------------------------------------------------------------- two kinds of GPU
+
+OLD = Gpu("NVIDIA A100", "GPU-old", "8.0", 40.0, "570.1", index=0)
+NEW = Gpu("NVIDIA H100", "GPU-new", "9.0", 80.0, "570.1", index=1)
+SM90, HOST = matrix().hardware["sm90"], matrix().hardware["cpu-here"]
+
+
+def test_a_cell_runs_on_a_gpu_of_its_row() -> None:
+    """Where another kind is first, CUDA is shown the row's first; by its index where vLLM takes no UUID."""
+    two = machine(gpus=(OLD, NEW, A))
+
+    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "GPU-new"} == variables_for(two, SM90, CUDA)
+    old_vllm = Software("0.20.2", "cuda", "2.0")
+    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"} == variables_for(two, SM90, old_vllm)
+
+
+def test_one_kind_of_gpu_needs_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a CPU's cell, nor a row that is not here, nor the first of two kinds in NVML's order."""
+    assert {} == variables_for(machine(gpus=(A, B)), SM90, CUDA)
+    assert {} == variables_for(machine(gpus=(OLD, A)), HOST, CUDA)
+    assert {} == variables_for(machine(gpus=(OLD,)), SM90, CUDA)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert {} == variables_for(machine(gpus=(NEW, OLD)), SM90, CUDA)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    assert "GPU-new" == variables_for(machine(gpus=(NEW, OLD)), SM90, CUDA)["CUDA_VISIBLE_DEVICES"]
+
+
+def test_the_environment_names_the_gpu_of_the_cell() -> None:
+    """Name, UUID and driver, and with them the folder in the store; with one kind of GPU nothing changes."""
+    one, two = machine(gpus=(NEW, A)), machine(gpus=(OLD, NEW))
+    base = environment.environment_of(two, CUDA)
+    found = environment.environment_on(base, two, SM90)
+
+    assert ("NVIDIA A100", "GPU-old") == (base["gpu"], base["gpu_uuid"])
+    assert ("NVIDIA H100", "GPU-new", "570.1") == (found["gpu"], found["gpu_uuid"], found["driver"])
+    assert environment.slug(base) != environment.slug(found)
+    assert base == environment.environment_on(base, two, HOST)
+    same = environment.environment_of(one, CUDA)
+    assert same is environment.environment_on(same, one, SM90)
+    assert found == environment.environment_of(one, CUDA)
 
 
 # ------------------------------------------------------------------------------------------------------------- software

@@ -290,6 +290,53 @@ def test_without_a_declared_pick_one_kernel_is_enough() -> None:
     assert kernel("UnquantizedLinearMethod", classes=(), quantized=False).expected
 
 
+def w4a4(*names: str, native: bool, classes: tuple[str, ...] = (), precision: str = "W4A4") -> Judgement:
+    one = observation(kernels=names, dtype="float16")
+    weight_only = {"MarlinNvFp4LinearKernel", "MarlinMxFp8LinearKernel"}
+    return judgements.kernel(one, "auto", classes, True, precision=precision, weight_only=weight_only, native=native)
+
+
+@pytest.mark.parametrize("classes", [(), ("MarlinNvFp4LinearKernel",)])
+def test_a_weight_only_kernel_is_said_where_the_chip_cannot_do_better(classes: tuple[str, ...]) -> None:
+    """CONFIRMED, in words that nobody takes for W4A4, and as a figure."""
+    found = w4a4("MarlinNvFp4LinearKernel", native=False, classes=classes)
+
+    assert (Verdict.CONFIRMED, True, True) == (found.verdict, found.expected, found.figures["kernel.weight_only"])
+    assert (
+        "kernel: weight-only: executed MarlinNvFp4LinearKernel x4, activations stay float16 (the format is W4A4"
+        in found.message
+    )
+
+
+@pytest.mark.parametrize("classes", [(), ("MarlinNvFp4LinearKernel",)])
+def test_a_weight_only_kernel_where_the_chip_multiplies_the_format_is_invalid(classes: tuple[str, ...]) -> None:
+    """Whether it was picked or asked for: activations that should be FP4 are not."""
+    found = w4a4("MarlinNvFp4LinearKernel", native=True, classes=classes)
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    words = "W4A4 requested, weight-only kernel MarlinNvFp4LinearKernel executed: activations are not quantized"
+    assert words in found.message
+
+
+def test_weight_only_classes_are_known_in_any_capitals() -> None:
+    """vLLM's MarlinMxfp8 is the matrix's MarlinMxFp8."""
+    found = w4a4("MarlinMxfp8LinearKernel", native=False, precision="W8A8")
+
+    assert "weight-only: executed MarlinMxfp8LinearKernel x4, activations stay float16 (the format is W8A8" in found.message
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_other_kernels_and_formats_are_not_called_weight_only(native: bool) -> None:
+    """A kernel that quantizes activations; a format that does not ask for it."""
+    cutlass = w4a4("CutlassNvFp4LinearKernel", native=native)
+    w4a16 = w4a4("MarlinNvFp4LinearKernel", native=native, precision="")
+
+    assert cutlass.expected and w4a16.expected
+    assert not cutlass.figures["kernel.weight_only"]
+    assert "kernel.weight_only" not in w4a16.figures
+    assert "weight-only" not in cutlass.message + w4a16.message
+
+
 # -------------------------------------------------------------------------------------------------------------- refusal
 
 

@@ -423,3 +423,17 @@ def test_every_legal_combination_is_accepted(tmp_path: Path) -> None:
                 raw["formats"]["bf16"].update(layout=row[0], weights=row[1], activations=row[2])
 
             parse(tmp_path, document(edit))
+
+
+def test_the_shipped_matrix_knows_which_activations_are_quantized_and_by_what() -> None:
+    """Formats by their precision; the chips that multiply them; the kernel families that leave activations alone."""
+    shipped = load(ROOT / "quant_matrix.toml")
+    precision = {name: row.precision for name, row in shipped.formats.items() if row.precision}
+
+    wanted = {"nvfp4_w4a4": "W4A4", "mxfp8": "W8A8", "int8_w8a8": "W8A8", "fp8_tensor": "W8A8", "bnb_int8": "W8A8"}
+    assert wanted == {name: precision.get(name) for name in wanted}
+    assert {"nvfp4_w4a16", "fp8_w8a16", "mxfp4", "bf16"}.isdisjoint(precision)
+    fp4 = [row for row in shipped.hardware if shipped.multiplies(Cell("tiny-qwen3", "nvfp4_w4a4", row))]
+    assert ["sm100", "sm120"] == fp4
+    assert {"MarlinNvFp4LinearKernel", "MacheteLinearKernel"} <= shipped.weight_only_classes
+    assert not {"CutlassNvFp4LinearKernel", "UnquantizedLinearMethod"} & shipped.weight_only_classes

@@ -1,5 +1,6 @@
 """Whole runs with the fake engine: each seeded defect fails the right test with the right verdict, and no other."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import scipy.stats  # noqa: F401  # here once: what is first imported in an inne
 from quantdet import checkpoints
 from quantdet.judge import PROPERTIES
 from quantdet.schema import Format, Model
-from selftest.fakes import MATRIX, ROOT, TESTS, alive, expect, make_suite, setting
+from selftest.fakes import MATRIX, ROOT, TESTS, TWO_GPUS, W4A4, alive, expect, make_suite, setting
 from selftest.inner import Run, Suite, read_junit
 
 pytest_plugins = ["pytester"]
@@ -362,6 +363,62 @@ def test_required_hardware_that_is_not_here_is_an_error_per_case(suite: Suite) -
     assert 1 == run.code
     assert {"error"} == {case.outcome for name, case in run.cases.items() if "/" in name}
     assert all("needs cpu-elsewhere" in case.message for name, case in run.cases.items() if "/" in name)
+
+
+@pytest.mark.parametrize("more", [(), ("--ignore-native",)])
+def test_required_gpu_that_is_not_here_is_no_green_run_of_skips(suite: Suite, more: tuple[str, ...]) -> None:
+    """On a machine without that GPU every case is an error with its gate, also where the native gate is lifted."""
+    run = suite("--require-hardware", "sm90", *more, matrix=MATRIX + W4A4)
+
+    cases = [case for name, case in run.cases.items() if "/" in name]
+    assert 1 == run.code
+    assert of("alpha/w4a4/sm90") <= set(run.cases)
+    assert {"error"} == {case.outcome for case in cases}
+    assert all("UNAVAILABLE hardware: needs sm90" in case.message for case in cases)
+
+
+def test_a_format_that_is_not_native_is_skipped_required_or_run_on_purpose(suite: Suite) -> None:
+    """W4A4 on a chip without FP4: a skip; an error where the row is required; with --ignore-native what ran is said."""
+    matrix, args = MATRIX + W4A4, ("--hardware", "sm90", "-k", "w4a4 or bf16")
+    cells = of("alpha/w4a4/sm90")
+
+    skipped = suite(*args, matrix=matrix, machine=TWO_GPUS)
+    required = suite(*args, "--require-hardware", "sm90", matrix=matrix, machine=TWO_GPUS)
+    purposely = suite(*args, "--require-hardware", "sm90", "--ignore-native", matrix=matrix, machine=TWO_GPUS)
+
+    assert 0 == skipped.code, skipped.output
+    assert cells == {name for name, case in skipped.cases.items() if case.message.startswith("UNAVAILABLE native_fp4: ")}
+    assert 1 == required.code
+    assert cells == {name for name, case in required.cases.items() if case.outcome == "error"}
+    assert 0 == purposely.code, purposely.output
+    assert cells <= set(purposely.ran())
+    kernel = purposely.cases["test_kernel[alpha/w4a4/sm90]"]
+    assert ("CONFIRMED", "True") == (kernel.verdict, kernel.properties["kernel.weight_only"])
+    assert "FakeMarlin x4 weight-only" in re.sub(r"\s+", " ", purposely.output)
+
+
+def test_a_weight_only_kernel_on_a_native_chip_is_invalid(suite: Suite) -> None:
+    """Where the chip multiplies FP4, W4A4 without quantized activations is another computation than the one asked for."""
+    matrix = (MATRIX + W4A4).replace('native = ["bf16", "fp8"]', 'native = ["bf16", "fp8", "fp4"]')
+
+    run = suite("--hardware", "sm90", "-k", "w4a4 or bf16", matrix=matrix, machine=TWO_GPUS)
+
+    assert {"test_kernel[alpha/w4a4/sm90]": "INVALID"} == run.failures()
+    words = "W4A4 requested, weight-only kernel FakeMarlin executed: activations are not quantized"
+    assert words in run.cases["test_kernel[alpha/w4a4/sm90]"].message
+
+
+def test_a_cell_runs_on_the_gpu_of_its_row(suite: Suite, pytester: pytest.Pytester) -> None:
+    """The second of two GPUs: the engine is shown that one, the observation names it, and it is found again."""
+    args = ("--hardware", "sm90", "-k", "bf16 and test_repeat", "--store", "kept")
+    run, again = suite(*args, machine=TWO_GPUS), suite(*args, machine=TWO_GPUS)
+
+    assert 0 == run.code == again.code, run.output
+    (file,) = (pytester.path / "kept").glob("sm90/*/alpha/bf16/*/observation.json")
+    header = json.loads(file.read_text(encoding="utf-8"))
+    assert "GPU-h" == header["engine_env"]["CUDA_VISIBLE_DEVICES"]
+    assert ("H100", "GPU-h") == (header["environment"]["gpu"], header["environment"]["gpu_uuid"])
+    assert "H100" == run.suite["env.gpu"]
 
 
 def test_required_hardware_that_is_here_passes(suite: Suite) -> None:

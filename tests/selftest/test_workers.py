@@ -8,19 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantdet import collect, workers
-from quantdet.hardware import Gpu, Machine
-from quantdet.schema import ID_PATTERN
+from quantdet.devices import Gpu
+from quantdet.hardware import Machine, Software
+from quantdet.schema import ID_PATTERN, Hardware
 
 GPUS = tuple(Gpu("H100", f"GPU-{letter}", "9.0", 80.0) for letter in "abc")
+ROWS = {
+    "sm90": Hardware(kind="cuda", title="", native=(), compute_capability="9.0"),
+    "cpu": Hardware(kind="cpu", title="", native=(), isa=("avx2",)),
+}
 ID = st.from_regex(ID_PATTERN, fullmatch=True).filter(str.isascii)
 
 
 class Config:
     """As much of pytest's configuration as the functions look at."""
 
-    def __init__(self, gpus: tuple[Gpu, ...] = (), plugins: tuple[str, ...] = (), **options: Any) -> None:
-        machine = Machine("cpu", frozenset(), 1.0, gpus)
-        self.stash = {collect.SESSION: SimpleNamespace(machine=machine)}
+    def __init__(
+        self, gpus: tuple[Gpu, ...] = (), plugins: tuple[str, ...] = (), *, hardware: str | None = None,
+        vllm: str = "0.32.0", **options: Any,
+    ) -> None:  # fmt: skip
+        session = SimpleNamespace(
+            machine=Machine("cpu", frozenset(), 1.0, gpus), software=Software(vllm, "cuda"),
+            options=SimpleNamespace(hardware=hardware), matrix=SimpleNamespace(hardware=ROWS),
+        )  # fmt: skip
+        self.stash = {collect.SESSION: session}
         self.options = options
         self.pluginmanager = SimpleNamespace(has_plugin=lambda name: name in plugins)
 
@@ -84,6 +95,28 @@ def test_more_workers_than_gpus_are_refused() -> None:
     """Two engines on one GPU would disturb each other: a usage error."""
     with pytest.raises(pytest.UsageError, match="-n 4: one worker per GPU, and 3 are visible"):
         workers.pin(Config(GPUS), specs(4))  # type: ignore[arg-type]
+
+
+def test_gpus_of_two_kinds_are_refused_or_chosen_from() -> None:
+    """A worker with the wrong GPU would skip the cells it gets; with --hardware only GPUs of that row are used."""
+    gpus = (Gpu("A100", "GPU-x", "8.0", 40.0), *GPUS)
+    with pytest.raises(pytest.UsageError, match=r"-n 2: GPUs of several kinds are visible \(8.0, 9.0\)"):
+        workers.pin(Config(gpus), specs(2))  # type: ignore[arg-type]
+    found = specs(2)
+
+    workers.pin(Config(gpus, hardware="sm90"), found)  # type: ignore[arg-type]
+
+    assert ["GPU-a", "GPU-b"] == [spec.env["CUDA_VISIBLE_DEVICES"] for spec in found]
+    assert 3 == workers.count(Config(gpus, hardware="sm90"))  # type: ignore[arg-type]
+
+
+def test_an_old_vllm_gets_an_index() -> None:
+    """It takes what is in CUDA_VISIBLE_DEVICES for integers (vllm#41848)."""
+    found = specs(1)
+
+    workers.pin(Config((Gpu("H100", "GPU-a", "9.0", 80.0, index=2),), vllm="0.20.2"), found)  # type: ignore[arg-type]
+
+    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2"} == found[0].env
 
 
 def test_without_gpus_nothing_is_pinned() -> None:

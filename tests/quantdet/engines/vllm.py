@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quantdet import kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, masks
+from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -49,7 +49,10 @@ class VllmEngine:
             _fp8_outside_onednn()
         stopwatch = _watched()
         imported = time.monotonic()
-        llm = self._load(vllm, plan)
+        try:
+            llm = self._load(vllm, plan)
+        finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
+            device.check(plan)
         loaded = time.monotonic()
         executed = self._executed(llm)
         tap = LogitsTap(_model(llm))

@@ -9,7 +9,8 @@ def lines(session: Session) -> list[str]:
     """For `pytest_report_header`."""
     machine, installed = session.machine, session.software
     rows = machine.rows(session.matrix)
-    gpus = ", ".join(f"{gpu.name} (cc {gpu.compute_capability}, {gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
+    kinds = [gpu.gfx or f"cc {gpu.compute_capability}" for gpu in machine.gpus]
+    gpus = ", ".join(f"{gpu.name} ({kind}, {gpu.memory_gib:.0f} GiB)" for gpu, kind in zip(machine.gpus, kinds, strict=True))
     vllm = f"{installed.vllm} ({installed.flavour})" if installed.vllm else "not installed"
     variables = " ".join(f"{name}={value}" for name, value in relevant_variables().items())
     found = [

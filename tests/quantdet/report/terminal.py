@@ -167,6 +167,8 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
     text = executed.replace("[", "\\[")
+    if case is not None and case["properties"].get("kernel.weight_only") == "True":
+        text += " weight-only"
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
 
 
