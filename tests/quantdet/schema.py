@@ -39,6 +39,9 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
     "torchao": {("int4-torchao", "none")},
 }  # fmt: skip
 
+# Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
+ONLINE: frozenset[Layout] = frozenset({"torchao"})
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -78,6 +81,8 @@ def _regex(text: str) -> str:
 
 Specifier = Annotated[str, AfterValidator(_specifier)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Scalar = str | int | float | bool
+Args = dict[str, Scalar | dict[str, Scalar]]  # engine arguments
 
 
 class Row(BaseModel):
@@ -107,7 +112,7 @@ class ModelRun(Row):
 class Engine(Row):
     """Arguments and environment that every engine lifetime gets; a pin adds to them."""
 
-    args: dict[str, str | int | float | bool] = {}
+    args: Args = {}
     env: dict[str, str] = {}
     max_text_tokens: PositiveInt = 1024
 
@@ -144,6 +149,8 @@ class Format(Row):
     """A quantization format: checkpoint layout x kernel, in an execution mode.
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
+    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
+    `modules`: one of them has to be there.
     """
 
     title: str
@@ -152,9 +159,10 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: dict[str, str] = {}
+    picks: dict[str, str | dict[Specifier, str]] = {}
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     mode: Literal["eager", "compiled"] = "eager"
     hardware: tuple[str, ...] = ("*",)
 
@@ -181,17 +189,6 @@ class Format(Row):
     @property
     def quantized(self) -> bool:
         return self.layout != "plain"
-
-
-class Pin(Row):
-    """How vLLM versions are told to use `kernel` for a layout: engine arguments and environment."""
-
-    kernel: str
-    layout: tuple[Layout, ...] = Field(min_length=1)
-    weights: tuple[Weights, ...] = ()
-    vllm: Specifier = ""
-    args: dict[str, str | int | float | bool] = {}
-    env: dict[str, str] = {}
 
 
 class Synthetic(Row):
@@ -303,6 +300,6 @@ class Setting(Row):
 
     when: When
     reason: Annotated[str, Field(min_length=1)]
-    args: dict[str, str | int | float | bool] = {}
+    args: Args = {}
     env: dict[str, str] = {}
     onednn_fp8: bool | None = None
