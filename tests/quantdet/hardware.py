@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from quantdet import devices
@@ -106,6 +107,18 @@ def variables_for(machine: Machine, row: Hardware, installed: Software) -> dict[
     return devices.variables(fitting[0], installed.vllm)
 
 
+def _module_is_here(name: str) -> bool:
+    """Whether a module is installed; the parents of a submodule are not imported, its file is looked for."""
+    top, *rest = name.split(".")
+    with contextlib.suppress(ValueError):  # a module without a spec
+        spec = find_spec(top)
+        if spec is not None and rest:
+            places = [Path(root, *rest) for root in spec.submodule_search_locations or ()]
+            return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+        return spec is not None
+    return False
+
+
 def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, ignore_native: bool = False) -> str | None:
     """Why `cell` cannot be measured here, as need and have; None if it can. Few different texts, so that they fold.
 
@@ -128,6 +141,8 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
     for package in format_.packages:
         if _version(package) is None:
             return f"package: needs {package} (pip install {package}), have none"
+    if format_.modules and not any(map(_module_is_here, format_.modules)):
+        return f"module: needs {' or '.join(format_.modules)}, have none of them"
     needs = matrix.models[cell.model_id].memory_gib
     has = machine.memory_gib if row.kind == "cpu" else machine.gpus_of(row)[0].memory_gib
     if has < needs:

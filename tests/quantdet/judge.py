@@ -49,7 +49,7 @@ class Judge:
         """The executed kernel is the requested one in every layer."""
         observations = self._measured(cell)
         format_ = self.session.matrix.formats[cell.format_id]
-        name, classes = self.session.matrix.kernel_classes(cell)
+        name, classes = self.session.matrix.kernel_classes(cell, self.session.vllm(cell))
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
         verdicts = [
             judgements.kernel(

@@ -10,12 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from pydantic import Field, ValidationError
 
+from quantdet import pins
+from quantdet.pins import Pin
 from quantdet.schema import (
     ID_PATTERN,
+    ONLINE,
     Cell,
     Engine,
     Expect,
@@ -23,7 +24,6 @@ from quantdet.schema import (
     Hardware,
     Kernel,
     Model,
-    Pin,
     Row,
     RunLengths,
     Setting,
@@ -69,21 +69,22 @@ class Matrix(Row):
         """Whether `model` names the format and its source can carry it."""
         if not matches_any(format_id, model.formats):
             return False
-        if model.hub is not None:
-            return self.formats[format_id].layout in model.hub
-        return self.formats[format_id].weights not in ("int4-torchao",) or "*" in model.formats
+        return model.hub is None or self.formats[format_id].layout in model.hub
 
     def run_for(self, cell: Cell) -> RunLengths:
         """The run lengths of the cell's model."""
         return self.run.model_copy(update=self.models[cell.model_id].run.model_dump(exclude_none=True))
 
-    def kernel_classes(self, cell: Cell) -> tuple[str, tuple[str, ...]]:
-        """`(kernel, class names)` that `cell` has to show; no class names where `auto` is not judged here."""
+    def kernel_classes(self, cell: Cell, vllm_version: str | None = None) -> tuple[str, tuple[str, ...]]:
+        """`(kernel, class names)` that `cell` has to show; no class names where `auto` is not judged here.
+
+        What `auto` has to be given may depend on the version; without one, it is what any version has to give.
+        """
         format_ = self.formats[cell.format_id]
-        kernel = format_.kernel
-        if kernel == "auto":
-            kernel = next((k for glob, k in format_.picks.items() if fnmatchcase(cell.hardware_id, glob)), "auto")
-        return kernel, self.kernels[kernel].classes
+        names: tuple[str, ...] = (format_.kernel,)
+        if format_.kernel == "auto":
+            names = pins.picked(format_, cell.hardware_id, vllm_version) or names
+        return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
 
     def family(self, executed: str) -> str:
         """The kernel of this matrix that shows the class name `executed`; the class name where none does."""
@@ -99,17 +100,14 @@ class Matrix(Row):
         format_ = self.formats[cell.format_id]
         return (format_.native or format_.activations) in self.hardware[cell.hardware_id].native
 
-    def pin_for(self, format_: Format, vllm_version: str) -> Pin | None:
-        """The row that tells this vLLM version to use the format's kernel; None: there is no way."""
-        for pin in self.pin:
-            if (
-                pin.kernel == format_.kernel
-                and format_.layout in pin.layout
-                and (not pin.weights or format_.weights in pin.weights)
-                and (not pin.vllm or SpecifierSet(pin.vllm).contains(Version(vllm_version), prereleases=True))
-            ):
-                return pin
-        return None
+    def pin_for(self, format_: Format, vllm_version: str, model: Model | None = None) -> Pin | None:
+        """The row about the format's kernel in this vLLM version; None: there is no way that the matrix knows.
+
+        A layout that is published for `model` is told from one that the engine makes of its plain weights.
+        """
+        online = format_.layout in ONLINE and model is not None and model.hub is None
+        source: pins.Source = "online" if online else "checkpoint"
+        return next((pin for pin in self.pin if pin.fits(format_, vllm_version, source)), None)
 
 
 def load(path: Path) -> Matrix:
@@ -133,7 +131,7 @@ def load(path: Path) -> Matrix:
         raise MatrixError(path, mistakes) from None
     mistakes += _reference_mistakes(raw)
     if not mistakes:
-        mistakes += _stale_rows(matrix)
+        mistakes += [*_stale_rows(matrix), *pins.conflicts(matrix.pin), *pins.pick_conflicts(matrix.formats)]
     if mistakes:
         raise MatrixError(path, mistakes)
     return matrix
@@ -188,7 +186,8 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
             picks = row.get("picks")
             for glob, kernel in picks.items() if isinstance(picks, dict) else ():
                 stale(f"formats.{name}.picks", "hardware", glob, hardware)
-                unknown(f"formats.{name}.picks.{glob}", "kernel", kernel, kernels)
+                for one in kernel.values() if isinstance(kernel, dict) else [kernel]:
+                    unknown(f"formats.{name}.picks.{glob}", "kernel", one, kernels)
     for name, row in models.items():
         if isinstance(row, dict):
             stale(f"models.{name}.formats", "format", row.get("formats"), formats)

@@ -9,6 +9,7 @@ from quantdet import __version__, store, workload
 from quantdet.checkpoints import Checkpoint
 from quantdet.engines import Plan, PlannedPrompt
 from quantdet.matrix import Matrix
+from quantdet.pins import filled
 from quantdet.schema import Cell
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
@@ -43,11 +44,12 @@ def plan_for(
     args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
     own: dict[str, str] = dict(device or {})
     if format_.kernel not in ("auto", "unquantized"):
-        pin = matrix.pin_for(format_, vllm_version)
-        if pin is None:
+        model = matrix.models[cell.model_id]
+        pin = matrix.pin_for(format_, vllm_version, model)
+        if pin is None or pin.unsupported:
             need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
-            return f"{need}, have none in vLLM {vllm_version}"
-        args |= pin.args
+            return f"{need}, have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
+        args |= filled(pin.args, model.group_size)
         own |= pin.env
     settings: dict[str, bool] = {}
     for setting in matrix.setting:

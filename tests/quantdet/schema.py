@@ -39,6 +39,9 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
     "torchao": {("int4-torchao", "none")},
 }  # fmt: skip
 
+# Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
+ONLINE: frozenset[Layout] = frozenset({"torchao"})
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -82,6 +85,8 @@ def _regex(text: str) -> str:
 
 Specifier = Annotated[str, AfterValidator(_specifier)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Scalar = str | int | float | bool
+Args = dict[str, Scalar | dict[str, Scalar]]  # engine arguments
 
 
 class Row(BaseModel):
@@ -115,7 +120,7 @@ class Engine(Row):
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter.
     """
 
-    args: dict[str, str | int | float | bool] = {}
+    args: Args = {}
     env: dict[str, str] = {}
     env_at_start: tuple[str, ...] = ()
     max_text_tokens: PositiveInt = 1024
@@ -157,6 +162,8 @@ class Format(Row):
     """A quantization format: checkpoint layout x kernel, in an execution mode.
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
+    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
+    `modules`: one of them has to be there.
     """
 
     title: str
@@ -165,9 +172,10 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: dict[str, str] = {}
+    picks: dict[str, str | dict[Specifier, str]] = {}
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     mode: Literal["eager", "compiled"] = "eager"
     hardware: tuple[str, ...] = ("*",)
 
@@ -201,17 +209,6 @@ class Format(Row):
         if self.activations == "none":
             return ""
         return "W{}A{}".format(*("".join(filter(str.isdigit, name)) for name in (self.weights, self.activations)))
-
-
-class Pin(Row):
-    """How vLLM versions are told to use `kernel` for a layout: engine arguments and environment."""
-
-    kernel: str
-    layout: tuple[Layout, ...] = Field(min_length=1)
-    weights: tuple[Weights, ...] = ()
-    vllm: Specifier = ""
-    args: dict[str, str | int | float | bool] = {}
-    env: dict[str, str] = {}
 
 
 class Synthetic(Row):
@@ -296,7 +293,8 @@ class Expect(Row):
     """A declared departure from the default (bit-exact, distinct, accepted).
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
-    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `may_drift`: recordings of
+    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `same_kernel`: the
+    formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
     two vLLM versions may differ although the same kernels ran; the row is about the newer version.
     """
 
@@ -307,6 +305,7 @@ class Expect(Row):
     formats: tuple[str, ...] = ()
     max_rows: Annotated[int, Field(gt=0)] | None = None
     match: Annotated[str, AfterValidator(_regex)] = ""
+    same_kernel: bool = False
     vllm: Specifier = ""
 
     @model_validator(mode="after")
@@ -315,6 +314,8 @@ class Expect(Row):
             raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
+        if self.same_kernel and self.outcome != "identical_to":
+            raise ValueError("'same_kernel' belongs to the outcome 'identical_to'")
         if self.match and self.outcome != "unsupported":
             raise ValueError("'match' belongs to the outcome 'unsupported'")
         if self.when.phase is not None and self.outcome in ("identical_to", "unsupported", "may_drift"):
@@ -336,6 +337,6 @@ class Setting(Row):
 
     when: When
     reason: Annotated[str, Field(min_length=1)]
-    args: dict[str, str | int | float | bool] = {}
+    args: Args = {}
     env: dict[str, str] = {}
     onednn_fp8: bool | None = None

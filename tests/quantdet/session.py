@@ -53,7 +53,7 @@ class Session:
     on_start: Any = None
     _results: dict[Cell, Result] = field(default_factory=dict)
     _workloads: dict[str, workload.Workload] = field(default_factory=dict)
-    _expectations: dict[str, Expectations] = field(default_factory=dict)
+    _expectations: dict[str | None, Expectations] = field(default_factory=dict)
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
@@ -72,13 +72,16 @@ class Session:
         return cells if self.replay is None else self.replay.expand(cells)
 
     def expectations(self, cell: Cell) -> Expectations:
-        """The rows that hold for the vLLM that `cell` is, or was, measured with, which may be none that is installed."""
-        version = cell.vllm or self.software.vllm or ""
-        if self.replay is not None and not cell.vllm and self.replay.versions(cell.hardware_id):
-            version = self.replay.versions(cell.hardware_id)[0]
+        """The rows that hold for the vLLM of `cell`."""
+        version = self.vllm(cell)
         if version not in self._expectations:
-            self._expectations[version] = Expectations.of(self.matrix, version or None)
+            self._expectations[version] = Expectations.of(self.matrix, version)
         return self._expectations[version]
+
+    def vllm(self, cell: Cell) -> str | None:
+        """The vLLM version that `cell` is, or was, measured with, which may be none that is installed here."""
+        recorded = self.replay.versions(cell.hardware_id)[:1] if self.replay is not None else []
+        return cell.vllm or next(iter(recorded), None) or self.software.vllm
 
     def gate(self, cell: Cell) -> str | None:
         """Why `cell` cannot be measured here (need and have); None if it can be tried."""

@@ -313,9 +313,18 @@ def test_shape_that_a_group_does_not_divide(tmp_path: Path) -> None:
     resolve("odd", model, make_format("fp8", "fp8-block", "fp8"), cache=tmp_path)  # partial tiles are fine
 
 
-def test_torchao_has_no_writer(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="no writer for torchao"):
-        resolve("m", make_model(), make_format("torchao", "int4-torchao"), cache=tmp_path)
+def test_torchao_is_made_of_plain_weights(tmp_path: Path) -> None:
+    """The engine quantizes while it loads: the cell's checkpoint is the unquantized one."""
+    plain = resolve("m", make_model(), make_format("plain", "bf16"), cache=tmp_path)
+
+    assert plain == resolve("m", make_model(), make_format("torchao", "int4-torchao"), cache=tmp_path)
+
+
+def test_published_torchao_is_not_made_here(tmp_path: Path) -> None:
+    """A hub model without torchao weights has no such cell."""
+    model = Model(title="t", workload="w", formats=("*",), hub={"plain": "o/plain"})
+    with pytest.raises(Unavailable, match="layout 'torchao', have none"):
+        resolve("m", model, make_format("torchao", "int4-torchao"), cache=tmp_path)
 
 
 def package(**changes: str) -> Model:

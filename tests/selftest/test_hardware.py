@@ -1,5 +1,6 @@
 """What is visible of a machine, which row it is, and the reason in front of a cell that cannot be measured."""
 
+import sys
 import tomllib
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_nothing_missing() -> None:
     """A cell that can be tried has no reason."""
     assert gate(matrix(), HERE, machine(), CPU) is None
     assert gate(matrix(), GPU_CELL, machine(gpus=(A,)), CUDA) is None
+
+
+@pytest.mark.parametrize(
+    ("modules", "here"),
+    [
+        (["numpy.linalg"], True),
+        (["numpy.matlib"], True),
+        (["no_such_module", "json"], True),
+        (["no_such_module", "numpy.no_such_module", "no_such_module.part"], False),
+    ],
+)
+def test_one_of_the_modules_has_to_be_there(modules: list[str], here: bool) -> None:
+    """A folder or a file below an installed package, or a package; nothing is imported."""
+    before = set(sys.modules)
+    reason = gate(matrix(formats__bf16__modules=modules), HERE, machine(), CPU)
+
+    assert (None if here else f"module: needs {' or '.join(modules)}, have none of them") == reason
+    assert "numpy.matlib" in before or "numpy.matlib" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -87,17 +87,6 @@ def test_shipped_ids_are_safe_and_cells_unique() -> None:
         assert not set(cell.id) & set("[]:<>|*?\"\\ ~'")
 
 
-def test_every_pinned_format_of_the_shipped_matrix_has_a_way(subtests: pytest.Subtests) -> None:
-    """A format with a kernel of its own is reachable in at least one vLLM version."""
-    matrix = load(ROOT / "quant_matrix.toml")
-    versions = ["0.20.2", "0.22.0", "0.26.0", "0.30.0", "0.32.0", "0.33.0"]
-
-    for name, row in matrix.formats.items():
-        if row.kernel not in ("auto", "unquantized"):
-            with subtests.test(name):
-                assert any(matrix.pin_for(row, version) is not None for version in versions)
-
-
 def test_cells_are_those_that_can_exist(tmp_path: Path) -> None:
     """A cell needs the model's format and hardware, and hardware that its kernel can exist on; order as in the file."""
     matrix = parse(tmp_path, MATRIX)
@@ -141,6 +130,21 @@ def test_auto_kernels_are_judged_by_pick(tmp_path: Path) -> None:
     assert ("fake4", ("Fake4Kernel",)) == matrix.kernel_classes(Cell("alpha", "awq", "cpu-here"))
     assert ("auto", ()) == matrix.kernel_classes(Cell("alpha", "awq", "sm90"))
     assert ("fake4", ("Fake4Kernel",)) == matrix.kernel_classes(Cell("alpha", "ct", "cpu-here"))
+
+
+def test_picks_may_change_with_the_version(tmp_path: Path) -> None:
+    """Ranges of versions; without a version, what any of them gives; outside of all, nothing is judged."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        raw["kernels"]["other"] = {"classes": ["OtherKernel"], "hardware": ["*"]}
+        raw["formats"]["awq"]["picks"] = {"cpu-here": {"<0.30": "fake4", ">=0.32": "other"}}
+
+    matrix, cell = parse(tmp_path, document(edit)), Cell("alpha", "awq", "cpu-here")
+
+    assert ("fake4", ("Fake4Kernel",)) == matrix.kernel_classes(cell, "0.29.1+cpu")
+    assert ("auto", ()) == matrix.kernel_classes(cell, "0.31.0")
+    assert ("other", ("OtherKernel",)) == matrix.kernel_classes(cell, "0.32.0")
+    assert ("fake4 or other", ("Fake4Kernel", "OtherKernel")) == matrix.kernel_classes(cell)
 
 
 def test_dtype_by_kind(tmp_path: Path) -> None:
@@ -251,6 +255,25 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
     "illegal activations": (put("formats", "ct", "activations", "fp8"), "formats.ct", "cannot carry"),
     "bad specifier": (put("pin", 0, "vllm", "0.26 or so"), "pin.0.vllm", "'0.26 or so' is not a version specifier"),
     "bad specifier of a row": (put("expect", 0, "vllm", "new"), "expect.0.vllm", "'new' is not a version specifier"),
+    "unknown kernel of a range": (
+        put("formats", "awq", "picks", {"cpu-*": {"<1": "warp"}}), "formats.awq.picks.cpu-*", "no kernel 'warp'",
+    ),
+    "bad specifier of a pick": (
+        put("formats", "awq", "picks", {"cpu-*": {"old": "fake4"}}), "formats.awq.picks.cpu-*.old", "not a version specifier",
+    ),
+    "overlapping ranges of a pick": (
+        put("formats", "awq", "picks", {"cpu-*": {"<0.3": "fake4", ">=0.2": "fake4"}}), "formats.awq.picks.cpu-*", "both hold",
+    ),
+    "pins that differ": (
+        put("pin", [
+            {"kernel": "fake4", "layout": ["gptq", "ct"], "vllm": "<0.30", "args": {"way": "old"}},
+            {"kernel": "fake4", "layout": ["ct"], "vllm": ">=0.29", "args": {"way": "new"}},
+        ]), "pin.1", "differs from pin.0",
+    ),
+    "a way that is none": (
+        put("pin", 0, {"kernel": "fake4", "layout": ["ct"], "unsupported": "no", "args": {"way": "x"}}), "pin.0", "no way",
+    ),
+    "unknown source of a pin": (put("pin", 0, "source", "moon"), "pin.0.source", "'online'"),
     "stale expectation": (
         add("expect", **{**ROW, "when": {"model": "beta", "hardware": "sm90"}}), "expect.1", "matches no cell",
     ),

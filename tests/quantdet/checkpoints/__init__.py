@@ -18,7 +18,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
 from quantdet.checkpoints.tensors import load_folder
-from quantdet.schema import Format, Model, Synthetic
+from quantdet.schema import ONLINE, Format, Model, Synthetic
 
 __all__ = ["Checkpoint", "Unavailable", "resolve"]
 
@@ -70,6 +70,8 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
             raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
         folder = hub.snapshot(repository, allow_download=allow_download)
         return Checkpoint(folder, _cache.digest(folder), f"hub {repository}")
+    if format_.layout in ONLINE:  # the engine quantizes plain weights while it loads them
+        format_ = _PLAIN
     if format_.layout != "plain":
         writer(format_.layout)  # before any weight is looked for: no weights would help
     source, words = _source(model, cache, allow_download)
