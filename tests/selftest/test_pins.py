@@ -68,6 +68,7 @@ TABLE: dict[str, dict[str, Told]] = {
         "0.22.1": ({"linear_backend": "marlin"}, FORCED),
         "0.29.0": backend("marlin"),
     },
+    "nvfp4_w4a4_marlin": {"0.20.2": ({}, {"VLLM_NVFP4_GEMM_BACKEND": "marlin"}), "0.22.1": backend("marlin")},
     "fp8_block_cutlass": {
         "0.20.2": ({}, without(BLOCK, "Cutlass", **NO_DEEPGEMM)),
         "0.22.1": ({"linear_backend": "cutlass"}, NO_DEEPGEMM),
