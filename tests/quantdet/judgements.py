@@ -230,12 +230,16 @@ def distinctness(
         result = compare(own, observation)
         row = expectations.twins(cell, other)
         if row is not None:
-            declared.append(f"{other.format_id} ({row.reason})")
+            declared.append(f"{row.outcome}: {other.format_id} ({row.reason})")
         if result.verdict is Verdict.IDENTICAL:
             twins.append(other.format_id)
-        expected = Verdict.DISTINCT if row is None else Verdict.IDENTICAL
-        noisy = any(expectations.noise(one, "prefill") for one in (cell, other))
-        if result.verdict is not expected and not (noisy and result.verdict is Verdict.INDISTINCT):
+        expected = Verdict.DISTINCT if row is None or row.outcome != "identical_to" else Verdict.IDENTICAL
+        fine = {expected}
+        if row is not None and row.outcome == "may_be_identical_to":
+            fine.add(Verdict.IDENTICAL)
+        if any(expectations.noise(one, "prefill") for one in (cell, other)):
+            fine.add(Verdict.INDISTINCT)
+        if result.verdict not in fine:
             hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
             wrong.append(
                 f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
@@ -248,7 +252,7 @@ def distinctness(
     indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
     verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
     figures: dict[str, object] = {
-        "expectation": f"identical_to: {'; '.join(declared)}" if declared else "distinct",
+        "expectation": "; ".join(declared) if declared else "distinct",
         "pairs": len(pairs),
         "identical_to": ",".join(twins),
         "closest": closest.b,

@@ -29,6 +29,7 @@ from quantdet.schema import (
     Setting,
     matches_any,
 )
+from quantdet.shapes import Layers, layers_of
 
 
 class MatrixError(Exception):
@@ -84,6 +85,13 @@ class Matrix(Row):
         if kernel == "auto":
             kernel = next((k for glob, k in format_.picks.items() if fnmatchcase(cell.hardware_id, glob)), "auto")
         return kernel, self.kernels[kernel].classes
+
+    def layers(self, model_id: str) -> Layers | None:
+        """The linear layers of a model; None: the matrix does not tell its dimensions."""
+        model = self.models.get(model_id)
+        if model is not None and model.layers_as is not None:
+            model = self.models.get(model.layers_as)
+        return layers_of(model.synthetic) if model is not None and model.synthetic is not None else None
 
     def pin_for(self, format_: Format, vllm_version: str) -> Pin | None:
         """The row that tells this vLLM version to use the format's kernel; None: there is no way."""
@@ -179,6 +187,9 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
         if isinstance(row, dict):
             stale(f"models.{name}.formats", "format", row.get("formats"), formats)
             stale(f"models.{name}.hardware", "hardware", row.get("hardware"), hardware)
+            like = models.get(str(row.get("layers_as", name)))
+            if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
+                found.append(f"models.{name}.layers_as: has to name a synthetic model, in a model that is not synthetic")
     for index, row in enumerate(_rows(raw, "pin")):
         if isinstance(row, dict):
             unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
@@ -195,12 +206,16 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
 
 def _stale_rows(matrix: Matrix) -> list[str]:
     cells = list(matrix.cells())
-    return [
-        f"{name}.{index}: matches no cell of this matrix"
-        for name in ("setting", "expect")
-        for index, row in enumerate(getattr(matrix, name))
-        if not any(row.when.matches(cell) for cell in cells)
-    ]
+    found = []
+    for name in ("setting", "expect"):
+        for index, row in enumerate(getattr(matrix, name)):
+            mine = [cell for cell in cells if row.when.matches(cell)]
+            if not mine:
+                found.append(f"{name}.{index}: matches no cell of this matrix")
+            elif name == "expect" and not any(row.can_hold(matrix.layers(cell.model_id)) for cell in mine):
+                word = "fires in no layer" if row.fires else "fires in some layer"
+                found.append(f"{name}.{index}: {word} of every model that it matches")
+    return found
 
 
 def _toml_path(loc: tuple[int | str, ...]) -> str:

@@ -264,6 +264,27 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
         "expect.1", "cannot depend on a phase",
     ),
     "unknown outcome": (put("expect", 0, "outcome", "lucky"), "expect.0.outcome", "'lucky'"),
+    "noise of twins": (put("expect", 0, "fires", {"n_below": 9}), "expect.0", "'fires' belongs to"),
+    "silence of noise": (
+        add("expect", **{**ROW, "fires_not": {"n_below": 9}}), "expect.1", "'fires_not' belongs to",
+    ),
+    "no condition": (add("expect", **{**ROW, "fires": {}}), "expect.1.fires", "needs one of n_below"),
+    "unknown condition": (add("expect", **{**ROW, "fires": {"m_below": 9}}), "expect.1.fires.m_below", "unknown key"),
+    "empty condition": (add("expect", **{**ROW, "fires": {"n_below": 0}}), "expect.1.fires.n_below", "greater than 0"),
+    "rows given twice": (
+        add("expect", **{**ROW, "fires": {"tokens_per_expert_at_most": 6}, "max_rows": 9}), "expect.1", "'max_rows' follows",
+    ),
+    "noise that fires nowhere": (add("expect", **{**ROW, "fires": {"k_at_least": 999}}), "expect.1", "fires in no layer"),
+    "twins that always fire": (
+        put("expect", 0, "fires_not", {"n_below": 999}), "expect.0", "fires in some layer of every model",
+    ),
+    "layers as nobody's": (
+        put("models", "beta", {"title": "x", "workload": "synthetic-v1", "formats": ["bf16", "ct"], "path": "/w",
+                               "layers_as": "gamma"}),
+        "models.beta.layers_as", "has to name a synthetic model",
+    ),
+    "layers as another's": (put("models", "beta", "layers_as", "alpha"), "models.beta.layers_as", "that is not synthetic"),
+    "experts of a dense model": (put("models", "beta", "synthetic", "experts", 4), "models.beta.synthetic", "has no 'experts'"),
     "no auto": (drop("kernels", "auto"), "kernels.auto", "missing"),
     "kernel without classes": (drop("kernels", "fake4", "classes"), "kernels.fake4.classes", "missing"),
     "several sources": (put("models", "alpha", "path", "/weights"), "models.alpha", "exactly one of"),
