@@ -48,7 +48,8 @@ class Judge:
         format_ = self.session.matrix.formats[cell.format_id]
         name, classes = self.session.matrix.kernel_classes(cell)
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        verdicts = [judgements.kernel(one, requested, classes, format_.quantized) for one in observations]
+        experts = self.session.matrix.kernels[name].moe_classes
+        verdicts = [judgements.kernel(one, requested, classes, format_.quantized, experts) for one in observations]
         self._say(next((v for v in verdicts if not v.expected), verdicts[0]), observations)
 
     def restart(self, cell: Cell) -> None:

@@ -151,32 +151,39 @@ def _at(phase: Phase, position: int) -> str:
     return f"step {position}" if phase == "decode" else f"position {position}"
 
 
-def kernel(observation: Observation, requested: str, classes: Sequence[str], quantized: bool) -> Judgement:
-    """Is the executed kernel the requested one, the same in every linear layer?
+def kernel(
+    observation: Observation, requested: str, classes: Sequence[str], quantized: bool, moe_classes: Sequence[str] = ()
+) -> Judgement:
+    """Is the executed kernel the requested one, the same in every linear layer and in every layer of experts?
 
-    `classes` are the class names that the requested kernel shows; none: vLLM's own choice, not judged but for mixing.
+    `classes` are the class names that the requested kernel shows, `moe_classes` those of its experts; none: vLLM's own
+    choice, not judged but for mixing.
     """
     header = observation.header
     executed = header.executed
     assert executed is not None
-    names = sorted({layer.executed for layer in executed.linear})
+    expected = [" or ".join(names) for names in (classes, moe_classes) if names]
     figures: dict[str, object] = {
         "kernel.requested": requested,
         "kernel.executed": executed.summary,
-        "expectation": f"{requested}: {' or '.join(classes)}" if classes else f"{requested}: one kernel in every layer",
+        "expectation": f"{requested}: {', experts '.join(expected) or 'one kernel in every layer'}",
     }
 
     def invalid(why: str) -> Judgement:
         return Judgement(Verdict.INVALID, f"INVALID {header.cell} kernel: {why}", False, figures, executed.summary)
 
-    if not names:
+    if not executed.linear:
         return invalid("no linear layer was found in the loaded model")
-    if len({(layer.executed, layer.detail) for layer in executed.linear}) > 1:
-        return invalid(f"mixed kernels: {executed.summary}")
-    if classes and names[0] not in classes:
-        return invalid(f"requested {requested} ({' or '.join(classes)}), executed {executed.summary}")
-    if quantized and names[0] == "UnquantizedLinearMethod":
-        return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
+    if moe_classes and not executed.moe:
+        return invalid(f"requested {requested}, found no layer of experts in the loaded model: {executed.summary}")
+    for layers, known in ((executed.linear, classes), (executed.moe, moe_classes)):
+        names = {layer.executed for layer in layers}
+        if len({(layer.executed, layer.detail) for layer in layers}) > 1:
+            return invalid(f"mixed kernels: {executed.summary}")
+        if known and not names <= set(known):
+            return invalid(f"requested {requested} ({' or '.join(known)}), executed {executed.summary}")
+        if quantized and any(layer.method.startswith("Unquantized") for layer in layers):
+            return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
     message = f"CONFIRMED {header.cell} kernel: {executed.summary} ({asked})"
     return Judgement(Verdict.CONFIRMED, message, True, figures)

@@ -70,6 +70,12 @@ class Matrix(Row):
         """Whether `model` names the format and its source can carry it."""
         if not matches_any(format_id, model.formats):
             return False
+        layers = self._layers(model)
+        if self.kernels[self.formats[format_id].kernel].moe_classes:  # of models with experts, or where one is named
+            if layers is not None and not any(layer.experts for layer in layers):
+                return False
+            if layers is None and format_id not in model.formats:
+                return False
         if model.hub is not None:
             return self.formats[format_id].layout in model.hub
         return self.formats[format_id].weights not in ("int4-torchao",) or "*" in model.formats
@@ -88,10 +94,11 @@ class Matrix(Row):
 
     def layers(self, model_id: str) -> Layers | None:
         """The linear layers of a model; None: the matrix does not tell its dimensions."""
-        model = self.models.get(model_id)
-        if model is not None and model.layers_as is not None:
-            model = self.models.get(model.layers_as)
-        return layers_of(model.synthetic) if model is not None and model.synthetic is not None else None
+        return self._layers(self.models[model_id])
+
+    def _layers(self, model: Model) -> Layers | None:
+        spec = (model if model.layers_as is None else self.models[model.layers_as]).synthetic
+        return None if spec is None else layers_of(spec)
 
     def pin_for(self, format_: Format, vllm_version: str) -> Pin | None:
         """The row that tells this vLLM version to use the format's kernel; None: there is no way."""
@@ -206,7 +213,13 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
 
 def _stale_rows(matrix: Matrix) -> list[str]:
     cells = list(matrix.cells())
-    found = []
+    found = [
+        f"models.{name}.formats: {format_id!r} is a format of models with experts"
+        for name, model in matrix.models.items()
+        for format_id in model.formats
+        if format_id in matrix.formats and matrix.kernels[matrix.formats[format_id].kernel].moe_classes
+        if not matrix.has_format(model, format_id)
+    ]
     for name in ("setting", "expect"):
         for index, row in enumerate(getattr(matrix, name)):
             mine = [cell for cell in cells if row.when.matches(cell)]

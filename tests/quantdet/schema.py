@@ -136,10 +136,14 @@ class Hardware(Row):
 
 
 class Kernel(Row):
-    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs)."""
+    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
+
+    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied.
+    """
 
     hardware: tuple[str, ...] = Field(min_length=1)
     classes: tuple[str, ...] = ()
+    moe_classes: tuple[str, ...] = ()
 
 
 class Format(Row):
