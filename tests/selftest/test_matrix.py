@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantdet.matrix import Matrix, MatrixError, load
 from quantdet.schema import CARRIES, ID_PATTERN, Cell, Expect
-from selftest.fakes import MATRIX, ROOT, make_suite
+from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
 
 pytest_plugins = ["pytester"]
 
@@ -108,6 +108,26 @@ def test_cells_are_those_that_can_exist(tmp_path: Path) -> None:
     assert ["alpha/bf16/sm90", "alpha/awq/sm90"] == [name for name in found if name.endswith("sm90")]
     assert "alpha/int8/cpu-elsewhere" not in found
     assert ["beta/bf16/cpu-here", "beta/ct/cpu-here"] == [name for name in found if name.startswith("beta")]
+
+
+def test_formats_of_experts_are_had_by_models_with_experts(tmp_path: Path) -> None:
+    """Globs of other models do not reach them, of unknown models neither; an unknown model may name one."""
+    unknown = '\n[models.unknown]\ntitle = "x"\nworkload = "synthetic-v1"\npath = "/w"\nformats = ["*"]\n'
+    named = unknown.replace("models.unknown", "models.named").replace('"*"', '"moe"')
+    alike = unknown.replace("models.unknown", "models.alike") + 'layers_as = "mixture"\n'
+
+    matrix = parse(tmp_path, MATRIX + EXPERTS + unknown + named + alike)
+
+    cells = {cell.id for cell in matrix.cells() if cell.format_id == "moe" and cell.hardware_id == "cpu-here"}
+    assert {"mixture/moe/cpu-here", "named/moe/cpu-here", "alike/moe/cpu-here"} == cells
+
+
+def test_a_dense_model_cannot_name_a_format_of_experts(tmp_path: Path) -> None:
+    """Known to have none: a mistake."""
+    with pytest.raises(MatrixError) as caught:
+        parse(tmp_path, MATRIX.replace('formats = ["bf16", "ct"]', 'formats = ["bf16", "ct", "moe"]') + EXPERTS)
+
+    assert ["models.beta.formats: 'moe' is a format of models with experts"] == caught.value.mistakes
 
 
 def test_the_inline_form_is_the_same_matrix(tmp_path: Path) -> None:
