@@ -200,6 +200,9 @@ def shipped() -> Expectations:
         ("qwen3-8b-shape/gptq", "decode", "noisy", None),
         ("qwen3-8b-shape/gptq_marlin_atomic", "decode", None, None),
         ("qwen3-8b/gptq", "decode", "noisy", None),  # published weights of known dimensions
+        ("tiny-qwen3-moe/gptq_moe_wna16", "decode", "noisy", None),
+        ("tiny-qwen3-moe/gptq_moe_wna16", "prefill", "may_be_noisy", 24),
+        ("tiny-qwen3-moe/gptq_moe_marlin", "decode", None, None),
         ("somebody-elses/gptq", "decode", "may_be_noisy", None),
         ("somebody-elses/gptq", "prefill", "may_be_noisy", 50),
         ("somebody-elses/gptq_marlin_atomic", "decode", "may_be_noisy", None),
@@ -215,6 +218,18 @@ def test_noise_that_the_shipped_matrix_expects(
     if found is not None:
         assert rows == (found.max_rows if phase == "prefill" else None)
         assert "fires in " in found.reason or "not known" in found.reason
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.20.2", False), ("0.26.0", False), ("0.27.1", True), ("0.33.0", True)])
+def test_moe_wna16_ends_with_its_cuda_kernel(version: str, refused: bool) -> None:
+    """From 0.27 on the cell is declared unsupported, and neither noisy nor pinned."""
+    matrix = load(Path(ROOT / "quant_matrix.toml"))
+    expectations, cell = Expectations.of(matrix, version), Cell("tiny-qwen3-moe", "gptq_moe_wna16", "sm90")
+
+    assert refused is (expectations.unsupported(cell) is not None)
+    assert refused is (expectations.noise(cell, "decode") is None)
+    assert refused is (matrix.pin_for(matrix.formats[cell.format_id], version) is None)
+    assert matrix.pin_for(matrix.formats["gptq_moe_marlin"], version) is not None
 
 
 @pytest.mark.parametrize(
