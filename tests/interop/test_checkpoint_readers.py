@@ -136,12 +136,17 @@ def test_safetensors_package_reads_the_same_bytes(layout: str, weights: str, act
         assert tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() == ours[name].tobytes()
 
 
-def test_transformers_loads_a_plain_checkpoint(tmp_path: Path) -> None:
+MIXTURE = {**SPEC, "architecture": "qwen3_moe", "experts": 4, "experts_per_token": 2, "expert_intermediate_size": 128}
+
+
+@pytest.mark.parametrize("spec", [SPEC, MIXTURE], ids=["qwen3", "qwen3_moe"])
+def test_transformers_loads_a_plain_checkpoint(spec: dict[str, Any], tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = resolve("m", make_model(), make_format("plain", "bf16"), cache=tmp_path).path
+    path = resolve("m", make_model(synthetic=spec), make_format("plain", "bf16"), cache=tmp_path).path
     model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert spec["architecture"] == model.config.model_type
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
         logits = model(torch.arange(2, 34)[None]).logits[0]

@@ -1,21 +1,25 @@
 """What the matrix expects of a cell: rows of `[[expect]]` looked up for a question."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from quantdet.matrix import Matrix
 from quantdet.schema import Cell, Expect, Phase
+from quantdet.shapes import Layers
 
 
 @dataclass(frozen=True)
 class Expectations:
-    """The rows that hold for the installed vLLM (all of them where none is installed)."""
+    """The rows that hold for the installed vLLM (all of them where none is installed), and the models' known layers."""
 
     rows: tuple[Expect, ...]
+    layers: Mapping[str, Layers | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, matrix: Matrix, vllm_version: str | None) -> "Expectations":
-        return cls(tuple(row for row in matrix.expect if row.holds_for(vllm_version)))
+        rows = tuple(row for row in matrix.expect if row.holds_for(vllm_version))
+        return cls(rows, {model_id: matrix.layers(model_id) for model_id in matrix.models})
 
     def noise(self, cell: Cell, phase: Phase) -> Expect | None:
         """The row that says that `cell` is, or may be, noisy in `phase`."""
@@ -30,16 +34,45 @@ class Expectations:
         return self._first(cell, None, "may_drift")
 
     def twins(self, a: Cell, b: Cell) -> Expect | None:
-        """The row that declares two formats of one model on one hardware to be the same numerics."""
+        """The row that declares two formats of one model on one hardware to be, or perhaps to be, the same numerics."""
         for row in self.rows:
-            if row.outcome == "identical_to":
+            if row.outcome in ("identical_to", "may_be_identical_to"):
                 for one, other in ((a, b), (b, a)):
                     if row.when.matches(one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
-                        return row
+                        found = resolved(row, self.layers.get(a.model_id))
+                        if found is not None:
+                            return found
         return None
 
     def _first(self, cell: Cell, phase: Phase | None, *outcomes: str) -> Expect | None:
-        return next((row for row in self.rows if row.outcome in outcomes and row.when.matches(cell, phase)), None)
+        layers = self.layers.get(cell.model_id)
+        rows = (row for row in self.rows if row.outcome in outcomes and row.when.matches(cell, phase))
+        return next((found for row in rows if (found := resolved(row, layers)) is not None), None)
+
+
+def resolved(row: Expect, layers: Layers | None) -> Expect | None:
+    """`row` as it holds for a model with these layers (None: not known); None where it does not.
+
+    The outcome becomes weaker where the layers are not known; the reason says where the kernel's noise comes from, and
+    `max_rows` is computed where it follows from the number of experts.
+    """
+    condition = row.fires or row.fires_not
+    if condition is None:
+        return row
+    if layers is None:
+        weaker = {"noisy": "may_be_noisy", "identical_to": "may_be_identical_to"}
+        reason = f"{row.reason}; the dimensions of this model's layers are not known"
+        return row.model_copy(update={"outcome": weaker.get(row.outcome, row.outcome), "reason": reason})
+    if not row.can_hold(layers):
+        return None
+    where = condition.where(layers)
+    if not where:
+        return row.model_copy(update={"reason": f"{row.reason}; fires in no layer of this model"})
+    update: dict[str, object] = {"reason": f"{row.reason}; fires in {', '.join(map(str, where))} (N x K)"}
+    rows = [condition.rows(layer) for layer in where]
+    if rows[0] is not None:
+        update["max_rows"] = max(number for number in rows if number is not None)
+    return row.model_copy(update=update)
 
 
 def describe(row: Expect | None, default: str) -> str:

@@ -151,43 +151,49 @@ def _at(phase: Phase, position: int) -> str:
 
 
 def kernel(
-    observation: Observation, requested: str, classes: Sequence[str], quantized: bool, *,
+    observation: Observation, requested: str, classes: Sequence[str], quantized: bool, moe_classes: Sequence[str] = (), *,
     precision: str = "", weight_only: Collection[str] = (), native: bool = False,
 ) -> Judgement:  # fmt: skip
-    """Is the executed kernel the requested one, the same in every linear layer?
+    """Is the executed kernel the requested one, the same in every linear layer and in every layer of experts?
 
-    `classes` are the class names that the requested kernel shows; none: vLLM's own choice, not judged but for mixing.
+    `classes` are the class names that the requested kernel shows, `moe_classes` those of its experts; none: vLLM's own
+    choice, not judged but for mixing.
     `precision` ("W4A4") of a format that quantizes activations: a kernel of the `weight_only` classes does not. Where the
     chip multiplies the format (`native`), that is a substitution; elsewhere it is what vLLM can do, and is said.
     """
     header = observation.header
     executed = header.executed
     assert executed is not None
-    names = sorted({layer.executed for layer in executed.linear})
+    expected = [" or ".join(names) for names in (classes, moe_classes) if names]
     figures: dict[str, object] = {
         "kernel.requested": requested,
         "kernel.executed": executed.summary,
-        "expectation": f"{requested}: {' or '.join(classes)}" if classes else f"{requested}: one kernel in every layer",
+        "expectation": f"{requested}: {', experts '.join(expected) or 'one kernel in every layer'}",
     }
 
     def invalid(why: str) -> Judgement:
         return Judgement(Verdict.INVALID, f"INVALID {observation.cell} kernel: {why}", False, figures, executed.summary)
 
-    if not names:
+    if not executed.linear:
         return invalid("no linear layer was found in the loaded model")
-    if len({(layer.executed, layer.detail) for layer in executed.linear}) > 1:
-        return invalid(f"mixed kernels: {executed.summary}")
-    if classes and names[0] not in classes:
-        return invalid(f"requested {requested} ({' or '.join(classes)}), executed {executed.summary}")
-    if quantized and names[0] == "UnquantizedLinearMethod":
-        return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
+    if moe_classes and not executed.moe:
+        return invalid(f"requested {requested}, found no layer of experts in the loaded model: {executed.summary}")
+    for layers, known in ((executed.linear, classes), (executed.moe, moe_classes)):
+        names = {layer.executed for layer in layers}
+        if len({(layer.executed, layer.detail) for layer in layers}) > 1:
+            return invalid(f"mixed kernels: {executed.summary}")
+        if known and not names <= set(known):
+            return invalid(f"requested {requested} ({' or '.join(known)}), executed {executed.summary}")
+        if quantized and any(layer.method.startswith("Unquantized") for layer in layers):
+            return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
     if precision:
         # Whatever the capitals: MarlinMxFp8 of one vLLM is MarlinMxfp8 of another.
-        substituted = names[0].casefold() in {name.casefold() for name in weight_only}
+        first = executed.linear[0].executed
+        substituted = first.casefold() in {name.casefold() for name in weight_only}
         figures["kernel.weight_only"] = substituted
         if substituted and native:
-            return invalid(f"{precision} requested, weight-only kernel {names[0]} executed: activations are not quantized")
+            return invalid(f"{precision} requested, weight-only kernel {first} executed: activations are not quantized")
         if substituted:
             text = f"weight-only: executed {executed.summary}, activations stay {header.dtype or 'unquantized'}"
             message = f"CONFIRMED {observation.cell} kernel: {text} (the format is {precision}; {asked})"
@@ -246,12 +252,16 @@ def distinctness(
         if row is not None and row.same_kernel and not _same_kernel(own, observation):
             row = None
         if row is not None:
-            declared.append(f"{other.format_id} ({row.reason})")
+            declared.append(f"{row.outcome}: {other.format_id} ({row.reason})")
         if result.verdict is Verdict.IDENTICAL:
             twins.append(other.format_id)
-        expected = Verdict.DISTINCT if row is None else Verdict.IDENTICAL
-        noisy = any(expectations.noise(one, "prefill") for one in (cell, other))
-        if result.verdict is not expected and not (noisy and result.verdict is Verdict.INDISTINCT):
+        expected = Verdict.DISTINCT if row is None or row.outcome != "identical_to" else Verdict.IDENTICAL
+        fine = {expected}
+        if row is not None and row.outcome == "may_be_identical_to":
+            fine.add(Verdict.IDENTICAL)
+        if any(expectations.noise(one, "prefill") for one in (cell, other)):
+            fine.add(Verdict.INDISTINCT)
+        if result.verdict not in fine:
             hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
             wrong.append(
                 f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
@@ -264,7 +274,7 @@ def distinctness(
     indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
     verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
     figures: dict[str, object] = {
-        "expectation": f"identical_to: {'; '.join(declared)}" if declared else "distinct",
+        "expectation": "; ".join(declared) if declared else "distinct",
         "pairs": len(pairs),
         "identical_to": ",".join(twins),
         "closest": closest.b,

@@ -14,16 +14,21 @@ from quantdet.observation_header import Executed, Layer
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "linear_kernel")
 # Choices inside a kernel that change its bits: CPU instruction set, INT8 activations, exllama's state, library path.
 _DETAILS = ("isa_hint", "use_w4a8")
+# Which implementation a method of experts has chosen, as an enum.
+_EXPERT_BACKENDS = (
+    "unquantized_backend", "wna16_moe_backend", "wna16_backend", "fp8_backend", "int8_backend", "nvfp4_backend",
+    "mxfp4_backend",
+)  # fmt: skip
 
 
 def describe(model: Any) -> Executed:
     """Walk `model.named_modules()` and count layers by module class, method, scheme, kernel and detail."""
     counts: Counter[tuple[str, str, str, str, str, str]] = Counter()
     attention: set[str] = set()
-    for _, module in model.named_modules():
+    for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None:
-            counts[(_kind(module), _name(module), _name(method), *_kernel(module, method))] += 1
+            counts[(_kind(name, module), _name(module), _name(method), *_kernel(module, method))] += 1
         if hasattr(module, "attn_backend"):
             attention.add(_attention(module))
     layers = tuple(
@@ -37,12 +42,14 @@ def _name(thing: Any) -> str:
     return "" if thing is None else type(thing).__name__
 
 
-def _kind(module: Any) -> str:
+def _kind(path: str, module: Any) -> str:
     name = _name(module)
     if "Embedding" in name or "LMHead" in name:
         return "embedding"
     if "Experts" in name or "MoE" in name:
         return "moe"
+    if path.endswith(".gate"):  # of a mixture of experts; formats leave it unquantized
+        return "router"
     return "linear" if "Linear" in name else "other"
 
 
@@ -68,6 +75,10 @@ def _kernel(module: Any, method: Any) -> tuple[str, str, str]:
     moe = getattr(method, "moe_kernel", None)
     if moe is not None:
         kernel = getattr(moe, "fused_experts", None) or kernel
+    for name in _EXPERT_BACKENDS:
+        backend = getattr(method, name, None)
+        if backend is not None:
+            details.append(str(getattr(backend, "name", backend)).lower())
     weight = getattr(module, "weight", None)
     if weight is not None and "AO" in _name(method):  # torchao: the tensor subclass is the kernel
         details.append(f"weight={_name(weight)}")

@@ -29,6 +29,7 @@ from quantdet.schema import (
     Setting,
     matches_any,
 )
+from quantdet.shapes import Layers, layers_of
 
 
 class MatrixError(Exception):
@@ -69,6 +70,12 @@ class Matrix(Row):
         """Whether `model` names the format and its source can carry it."""
         if not matches_any(format_id, model.formats):
             return False
+        layers = self._layers(model)
+        if self.kernels[self.formats[format_id].kernel].moe_classes:  # of models with experts, or where one is named
+            if layers is not None and not any(layer.experts for layer in layers):
+                return False
+            if layers is None and format_id not in model.formats:
+                return False
         return model.hub is None or self.formats[format_id].layout in model.hub
 
     def run_for(self, cell: Cell) -> RunLengths:
@@ -99,6 +106,14 @@ class Matrix(Row):
         """Whether the chip multiplies the number format of the cell's activations."""
         format_ = self.formats[cell.format_id]
         return (format_.native or format_.activations) in self.hardware[cell.hardware_id].native
+
+    def layers(self, model_id: str) -> Layers | None:
+        """The linear layers of a model; None: the matrix does not tell its dimensions."""
+        return self._layers(self.models[model_id])
+
+    def _layers(self, model: Model) -> Layers | None:
+        spec = (model if model.layers_as is None else self.models[model.layers_as]).synthetic
+        return None if spec is None else layers_of(spec)
 
     def pin_for(self, format_: Format, vllm_version: str, model: Model | None = None) -> Pin | None:
         """The row about the format's kernel in this vLLM version; None: there is no way that the matrix knows.
@@ -192,6 +207,9 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
         if isinstance(row, dict):
             stale(f"models.{name}.formats", "format", row.get("formats"), formats)
             stale(f"models.{name}.hardware", "hardware", row.get("hardware"), hardware)
+            like = models.get(str(row.get("layers_as", name)))
+            if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
+                found.append(f"models.{name}.layers_as: has to name a synthetic model, in a model that is not synthetic")
     for index, row in enumerate(_rows(raw, "pin")):
         if isinstance(row, dict):
             unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
@@ -208,12 +226,22 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
 
 def _stale_rows(matrix: Matrix) -> list[str]:
     cells = list(matrix.cells())
-    return [
-        f"{name}.{index}: matches no cell of this matrix"
-        for name in ("setting", "expect")
-        for index, row in enumerate(getattr(matrix, name))
-        if not any(row.when.matches(cell) for cell in cells)
+    found = [
+        f"models.{name}.formats: {format_id!r} is a format of models with experts"
+        for name, model in matrix.models.items()
+        for format_id in model.formats
+        if format_id in matrix.formats and matrix.kernels[matrix.formats[format_id].kernel].moe_classes
+        if not matrix.has_format(model, format_id)
     ]
+    for name in ("setting", "expect"):
+        for index, row in enumerate(getattr(matrix, name)):
+            mine = [cell for cell in cells if row.when.matches(cell)]
+            if not mine:
+                found.append(f"{name}.{index}: matches no cell of this matrix")
+            elif name == "expect" and not any(row.can_hold(matrix.layers(cell.model_id)) for cell in mine):
+                word = "fires in no layer" if row.fires else "fires in some layer"
+                found.append(f"{name}.{index}: {word} of every model that it matches")
+    return found
 
 
 def _toml_path(loc: tuple[int | str, ...]) -> str:

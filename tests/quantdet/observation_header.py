@@ -21,7 +21,7 @@ class _Part(BaseModel):
 class Layer(_Part):
     """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
 
-    kind: Literal["linear", "moe", "embedding", "other"]
+    kind: Literal["linear", "moe", "router", "embedding", "other"]
     module: str
     method: str
     scheme: str = ""
@@ -49,10 +49,14 @@ class Executed(_Part):
         return tuple(layer for layer in self.layers if layer.kind == "linear")
 
     @property
+    def moe(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "moe")
+
+    @property
     def summary(self) -> str:
-        """For example `CPUWNA16LinearKernel[vec] x8`."""
+        """For example `CPUWNA16LinearKernel[vec] x8`; experts, a layer of them counted once, come last."""
         counts: dict[str, int] = {}
-        for layer in self.linear:
+        for layer in self.linear + self.moe:
             name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
             counts[name] = counts.get(name, 0) + layer.count
         return " + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer"

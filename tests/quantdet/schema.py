@@ -9,6 +9,9 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantdet.shapes import Fires, Layers, PositiveInt
+from quantdet.shapes import Synthetic as Synthetic
+
 # Safe in pytest node ids, in `-k` expressions, as a file name and in artefact names.
 ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -84,7 +87,6 @@ def _regex(text: str) -> str:
 
 
 Specifier = Annotated[str, AfterValidator(_specifier)]
-PositiveInt = Annotated[int, Field(gt=0)]
 Scalar = str | int | float | bool
 Args = dict[str, Scalar | dict[str, Scalar]]  # engine arguments
 
@@ -151,11 +153,13 @@ class Kernel(Row):
     """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
 
     `weight_only`: it multiplies activations in the model's dtype, whatever the checkpoint asks for.
+    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied.
     """
 
     hardware: tuple[str, ...] = Field(min_length=1)
     classes: tuple[str, ...] = ()
     weight_only: bool = False
+    moe_classes: tuple[str, ...] = ()
 
 
 class Format(Row):
@@ -211,20 +215,6 @@ class Format(Row):
         return "W{}A{}".format(*("".join(filter(str.isdigit, name)) for name in (self.weights, self.activations)))
 
 
-class Synthetic(Row):
-    """Architecture of a model with generated weights; dimensions are in elements."""
-
-    architecture: Literal["qwen3"]
-    seed: int = Field(0, ge=0)
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-
-
 class Package(Row):
     """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
 
@@ -245,7 +235,10 @@ class Claims(Row):
 
 
 class Model(Row):
-    """A model: where its weights come from, its workload and the formats it has (globs)."""
+    """A model: where its weights come from, its workload and the formats it has (globs).
+
+    `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
+    """
 
     title: str
     workload: str
@@ -260,6 +253,7 @@ class Model(Row):
     package: Package | None = None
     path: str | None = None
     hub: dict[Layout, str] | None = None
+    layers_as: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -293,34 +287,51 @@ class Expect(Row):
     """A declared departure from the default (bit-exact, distinct, accepted).
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
-    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `same_kernel`: the
-    formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
+    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `fires`: the noise is in
+    layers that meet this condition; a model without any has to be exact. `fires_not`: the formats are the same where no
+    layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
+    the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
     two vLLM versions may differ although the same kernels ran; the row is about the newer version.
     """
 
     when: When = When()
-    outcome: Literal["noisy", "may_be_noisy", "identical_to", "unsupported", "may_drift"]
+    outcome: Literal["noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift"]
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
-    max_rows: Annotated[int, Field(gt=0)] | None = None
+    max_rows: PositiveInt | None = None
+    fires: Fires | None = None
+    fires_not: Fires | None = None
     match: Annotated[str, AfterValidator(_regex)] = ""
     same_kernel: bool = False
     vllm: Specifier = ""
 
     @model_validator(mode="after")
     def _formats_where_needed(self) -> "Expect":
-        if (self.outcome == "identical_to") != bool(self.formats):
-            raise ValueError("'formats' names the twins of outcome 'identical_to', and belongs to no other outcome")
+        same = self.outcome in ("identical_to", "may_be_identical_to")
+        if same != bool(self.formats):
+            raise ValueError("'formats' names the twins of 'identical_to', 'may_be_identical_to'; belongs to no other outcome")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
+        if self.fires is not None and self.outcome not in ("noisy", "may_be_noisy"):
+            raise ValueError("'fires' belongs to the outcomes 'noisy' and 'may_be_noisy'")
+        if self.fires_not is not None and self.outcome != "identical_to":
+            raise ValueError("'fires_not' belongs to the outcome 'identical_to'")
+        if self.max_rows is not None and self.fires is not None and self.fires.tokens_per_expert_at_most is not None:
+            raise ValueError("'max_rows' follows from 'tokens_per_expert_at_most'")
         if self.same_kernel and self.outcome != "identical_to":
             raise ValueError("'same_kernel' belongs to the outcome 'identical_to'")
         if self.match and self.outcome != "unsupported":
             raise ValueError("'match' belongs to the outcome 'unsupported'")
-        if self.when.phase is not None and self.outcome in ("identical_to", "unsupported", "may_drift"):
+        if self.when.phase is not None and (same or self.outcome in ("unsupported", "may_drift")):
             raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
         return self
+
+    def can_hold(self, layers: Layers | None) -> bool:
+        """Whether the row says anything of a model with these layers (None: not known)."""
+        if layers is None:
+            return True
+        return not (self.fires and not self.fires.where(layers)) and not (self.fires_not and self.fires_not.where(layers))
 
     def holds_for(self, vllm_version: str | None) -> bool:
         """Whether the row is about this vLLM version; without a version (nothing installed) every row holds."""

@@ -42,7 +42,7 @@ class FakeEngine:
     """Logits are normal numbers seeded by (numerics, token ids). `plan.args` say how it behaves.
 
     numerics: formats with the same value have the same logits (default: the format's id);
-    executes: kernel class that every layer shows; behaviour: see `_ACTIONS` and `_distort`;
+    executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
@@ -180,12 +180,17 @@ def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
         "mixed_kernels": [executes, "OtherKernel"],
         "ignored": ["UnquantizedLinearMethod"],
     }.get(behaviour, [executes])
+    experts = (str(plan.args["experts"]),) if "experts" in plan.args else ()
+    if behaviour == "wrong_experts":
+        experts = ("OtherExperts",)
     return Header.model_validate(
         {
             **plan.identity,
             "schema": SCHEMA,
             "kind": "observation",
-            "executed": executed(*names).model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
+            "executed": executed(*names, experts=experts)
+            .model_copy(update={"logits_dtype": recorder.logits_dtype})
+            .model_dump(),
             "nonfinite": [row.model_dump() for row in recorder.nonfinite],
             "divergences": [row.model_dump() for row in recorder.divergences],
             "prompts": [record.header.model_dump() for record in recorder.records],
@@ -197,12 +202,13 @@ def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
     )
 
 
-def executed(*names: str, kind: str = "linear") -> Executed:
-    """Kernels of a model with four layers per name; unquantized layers show their method only."""
+def executed(*names: str, experts: tuple[str, ...] = ()) -> Executed:
+    """Kernels of a model with four layers per name, two of `experts`; unquantized layers show their method only."""
     layers = tuple(
-        Layer(kind=kind, module="QKVParallelLinear", method=name if name.startswith("Unq") else "FakeMethod",
-              kernel="" if name.startswith("Unq") else name, count=4)
-        for name in names
+        Layer(kind=kind, module=module, method=name if name.startswith("Unq") else "FakeMethod",
+              kernel="" if name.startswith("Unq") else name, count=count)
+        for found, kind, module, count in ((names, "linear", "QKVParallelLinear", 4), (experts, "moe", "RoutedExperts", 2))
+        for name in found
     )  # fmt: skip
     return Executed(layers=layers, attention=("FAKE_ATTENTION",), logits_dtype="float32")
 
@@ -235,7 +241,7 @@ IDENTITY: dict[str, Any] = {
 
 def observation(
     format_id: str = "bf16", *, numerics: str | None = None, repeats: int = 3, lengths: tuple[int, ...] = (6, 9),
-    kernels: tuple[str, ...] = ("UnquantizedLinearMethod",), **header: Any,
+    kernels: tuple[str, ...] = ("UnquantizedLinearMethod",), experts: tuple[str, ...] = (), **header: Any,
 ) -> Observation:  # fmt: skip
     """An honest observation: every repeat gave the same bits. `header` overrides fields of the header."""
     records = []
@@ -250,7 +256,8 @@ def observation(
         records.append(PromptRecord(prompt, np.asarray(ids, np.int32), (output,)))
     values = {
         **IDENTITY, "schema": SCHEMA, "kind": "observation", "format": format_id, "repeats": repeats,
-        "executed": executed(*kernels).model_dump(), "prompts": [record.header.model_dump() for record in records],
+        "executed": executed(*kernels, experts=experts).model_dump(),
+        "prompts": [record.header.model_dump() for record in records],
     }  # fmt: skip
     return Observation(Header.model_validate({**values, **header}), tuple(records))
 
@@ -425,6 +432,46 @@ outcome = "identical_to"
 formats = ["ct"]
 reason = "the same integers"
 source = "by construction"
+"""
+
+# A model with experts and a format of theirs, to append to MATRIX; "*" of the other models does not reach the format.
+EXPERTS = """
+[kernels.moe4]
+hardware = ["cpu-*"]
+classes = ["Fake4Kernel"]
+moe_classes = ["Moe4Experts"]
+
+[formats.moe]
+title = "experts"
+layout = "gptq"
+weights = "int4-sym"
+kernel = "moe4"
+dtype = "float16"
+
+[[pin]]
+kernel = "moe4"
+layout = ["gptq"]
+args = { executes = "Fake4Kernel", experts = "Moe4Experts" }
+
+[models.mixture]
+title = "experts"
+workload = "synthetic-v1"
+group_size = 32
+memory_gib = 1
+formats = ["bf16", "moe"]
+hardware = ["cpu-here"]
+[models.mixture.synthetic]
+architecture = "qwen3_moe"
+vocab_size = 1024
+hidden_size = 64
+intermediate_size = 64
+layers = 1
+heads = 2
+kv_heads = 1
+head_dim = 32
+experts = 2
+experts_per_token = 1
+expert_intermediate_size = 32
 """
 
 CONFTEST = """\

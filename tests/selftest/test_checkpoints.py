@@ -418,13 +418,18 @@ def test_folders_that_are_no_base_weights(tmp_path: Path) -> None:
         resolve("m", make_model(path=str(quantized.path)), W4, cache=tmp_path / "cache")
 
 
-def test_mixture_of_experts_is_not_quantized_by_halves(tmp_path: Path) -> None:
+def test_another_architecture_is_not_quantized_by_halves(tmp_path: Path) -> None:
+    """Experts in one tensor, as some models have them, are no projections of known names."""
     source = tmp_path / "moe"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    router = {"model.layers.0.mlp.gate.weight": np.ones((8, 128), np.float32)}
-    tensors.save(router, source / "model.safetensors")
-    with pytest.raises(Unavailable, match=r"have model\.layers\.\*\.mlp\.gate$"):
+    experts = {
+        "model.layers.0.mlp.gate.weight": np.ones((8, 128), np.float32),
+        "model.layers.0.mlp.experts.gate_up_proj": np.ones((8, 128, 128), np.float32),
+        "model.layers.0.self_attn.q_proj.weight": np.ones((128, 128), np.float32),
+    }
+    tensors.save(experts, source / "model.safetensors")
+    with pytest.raises(Unavailable, match=r"have model\.layers\.\*\.mlp\.experts\.gate_up_proj$"):
         resolve("m", make_model(path=str(source)), W4, cache=tmp_path / "cache")
 
 

@@ -337,6 +337,47 @@ def test_other_kernels_and_formats_are_not_called_weight_only(native: bool) -> N
     assert "weight-only" not in cutlass.message + w4a16.message
 
 
+def experts(*names: str, linear: str = "K", quantized: bool = True, moe_classes: tuple[str, ...] = ("E",)) -> Judgement:
+    whole = observation(kernels=(linear,), experts=names)
+    return judgements.kernel(whole, "fast", ("K",), quantized, moe_classes)
+
+
+def test_the_requested_experts_are_confirmed() -> None:
+    """Both are in the sentence: linear layers and experts."""
+    found = experts("E")
+
+    assert (Verdict.CONFIRMED, True) == (found.verdict, found.expected)
+    assert "CONFIRMED alpha/bf16/cpu-here kernel: K x4 + E x2 (requested fast)" == found.message
+    assert "fast: K, experts E" == found.figures["expectation"]
+
+
+@pytest.mark.parametrize(
+    ("names", "linear", "words"),
+    [
+        (("Other",), "K", "requested fast (E), executed K x4 + Other x2"),
+        (("K",), "K", "requested fast (E)"),  # the linear layers' kernel is not the experts'
+        (("E",), "E", "requested fast (K), executed E x6"),
+        (("E", "Other"), "K", "mixed kernels: K x4 + E x2 + Other x2"),
+        (("UnquantizedFusedMoEMethod",), "K", "executed K x4 + UnquantizedFusedMoEMethod x2"),
+        ((), "K", "found no layer of experts"),
+    ],
+)
+def test_other_experts_are_invalid(names: tuple[str, ...], linear: str, words: str) -> None:
+    """A substituted, mixed, ignored or absent kernel of experts is INVALID, whatever the linear layers show."""
+    found = experts(*names, linear=linear)
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert words in found.message
+
+
+def test_experts_of_a_kernel_that_names_none() -> None:
+    """Any one kind of experts is taken, but not a mix, and not unquantized ones in a quantized format."""
+    assert experts("Whatever", moe_classes=()).expected
+    assert experts("UnquantizedFusedMoEMethod", moe_classes=(), quantized=False).expected
+    assert not experts("A", "B", moe_classes=()).expected
+    assert "the format was ignored" in experts("UnquantizedFusedMoEMethod", moe_classes=()).message
+
+
 # -------------------------------------------------------------------------------------------------------------- refusal
 
 

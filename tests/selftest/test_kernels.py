@@ -142,6 +142,33 @@ def test_experts_show_their_kernel() -> None:
     assert "CutlassExpertsFp8" == only(make("FusedMoE", quant_method=method)).kernel
 
 
+@pytest.mark.parametrize("attribute", ["unquantized_backend", "wna16_moe_backend", "fp8_backend"])
+def test_experts_show_their_backend(attribute: str) -> None:
+    """An enum by its name, or plain text."""
+    for backend in (SimpleNamespace(name="MARLIN"), "Marlin"):
+        assert "marlin" == only(make("FusedMoE", quant_method=make("MoEMethod", **{attribute: backend}))).detail
+
+
+def test_experts_without_a_kernel_of_their_own_show_their_method() -> None:
+    """moe_wna16 up to vLLM 0.26: the method calls what multiplies."""
+    assert "MoeWNA16Method" == only(make("RoutedExperts", quant_method=make("MoeWNA16Method", moe_kernel=None))).executed
+
+
+@pytest.mark.parametrize("name", ["ReplicatedLinear", "GateLinear"])
+def test_a_router_is_no_linear_layer(name: str) -> None:
+    """It stays unquantized; that is no mixture of kernels."""
+    router = make(name, quant_method=make("UnquantizedLinearMethod"))
+    qkv = make("QKVParallelLinear", quant_method=make("M", kernel=make("K")))
+    moe = make("RoutedExperts", quant_method=make("E"))
+    named = {"layers.0.self_attn.qkv_proj": qkv, "layers.0.mlp.gate": router, "layers.0.mlp.experts": moe}
+
+    found = describe(SimpleNamespace(named_modules=named.items))
+
+    assert {"router", "linear", "moe"} == {layer.kind for layer in found.layers}
+    assert "K x1 + E x1" == found.summary
+    assert ("K",) == tuple(layer.executed for layer in found.linear)
+
+
 def test_only_linear_layers_are_in_the_summary() -> None:
     """Embedding and head are not counted; different kernels are listed apart, with their numbers."""
     one = make("RowParallelLinear", quant_method=make("M", kernel=make("A")))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantdet.matrix import Matrix, MatrixError, load
 from quantdet.schema import CARRIES, ID_PATTERN, Cell, Expect
-from selftest.fakes import MATRIX, ROOT, make_suite
+from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
 
 pytest_plugins = ["pytester"]
 
@@ -97,6 +97,26 @@ def test_cells_are_those_that_can_exist(tmp_path: Path) -> None:
     assert ["alpha/bf16/sm90", "alpha/awq/sm90"] == [name for name in found if name.endswith("sm90")]
     assert "alpha/int8/cpu-elsewhere" not in found
     assert ["beta/bf16/cpu-here", "beta/ct/cpu-here"] == [name for name in found if name.startswith("beta")]
+
+
+def test_formats_of_experts_are_had_by_models_with_experts(tmp_path: Path) -> None:
+    """Globs of other models do not reach them, of unknown models neither; an unknown model may name one."""
+    unknown = '\n[models.unknown]\ntitle = "x"\nworkload = "synthetic-v1"\npath = "/w"\nformats = ["*"]\n'
+    named = unknown.replace("models.unknown", "models.named").replace('"*"', '"moe"')
+    alike = unknown.replace("models.unknown", "models.alike") + 'layers_as = "mixture"\n'
+
+    matrix = parse(tmp_path, MATRIX + EXPERTS + unknown + named + alike)
+
+    cells = {cell.id for cell in matrix.cells() if cell.format_id == "moe" and cell.hardware_id == "cpu-here"}
+    assert {"mixture/moe/cpu-here", "named/moe/cpu-here", "alike/moe/cpu-here"} == cells
+
+
+def test_a_dense_model_cannot_name_a_format_of_experts(tmp_path: Path) -> None:
+    """Known to have none: a mistake."""
+    with pytest.raises(MatrixError) as caught:
+        parse(tmp_path, MATRIX.replace('formats = ["bf16", "ct"]', 'formats = ["bf16", "ct", "moe"]') + EXPERTS)
+
+    assert ["models.beta.formats: 'moe' is a format of models with experts"] == caught.value.mistakes
 
 
 def test_the_inline_form_is_the_same_matrix(tmp_path: Path) -> None:
@@ -287,6 +307,27 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
         "expect.1", "cannot depend on a phase",
     ),
     "unknown outcome": (put("expect", 0, "outcome", "lucky"), "expect.0.outcome", "'lucky'"),
+    "noise of twins": (put("expect", 0, "fires", {"n_below": 9}), "expect.0", "'fires' belongs to"),
+    "silence of noise": (
+        add("expect", **{**ROW, "fires_not": {"n_below": 9}}), "expect.1", "'fires_not' belongs to",
+    ),
+    "no condition": (add("expect", **{**ROW, "fires": {}}), "expect.1.fires", "needs one of n_below"),
+    "unknown condition": (add("expect", **{**ROW, "fires": {"m_below": 9}}), "expect.1.fires.m_below", "unknown key"),
+    "empty condition": (add("expect", **{**ROW, "fires": {"n_below": 0}}), "expect.1.fires.n_below", "greater than 0"),
+    "rows given twice": (
+        add("expect", **{**ROW, "fires": {"tokens_per_expert_at_most": 6}, "max_rows": 9}), "expect.1", "'max_rows' follows",
+    ),
+    "noise that fires nowhere": (add("expect", **{**ROW, "fires": {"k_at_least": 999}}), "expect.1", "fires in no layer"),
+    "twins that always fire": (
+        put("expect", 0, "fires_not", {"n_below": 999}), "expect.0", "fires in some layer of every model",
+    ),
+    "layers as nobody's": (
+        put("models", "beta", {"title": "x", "workload": "synthetic-v1", "formats": ["bf16", "ct"], "path": "/w",
+                               "layers_as": "gamma"}),
+        "models.beta.layers_as", "has to name a synthetic model",
+    ),
+    "layers as another's": (put("models", "beta", "layers_as", "alpha"), "models.beta.layers_as", "that is not synthetic"),
+    "experts of a dense model": (put("models", "beta", "synthetic", "experts", 4), "models.beta.synthetic", "has no 'experts'"),
     "no auto": (drop("kernels", "auto"), "kernels.auto", "missing"),
     "kernel without classes": (drop("kernels", "fake4", "classes"), "kernels.fake4.classes", "missing"),
     "several sources": (put("models", "alpha", "path", "/weights"), "models.alpha", "exactly one of"),

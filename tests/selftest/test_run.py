@@ -16,7 +16,7 @@ import scipy.stats  # noqa: F401  # here once: what is first imported in an inne
 from quantdet import checkpoints
 from quantdet.judge import PROPERTIES
 from quantdet.schema import Format, Model
-from selftest.fakes import MATRIX, ROOT, TESTS, TWO_GPUS, W4A4, alive, expect, make_suite, setting
+from selftest.fakes import EXPERTS, MATRIX, ROOT, TESTS, TWO_GPUS, W4A4, alive, expect, make_suite, setting
 from selftest.inner import Run, Suite, read_junit
 
 pytest_plugins = ["pytester"]
@@ -138,6 +138,26 @@ def test_a_seeded_defect_fails_exactly_its_test(suite: Suite, behaviour: str) ->
         assert message.startswith(f"{verdict} {AWQ}"), message
         assert re.search(pattern, message), message
         assert message.splitlines()[0] in run.output
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "failing"),
+    [
+        ("honest", {}),
+        ("wrong_experts", {"test_kernel[mixture/moe/cpu-here]": "INVALID"}),
+        ("wrong_kernel", {"test_kernel[mixture/moe/cpu-here]": "INVALID"}),
+    ],
+)
+def test_substituted_experts_fail_exactly_the_kernel_test(suite: Suite, behaviour: str, failing: dict[str, str]) -> None:
+    """A model with experts is measured like any; other experts than the row asks for are INVALID."""
+    run = suite("-k", "mixture", matrix=MATRIX + EXPERTS + setting("moe", behaviour))
+
+    assert failing == run.failures(), run.output
+    case = run.cases["test_kernel[mixture/moe/cpu-here]"]
+    assert ("Fake4Kernel x4 + Moe4Experts x2" == case.properties["kernel.executed"]) is (not failing)
+    if behaviour == "wrong_experts":
+        words = "requested moe4 (Moe4Experts), executed Fake4Kernel x4 + OtherExperts x2"
+        assert words in case.message
 
 
 def test_nan_logits_are_invalid_and_name_their_place(suite: Suite) -> None:

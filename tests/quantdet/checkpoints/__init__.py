@@ -43,7 +43,7 @@ class _SyntheticSource:
     plain: Path | None = None  # its plain checkpoint: the same bits, faster
 
     def identity(self) -> dict[str, Any]:
-        return {"source": "synthetic", "version": synthetic.VERSION, **self.spec.model_dump()}
+        return {"source": "synthetic", "version": synthetic.VERSION, **self.spec.model_dump(exclude_none=True)}
 
     @contextmanager
     def open(self) -> Iterator[Base]:

@@ -16,7 +16,8 @@ from quantdet.checkpoints.quantize import FUSED_SCALE, largest, quantize
 from quantdet.checkpoints.tensors import Array, Load, ShardWriter
 from quantdet.schema import Format
 
-_LINEAR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight")
+_LINEAR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.(?:experts\.(\d+)\.)?(q|k|v|o|gate|up|down)_proj\.weight")
+_ROUTER = re.compile(r"(model\.layers\.\d+\.mlp\.gate)\.weight")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
 
@@ -52,7 +53,8 @@ class Source(Protocol):
 def write(base: Base, format_: Format, group: int, directory: Path) -> None:
     """Quantize `base` as `format_` asks and write a checkpoint folder: safetensors, config.json and the extra files.
 
-    Only the seven projections of each decoder layer are quantized; embeddings, norms, biases and the head are copied.
+    Only the seven projections of each decoder layer are quantized, the last three for each expert if there are experts;
+    embeddings, routers, norms, biases and the head are copied.
     Threads make the tensors; their order in the files does not depend on them.
 
     Raises:
@@ -60,11 +62,12 @@ def write(base: Base, format_: Format, group: int, directory: Path) -> None:
         ValueError: a weight that is not finite.
     """
     config = dict(base.config)
+    batches = list(base.batches)
     layout = None
     if format_.layout != "plain":
         layout = writer(format_.layout)
-        config["quantization_config"] = layout.config(format_.weights, format_.activations, group)
-    batches = list(base.batches)
+        routers = tuple(match[1] for batch in batches for name in batch if (match := _ROUTER.fullmatch(name)))
+        config["quantization_config"] = layout.config(format_.weights, format_.activations, group, routers)
     found = [name for batch in batches for name in batch if _LINEAR.fullmatch(name)]
     plan = [_jobs(batch, layout, format_, group) for batch in batches]
     shards = ShardWriter(directory)
@@ -97,17 +100,17 @@ def _jobs(batch: dict[str, Load], layout: Writer | None, format_: Format, group:
         sets: dict[str, dict[str, Load]] = {}
         for name, load in batch.items():
             if match := _LINEAR.fullmatch(name):
-                key = _FUSED.get(match[1], match[1]) if format_.weights in FUSED_SCALE else match[1]
-                sets.setdefault(key, {})[name] = load
+                key = _FUSED.get(match[2], match[2]) if format_.weights in FUSED_SCALE else match[2]
+                sets.setdefault(f"{match[1]}.{key}", {})[name] = load
         jobs += [partial(_quantized, loads, layout, format_, group) for loads in sets.values()]
     return jobs
 
 
 def _copy(name: str, load: Load, layout: Writer | None) -> _Made:
     array = load()
-    # No matrix of a decoder layer but the seven: a model of experts would be quantized by halves.
-    if layout is not None and array.ndim != 1 and name.startswith("model.layers."):
-        raise Unavailable(f"quantizing: need a dense decoder of seven projections, have {_module(name)}")
+    # No matrix of a decoder layer but these: another architecture would be quantized by halves.
+    if layout is not None and array.ndim != 1 and name.startswith("model.layers.") and not _ROUTER.fullmatch(name):
+        raise Unavailable(f"quantizing: need a decoder of seven projections, or experts of three, have {_module(name)}")
     return {name: {name: array}}
 
 

@@ -29,6 +29,7 @@ _LOW = np.uint64(0x0000FFFF0000FFFF)
 LINEAR_STD = 0.02
 EMBEDDING_STD = 1.0  # inputs that differ strongly from token to token
 HEAD_STD = 0.03
+ROUTER_STD = 0.1  # tokens that prefer their experts clearly
 NORM_STD = 0.05
 
 
@@ -62,10 +63,10 @@ def _weights(std: float, mean: float) -> Array:
 
 
 def config(spec: Synthetic) -> dict[str, Any]:
-    """`config.json` of the model, as transformers' `Qwen3Config` reads it."""
+    """`config.json` of the model, as transformers' `Qwen3Config` or `Qwen3MoeConfig` reads it."""
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": ["Qwen3MoeForCausalLM" if spec.experts else "Qwen3ForCausalLM"],
+        "model_type": spec.architecture,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
@@ -83,6 +84,20 @@ def config(spec: Synthetic) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 1,
+        **(_mixture(spec) if spec.experts else {}),
+    }
+
+
+def _mixture(spec: Synthetic) -> dict[str, Any]:
+    return {
+        "num_experts": spec.experts,
+        "num_experts_per_tok": spec.experts_per_token,
+        "moe_intermediate_size": spec.expert_intermediate_size,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,  # experts in every layer
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
     }
 
 
@@ -95,16 +110,14 @@ def batches(spec: Synthetic, plain: Mapping[str, Array] | None = None) -> Iterat
     def load(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Load:
         return partial(tensor, spec.seed, name, shape, std, mean) if plain is None else partial(plain.__getitem__, name)
 
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     linears = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        **_feed_forward(spec),
     }
     norms = {
         "self_attn.q_norm": spec.head_dim,
@@ -116,7 +129,7 @@ def batches(spec: Synthetic, plain: Mapping[str, Array] | None = None) -> Iterat
         batch = {}
         for module, shape in linears.items():
             name = f"model.layers.{layer}.{module}.weight"
-            batch[name] = load(name, shape, LINEAR_STD)
+            batch[name] = load(name, shape, ROUTER_STD if module == "mlp.gate" else LINEAR_STD)
         for module, size in norms.items():
             name = f"model.layers.{layer}.{module}.weight"
             batch[name] = load(name, (size,), NORM_STD, 1.0)
@@ -127,3 +140,15 @@ def batches(spec: Synthetic, plain: Mapping[str, Array] | None = None) -> Iterat
         "lm_head.weight": load("lm_head.weight", table, HEAD_STD),
         "model.norm.weight": load("model.norm.weight", (hidden,), NORM_STD, 1.0),
     }
+
+
+def _feed_forward(spec: Synthetic) -> dict[str, tuple[int, int]]:
+    """The matrices behind the attention [N, K]: three projections, or a router and three projections for each expert."""
+    hidden = spec.hidden_size
+    inner = spec.expert_intermediate_size or spec.intermediate_size
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    if not spec.experts:
+        return {f"mlp.{name}": shape for name, shape in shapes.items()}
+    router = {"mlp.gate": (spec.experts, hidden)}
+    experts = range(spec.experts)
+    return router | {f"mlp.experts.{expert}.{name}": shape for expert in experts for name, shape in shapes.items()}

@@ -2,7 +2,8 @@
 
 A layout module has
     encode(q, activations) -> tensors of one linear module by local name ("qweight", "weight_scale", ...);
-    config(weights, activations, group) -> the `quantization_config` of `config.json`.
+    config(weights, activations, group, routers) -> the `quantization_config` of `config.json`; `routers` are the names of
+        the linear modules of decoder layers that are not quantized.
 The stored values are those of the quantizer: no layout rounds anything again.
 """
 
@@ -20,7 +21,9 @@ class Writer(Protocol):
 
     def encode(self, q: Quantized, activations: Activations) -> dict[str, Array]: ...
 
-    def config(self, weights: Weights, activations: Activations, group: int) -> dict[str, Any]: ...
+    def config(
+        self, weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()
+    ) -> dict[str, Any]: ...
 
 
 _WRITERS: dict[Layout, Writer] = {
