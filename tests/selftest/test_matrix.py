@@ -500,4 +500,7 @@ def test_the_shipped_matrix_knows_which_activations_are_quantized_and_by_what() 
     fp4 = [row for row in shipped.hardware if shipped.multiplies(Cell("tiny-qwen3", "nvfp4_w4a4", row))]
     assert ["sm100", "sm120"] == fp4
     assert {"MarlinNvFp4LinearKernel", "MacheteLinearKernel"} <= shipped.weight_only_classes
-    assert not {"CutlassNvFp4LinearKernel", "UnquantizedLinearMethod"} & shipped.weight_only_classes
+    assert (
+        not {"CutlassNvFp4LinearKernel", "TritonInt8ScaledMMLinearKernel", "UnquantizedLinearMethod"}
+        & shipped.weight_only_classes
+    )

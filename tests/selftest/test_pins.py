@@ -77,7 +77,19 @@ TABLE: dict[str, dict[str, Told]] = {
         "0.20.2": ({}, without(BLOCK, "Triton", **NO_DEEPGEMM)),
         "0.22.1": ({"linear_backend": "triton"}, NO_DEEPGEMM),
     },
-    "fp8_block_deepgemm": {"0.20.2": ({}, without(BLOCK, "DeepGemm")), "0.22.1": backend("deep_gemm")},
+    "fp8_block_deepgemm": {
+        "0.20.2": ({}, without(BLOCK, "DeepGemm", VLLM_USE_DEEP_GEMM="1")),
+        "0.22.1": ({"linear_backend": "deep_gemm"}, {"VLLM_USE_DEEP_GEMM": "1"}),
+    },
+    "gptq_moe_wna16": {
+        "0.20.2": ({"quantization": "moe_wna16"}, without(INTEGER, "Marlin")),
+        "0.22.1": ({"quantization": "moe_wna16", "linear_backend": "marlin"}, {}),
+        "0.27.0": "out of reach",
+    },
+    "gptq_moe_marlin": {
+        "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
+        "0.22.1": ({"linear_backend": "marlin", "moe_backend": "marlin"}, {}),
+    },
     "pytorch_int4": {"0.20.2": ONLINE_INT4},
     "bnb_nf4": {"0.20.2": ({}, {}), "0.28.0": "vllm-bnb-plugin"},
     "bnb_int8": {"0.20.2": ({}, {}), "0.28.0": "vllm-bnb-plugin"},
