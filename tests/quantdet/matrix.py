@@ -206,6 +206,9 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
     for name, row in models.items():
         if isinstance(row, dict):
             stale(f"models.{name}.formats", "format", row.get("formats"), formats)
+            claims = row.get("claims")
+            if isinstance(claims, dict):
+                stale(f"models.{name}.claims.formats", "format", claims.get("formats"), formats)
             stale(f"models.{name}.hardware", "hardware", row.get("hardware"), hardware)
             like = models.get(str(row.get("layers_as", name)))
             if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):

@@ -226,10 +226,12 @@ class Package(Row):
 class Claims(Row):
     """What a recording (`--record`) keeps for re-execution elsewhere: tokens that this format generated, once each.
 
-    `decode_tokens` per prompt of `workload`, with the `top_k` logprobs of every prompt and generated position.
+    `decode_tokens` per prompt of `workload`, with the `top_k` logprobs of every prompt and generated position, by the
+    formats that the globs name.
     """
 
     workload: str
+    formats: tuple[str, ...] = ("*",)
     decode_tokens: int = Field(32, ge=2, le=4096)
     top_k: int = Field(8, ge=2, le=1000)
 

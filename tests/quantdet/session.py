@@ -22,7 +22,7 @@ from quantdet.options import Options
 from quantdet.pairs import pair
 from quantdet.replay import Replay
 from quantdet.results import Measured, Missing, Refusal, Result
-from quantdet.schema import Cell
+from quantdet.schema import Cell, matches_any
 from quantdet.verdicts import Pair, Verdict
 
 
@@ -190,7 +190,7 @@ class Session:
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
             repeats=self.options.repeats, inject=self.inject,
-            claimed=self._workload(model.claims.workload) if model.claims and self.options.record else None,
+            claimed=self._claims(cell),
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 
@@ -260,6 +260,13 @@ class Session:
         return found, False
 
     # ------------------------------------------------------------------------------------------------------ planning
+
+    def _claims(self, cell: Cell) -> workload.Workload | None:
+        """The workload of the tokens that a recording of `cell` keeps for re-execution."""
+        claims = self.matrix.models[cell.model_id].claims
+        if claims is None or self.options.record is None or not matches_any(cell.format_id, claims.formats):
+            return None
+        return self._workload(claims.workload)
 
     def _workload(self, name: str) -> workload.Workload:
         if name not in self._workloads:

@@ -84,7 +84,7 @@ TABLE: dict[str, dict[str, Told]] = {
     "gptq_moe_wna16": {
         "0.20.2": ({"quantization": "moe_wna16"}, without(INTEGER, "Marlin")),
         "0.22.1": ({"quantization": "moe_wna16", "linear_backend": "marlin"}, {}),
-        "0.27.0": "out of reach",
+        "0.27.1": "out of reach",
     },
     "gptq_moe_marlin": {
         "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
