@@ -8,7 +8,7 @@ import contextlib
 
 from quantdet.engines import masks
 
-masks.hide(masks.IN_FORKSERVER)
+masks.hide(masks.in_forkserver())
 
 # False once the server has initialised CUDA: its children could not use it and ask for a fresh interpreter instead.
 FORK_SAFE = True

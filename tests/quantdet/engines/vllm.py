@@ -37,7 +37,7 @@ class VllmEngine:
         preloaded = sys.modules.get("quantdet.engines.preload_vllm")
         if not plan.extra.get("spawn") and not getattr(preloaded, "FORK_SAFE", True):
             raise NeedsSpawn("CUDA was initialised in the forkserver")
-        masks.hide(masks.ALWAYS if plan.extra.get("spawn") else masks.IN_FORKSERVER)
+        masks.hide(masks.broken() if plan.extra.get("spawn") else masks.in_forkserver())
         import vllm
 
         if plan.args.get("enforce_eager"):
@@ -230,7 +230,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "start": "spawn" if plan.extra.get("spawn") else "forkserver",
-        "masked": ",".join(name for name in masks.IN_FORKSERVER if sys.modules.get(name, 0) is None),
+        "masked": ",".join(masks.hidden()),
     }
     for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
         with contextlib.suppress(Exception):

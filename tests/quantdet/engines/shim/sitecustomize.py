@@ -3,13 +3,16 @@
 vLLM inspects a model's class in a fresh interpreter, which knows nothing of what its parent masked.
 """
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
 
-for _name in ("torchvision", "torchaudio", "torchcodec"):
-    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
+with contextlib.suppress(ImportError):  # PYTHONPATH brings it, unless a process that vLLM starts has another one
+    from quantdet.engines import masks
+
+    masks.hide(masks.broken())
 
 # Only one sitecustomize is imported: hand on to the one that this file shadows.
 _here = os.path.dirname(os.path.abspath(__file__))
