@@ -78,9 +78,10 @@ class LogitsTap:
         decode = [call for call in self._calls if call.shape[0] == 1]
         prefill = [call for call in self._calls if call.shape[0] > 1]
         rows = sum(call.shape[0] for call in prefill)
-        if len(decode) != decode_tokens or rows != prompt_length - 1:
+        # Model runner V2 computes the last prompt position with the others, though nothing is reported of it.
+        if len(decode) != decode_tokens or rows not in (prompt_length - 1, prompt_length):
             raise CaptureError(
                 f"captured {len(decode)} sampled and {rows} prompt rows of logits, the request has {decode_tokens} "
                 f"and {prompt_length - 1}"
             )
-        return np.concatenate(decode), np.concatenate(prefill)
+        return np.concatenate(decode), np.concatenate(prefill)[: prompt_length - 1]
