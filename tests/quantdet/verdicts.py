@@ -60,7 +60,8 @@ class Judgement:
 
     `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
     `figures` become properties of the JUnit test case; `detail` follows the message where there is room; `declared`
-    False: noise of a kind that no expectation of noise may excuse.
+    False: noise of a kind that no expectation of noise may excuse; `reexecution`: what the report's tables of re-execution
+    are made from.
     """
 
     verdict: Verdict
@@ -70,6 +71,7 @@ class Judgement:
     detail: str = ""
     pairs: tuple[Pair, ...] = ()
     declared: bool = True
+    reexecution: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:

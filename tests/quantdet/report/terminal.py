@@ -77,7 +77,7 @@ def matrix_tables(records: Records, order: list[str]) -> list[Table]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
-        if case["test"] == "test_versions":
+        if case["test"] in ("test_versions", "test_reexecution"):
             continue
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
