@@ -1,6 +1,6 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
-from quantdet import checkpoints, identification
+from quantdet import checkpoints, attribution
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
@@ -67,4 +67,4 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     formats = session.matrix.formats
     weights = {name: formats[name].weights for name in (*verified, claim.format_id)}
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
-    return identification.judge(claim, recorded, verified, weights, sequences, failed)
+    return attribution.judge(claim, recorded, verified, weights, sequences, failed)
