@@ -122,10 +122,7 @@ class Session:
         ids = (a.cell, b.cell)
         if ids not in self._pairs:
             found = pair(a, b)
-            self._pairs[ids], self._pairs[ids[::-1]] = found, replace(
-                found, a=found.b, b=found.a,
-                decode_published=found.decode_published_back, decode_published_back=found.decode_published,
-            )  # fmt: skip
+            self._pairs[ids], self._pairs[ids[::-1]] = found, found.swapped
         return self._pairs[ids]
 
     # ---------------------------------------------------------------------------------------------------- measuring
