@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import signal_noise
+from quantdet import identification, signal_noise, stats
 from quantdet.claims import Claim
-from quantdet.distance import published_topk, union_topk
+from quantdet.distance import decode_distance, published_topk, union_topk
 from quantdet.observation import Observation
 from quantdet.schema import PHASES, Phase
 from quantdet.verdicts import Judgement, Verdict
@@ -79,69 +79,89 @@ def judge(
     # The format itself where it runs here; else the nearest of those with its numbers.
     base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
     others = [name for name in verified if name not in mine]
-    comparisons = {
-        name: signal_noise.directional(decode[name], decode[base], seed=_SEED) for name in verified if name != base
-    }
-    found = signal_noise.identify(list(verified), np.stack(list(decode.values())), mine)
-    words = {name: comparison.verdict for name, comparison in comparisons.items()}
-    contradicted = [name for name in others if comparisons[name].contradicted]
-    told = [name for name in others if words[name] is Verdict.DETECTABLE]
-    verdict = (
-        Verdict.DETECTABLE if len(told) == len(others)
-        else Verdict.UNDERPOWERED if any(words[name] is Verdict.UNDERPOWERED for name in others)
-        else Verdict.NOT_DETECTABLE
-    )  # fmt: skip
-    noise = float(decode[base].mean())
-    figures = _figures(recorded, gaps, base, found)
-    record = _record(claim, recorded, weights, mine, gaps, comparisons, found)
-    changed = _software(recorded, next(iter(verified.values())))
-    where = f"{claim} reexecution"
-    if contradicted:
-        worst = min(contradicted, key=lambda name: comparisons[name].difference)
-        text = (
-            f"not what it claims: {worst} matches it better than {base} by {-comparisons[worst].difference:.3g} nats "
-            f"[{-comparisons[worst].high:.3g}, {-comparisons[worst].low:.3g}], nearest to weights "
-            f"{weights[claim.format_id]} in {found.own} of {found.prompts} prompts"
-        )
-        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{changed}", False, figures, reexecution=record)
-    closest = min(others, key=lambda name: comparisons[name].difference, default=None)
-    text = (
-        f"nearest to weights {weights[claim.format_id]} in {found.own} of {found.prompts} prompts "
-        f"[{found.low:.2g}, {found.high:.2g}]; told from {len(told)} of {len(others)} formats with other numbers"
+    compared = {name: signal_noise.directional(decode[name], decode[base], _SEED) for name in verified if name != base}
+    adjusted = dict(zip(compared, stats.holm([one.p for one in compared.values()]), strict=True))
+    found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
+    nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
+    told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
+    words = {found[name].verdict for name in others}
+    verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
+    figures = _figures(recorded, gaps, base, nearest)
+    record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
+    where, prompts = f"{claim} reexecution", len(nearest.nearest)
+    low, high = nearest.interval or (0.0, 1.0)
+    share = (
+        f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
     )
-    if closest is not None:
-        one = comparisons[closest]
+    end = _beside(recorded, verified[base])
+    wrong = [name for name in others if found[name].contradicted]
+    if wrong:
+        one = min((compared[name] for name in wrong), key=lambda c: c.difference)
+        name = next(name for name in wrong if compared[name] is one)
+        text = f"not what it claims: {name} matches it better than {base} by {-one.difference:.3g} nats"
+        text += f" [{-one.high:.3g}, {-one.low:.3g}], {share}"
+        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
+    text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
+    if others:
+        closest = min(others, key=lambda name: compared[name].difference)
+        one = compared[closest]
         text += (
-            f"; closest {closest} +{one.difference:.3g} nats [{one.low:.3g}, {one.high:.3g}], "
-            f"smallest detectable {one.mde:.2g}, over a noise of {noise:.3g}"
+            f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
+            f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
+            f"minimum detectable {one.mde:.2g})"
         )
     same = [name for name in mine if name != base]
     if same:
-        text += "; same numbers: " + ", ".join(f"{name} {words[name]}" for name in same)
+        text += "; same numbers: " + ", ".join(f"{name} {found[name].verdict} (MDE {compared[name].mde:.2g})" for name in same)
     if failed:
         text += f"; did not run: {', '.join(failed)}"
-    return Judgement(verdict, f"{verdict} {where}: {text}{changed}", True, figures, reexecution=record)
+    detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
+    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
 
 
-def _software(recorded: Observation, verified: Observation) -> str:
+def within(recorded: Observation) -> float:
+    """How far the claimed format's own repeats are apart in decode, mean over its prompts, nats; 0 if it is bit-exact."""
+    gaps = []
+    for prompt in recorded.prompts:
+        base = prompt.run(0)
+        for other in prompt.outputs[1:]:
+            _, found, _ = decode_distance(
+                base.output_ids, base.decode.topk_ids, base.decode.topk_logprobs,
+                other.output_ids, other.decode.topk_ids, other.decode.topk_logprobs,
+            )  # fmt: skip
+            gaps.append(found.l2)
+    return float(np.mean(gaps)) if gaps else 0.0
+
+
+def _beside(recorded: Observation, verified: Observation) -> str:
     """What differs beside the hardware."""
     a, b = recorded.header.environment, verified.header.environment
     names = [name for name in _SOFTWARE if a.get(name) != b.get(name)]
     changes = [f"{name.removesuffix('_package')} {a.get(name) or 'none'} -> {b.get(name) or 'none'}" for name in names]
+    if recorded.header.dtype != verified.header.dtype:
+        changes.insert(0, f"dtype {recorded.header.dtype} -> {verified.header.dtype}")
     return f" (beside the hardware: {', '.join(changes)})" if changes else ""
 
 
+def _source(recorded: Observation) -> str:
+    environment = recorded.header.environment
+    device = environment.get("gpu") or environment.get("cpu") or "device unknown"
+    return f"{recorded.header.hardware}, vLLM {environment.get('vllm') or 'unknown'}, {device}"
+
+
 def _figures(
-    recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, found: signal_noise.Identified
+    recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, nearest: identification.Identification
 ) -> dict[str, object]:
     header = recorded.header
+    low, high = nearest.interval or (0.0, 1.0)
     return {
+        "phase": "decode",
         "runs": len(recorded.claims),
         "checkpoint.sha256": header.checkpoint_sha256,
         "kernel.executed": header.executed.summary if header.executed is not None else "",
-        "source": f"{header.hardware}, vLLM {header.environment.get('vllm')}, {header.environment.get('gpu') or header.environment.get('cpu')}",
+        "source": _source(recorded),
         "l2": float(gaps["decode"][base].own.mean()),
-        "identified": f"{found.own}/{found.prompts} [{found.low:.4f}, {found.high:.4f}]",
+        "identified": f"{nearest.own}/{len(nearest.nearest)} [{low:.4f}, {high:.4f}]",
         **{
             f"distance.{phase}.{name}": f"own={float(one.own.mean()):.6g} published={float(one.published.mean()):.6g}"
             for phase, row in gaps.items()
@@ -152,14 +172,20 @@ def _figures(
 
 def _record(
     claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str],
-    gaps: Mapping[Phase, Mapping[str, Gap]], comparisons: Mapping[str, signal_noise.Comparison], found: signal_noise.Identified,
+    gaps: Mapping[Phase, Mapping[str, Gap]], compared: Mapping[str, signal_noise.Comparison],
+    found: Mapping[str, signal_noise.Detection], nearest: identification.Identification,
 ) -> dict[str, object]:  # fmt: skip
     """What the report needs, JSON-able."""
-    environment = recorded.header.environment
+    low, high = nearest.interval or (0.0, 1.0)
+    shares = {name: count / len(nearest.nearest) for name, count in nearest.counts.items()}
+    for names, count in nearest.tied.items():
+        for name in names:
+            shares[name] += count / len(nearest.nearest) / len(names)
+    own = within(recorded)
     return {
-        "model": claim.model_id, "claimed": claim.format_id, "by": claim.hardware_id, "by_text": claim.hardware_id,
-        "source": f"{claim.source}{claim.origin}, vLLM {environment.get('vllm')}, {environment.get('gpu') or environment.get('cpu')}",
-        "weights": weights[claim.format_id], "prompts": found.prompts, "own": mine,
+        "model": claim.model_id, "claimed": f"{claim.format_id}{claim.origin}", "by": claim.hardware_id,
+        "by_text": f"{claim.hardware_id}, {recorded.header.dtype}", "source": _source(recorded),
+        "weights": weights[claim.format_id], "prompts": len(nearest.nearest), "own": mine,
         "distances": {
             phase: {
                 "own_metric": {name: float(one.own.mean()) for name, one in row.items()},
@@ -169,11 +195,11 @@ def _record(
         },
         "comparisons": {
             name: {
-                "verdict": str(one.verdict), "difference": one.difference, "low": one.low, "high": one.high, "mde": one.mde,
-                "snr": one.snr, "p": one.p, "energy": None,
+                "verdict": str(found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
+                "mde": one.mde, "snr": one.snr, "p": one.p, "energy": signal_noise.energy(one.signal, own, 0.0),
             }
-            for name, one in comparisons.items()
+            for name, one in compared.items()
         },
-        "nearest": found.shares,
-        "identified": {"share": found.share, "low": found.low, "high": found.high},
+        "nearest": shares,
+        "identified": {"share": nearest.share or 0.0, "low": low, "high": high},
     }  # fmt: skip

@@ -151,8 +151,9 @@ class Judge:
         for pair in judgement.pairs:
             figures[f"pair.{pair.b}"] = (
                 f"{pair.verdict} l2={pair.l2:.6g} max_abs={pair.max_abs:.6g} differing={pair.differing}/{pair.positions} "
+                f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
                 f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
-                f"within={pair.within:.6g}"
+                f"decode_published_back={pair.decode_published_back:.6g} within={pair.within:.6g}"
             )
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.compare import bits_equal
-from quantdet.distance import Distance, decode_distance, distance
+from quantdet.distance import Distance, decode_distance, distance, published_topk
 from quantdet.observation import Observation, Output
 from quantdet.observation_header import environment_differences
 from quantdet.schema import Phase
@@ -26,6 +26,7 @@ def pair(a: Observation, b: Observation) -> Pair:
     prefill: list[Distance] = []
     decode: list[Distance] = []
     published: list[tuple[float, float]] = []
+    prefill_published: list[tuple[float, float]] = []
     single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
     decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
     within = max(a.prefill_spread, b.prefill_spread) if not single else 0.0
@@ -35,6 +36,7 @@ def pair(a: Observation, b: Observation) -> Pair:
         differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
         positions += len(x.prefill.digests)
         prefill.append(_forced(x, y, content))
+        prefill_published.append((_published(x, y, content), _published(y, x, content)))
         common, gap, value = decode_distance(
             x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
             y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
@@ -66,11 +68,20 @@ def pair(a: Observation, b: Observation) -> Pair:
         decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
         decode_published=float(np.mean([forth for forth, _ in published])),
         decode_published_back=float(np.mean([back for _, back in published])), within=within,
+        prefill_published=float(np.mean([forth for forth, _ in prefill_published])),
+        prefill_published_back=float(np.mean([back for _, back in prefill_published])),
     )  # fmt: skip
 
 
 def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:
     return distance(x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content)
+
+
+def _published(x: Output, y: Output, content: NDArray[np.bool_]) -> float:
+    return published_topk(
+        x.prefill.topk_ids[content], x.prefill.topk_logprobs[content],
+        y.prefill.topk_ids[content], y.prefill.topk_logprobs[content],
+    )  # fmt: skip
 
 
 def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:

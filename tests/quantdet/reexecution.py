@@ -1,6 +1,6 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
-from quantdet import checkpoints, attribution
+from quantdet import attribution, checkpoints
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
@@ -36,8 +36,13 @@ def gate(claim: Claim, session: Session) -> str | None:
         reasons = [session.gate(cell) for cell in cells if cell.hardware_id == claim.hardware_id]
         return next(filter(None, reasons), f"reexecution: needs a format of {claim.model_id} on {claim.hardware_id}, have none")
     weights = session.matrix.formats[claim.format_id].weights
-    if not any(session.matrix.formats[cell.format_id].weights == weights for cell in here):
+    own = [cell for cell in here if session.matrix.formats[cell.format_id].weights == weights]
+    if not own:
         return f"reexecution: needs a format with weights {weights} on {claim.hardware_id}, have none"
+    dtypes = {session.matrix.verifying_dtype(cell, header.dtype) for cell in own}
+    if header.dtype not in dtypes:
+        need = f"reexecution: needs a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
+        return f"{need}, have {', '.join(sorted(dtypes))}"
     return None
 
 

@@ -127,10 +127,7 @@ class Session:
         ids = (a.cell, b.cell)
         if ids not in self._pairs:
             found = pair(a, b)
-            self._pairs[ids], self._pairs[ids[::-1]] = found, replace(
-                found, a=found.b, b=found.a,
-                decode_published=found.decode_published_back, decode_published_back=found.decode_published,
-            )  # fmt: skip
+            self._pairs[ids], self._pairs[ids[::-1]] = found, found.swapped
         return self._pairs[ids]
 
     # ---------------------------------------------------------------------------------------------------- measuring
@@ -190,8 +187,7 @@ class Session:
         plan = self._prepare(cell, sequences.workload)
         if isinstance(plan, Missing):
             return plan
-        given = self.matrix.formats[cell.format_id].dtype
-        plan = verification.verifying(plan, given if isinstance(given, str) else dtype, sequences.top_k)
+        plan = verification.verifying(plan, self.matrix.verifying_dtype(cell, dtype), sequences.top_k)
         outcome, was_there = self._lifetime(cell, plan, 0)
         if not isinstance(outcome, Observation):
             return outcome

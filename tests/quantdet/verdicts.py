@@ -1,6 +1,6 @@
 """The closed set of verdict words, and one judgement: verdict, the sentence that says it all, and the figures."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -42,9 +42,10 @@ class Pair:
     """Two formats of one model on one hardware, on the same forced token ids.
 
     l2: mean over content positions of the L2 distance of the logprobs over the union of top-k ids, nats;
-    max_abs: largest |difference| of a logprob, nats; decode_steps: steps whose context is common;
-    decode_l2: the same L2 over these; decode_published: the published decode metric, `inf` where tokens part; it
-    takes the ids of its first side, so it has a direction: `a` to `b`, and back;
+    max_abs: largest |difference| of a logprob, nats; prefill_published: the published metric over the same content
+    positions; decode_steps: steps whose context is common; decode_l2: the suite's L2 over these; decode_published: the
+    published decode metric, `inf` where tokens part. The published metric takes the ids of its first side, so it has a
+    direction: `a` to `b`, and back;
     differing: positions with different full-vocabulary logits, of `positions`.
     """
 
@@ -60,6 +61,17 @@ class Pair:
     decode_published: float = 0.0
     decode_published_back: float = 0.0
     within: float = 0.0
+    prefill_published: float = 0.0
+    prefill_published_back: float = 0.0
+
+    @property
+    def swapped(self) -> "Pair":
+        """The same pair from `b` to `a`."""
+        return replace(
+            self, a=self.b, b=self.a,
+            decode_published=self.decode_published_back, decode_published_back=self.decode_published,
+            prefill_published=self.prefill_published_back, prefill_published_back=self.prefill_published,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

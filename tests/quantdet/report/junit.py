@@ -8,6 +8,7 @@ from _pytest.junitxml import xml_key
 
 from quantdet import __version__, collect
 from quantdet.environment import git_revision
+from quantdet.report import effects, reexecution
 from quantdet.report.record import RECORDS
 
 
@@ -36,6 +37,8 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("suite.revision", git_revision(config.rootpath)),
         ("suite.injected", ":".join(session.inject) if session.inject else ""),
     ]
+    order = list(session.matrix.formats)
+    found += effects.properties(records.cases, order) + reexecution.properties(records.cases, order)
     environment = session.measured_environment()
     variables = environment.pop("variables", {})
     found += [(f"env.{name}", str(value)) for name, value in environment.items()]

@@ -1,21 +1,20 @@
-"""The end summary: one table of verdicts, equivalence classes, the closest pairs, and what was not measured."""
+"""The end summary: verdicts, times, distances and classes, re-executions, and what was not measured."""
 
-import io
 import shlex
 from collections import Counter
 from typing import Any
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 
 from quantdet import collect
-from quantdet.classes import equivalence_classes, intransitive
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
+from quantdet.report import effects, reexecution
 from quantdet.report.record import RECORDS, Records
+from quantdet.report.tables import place, render
 
-_CLOSEST = 10
+_APART = ("test_versions", "test_reexecution")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
@@ -24,18 +23,18 @@ def summary(reporter: Any, config: pytest.Config) -> None:
     width = max(80, min(reporter._tw.fullwidth, 160))
     if records.cases:
         reporter.write_sep("=", "quantdet: verdicts")
-        for table in matrix_tables(records, list(config.stash[collect.SESSION].matrix.formats)):
+        order = list(config.stash[collect.SESSION].matrix.formats)
+        for table in matrix_tables(records, order):
             reporter.write_line(render(table, width))
         clock = config.stash[collect.SESSION].clock
         if clock.cells > clock.reused:
             for table in time_tables(records):
                 reporter.write_line(render(table, width))
-        _classes(reporter, records)
-        rows = pairs(records)
-        if rows:
-            reporter.write_line(render(pair_table(rows), width))
         for table in version_tables(records):
             reporter.write_line(render(table, width))
+        _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
+        _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
+        _section(reporter, "re-executions", reexecution.sections(records.cases, order, width))
     _skipped(reporter, records)
     clock = config.stash[collect.SESSION].clock
     if clock.cells:
@@ -53,6 +52,13 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         reporter.write_line(f"rerun the first failure: {_command(config, records.first_failure)}")
 
 
+def _section(reporter: Any, title: str, texts: list[str]) -> None:
+    if texts:
+        reporter.write_sep("=", f"quantdet: {title}")
+    for text in texts:
+        reporter.write_line(text)
+
+
 def _command(config: pytest.Config, nodeid: str) -> str:
     """What to paste: the case, and the options and the variable that it depended on."""
     session = config.stash[collect.SESSION]
@@ -65,32 +71,18 @@ def _command(config: pytest.Config, nodeid: str) -> str:
     return prefix + shlex.join(words)  # an id may hold shell characters
 
 
-def render(table: Table, width: int) -> str:
-    """A rich table as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
-
-
 def matrix_tables(records: Records, order: list[str]) -> list[Table]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
-        if case["test"] in ("test_versions", "test_reexecution"):
+        if case["test"] in _APART:
             continue
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
-        place = places.setdefault(_place(p), {})
-        place.setdefault(p["case.format"], {})[name] = case
+        places.setdefault(place(p), {}).setdefault(p["case.format"], {})[name] = case
     return [
-        _matrix_table(place, {name: formats[name] for name in order if name in formats}) for place, formats in places.items()
+        _matrix_table(where, {name: formats[name] for name in order if name in formats}) for where, formats in places.items()
     ]
-
-
-def _place(properties: dict[str, str]) -> str:
-    version = properties.get("case.vllm", "")
-    return f"{properties['case.model']} on {properties['case.hardware']}{f', vLLM {version}' if version else ''}"
 
 
 def version_tables(records: Records) -> list[Table]:
@@ -98,11 +90,11 @@ def version_tables(records: Records) -> list[Table]:
     places: dict[str, list[dict[str, Any]]] = {}
     for case in records.cases:
         if case["test"] == "test_versions":
-            places.setdefault(_place(case["properties"]), []).append(case)
+            places.setdefault(place(case["properties"]), []).append(case)
     tables = []
-    for place, cases in places.items():
+    for where, cases in places.items():
         versions = max((case["properties"]["versions"].split(",") for case in cases), key=len)
-        title = f"{place}: raw logits, vLLM {' against '.join(versions)}"
+        title = f"{where}: raw logits, vLLM {' against '.join(versions)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("format", "logits", "L2", "max", *(f"kernel in {version}" for version in versions)):
             table.add_column(column, overflow="fold", no_wrap=not column.startswith("kernel"))
@@ -115,8 +107,8 @@ def version_tables(records: Records) -> list[Table]:
     return tables
 
 
-def _matrix_table(place: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    table = Table(title=f"{place}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    table = Table(title=where, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
         table.add_column(column, overflow="fold", no_wrap=column != "kernel")
     for format_, cases in formats.items():
@@ -142,11 +134,11 @@ def time_tables(records: Records) -> list[Table]:
         p = case["properties"]
         if p.get("seconds"):
             parts = {name: float(value) for name, _, value in (part.partition("=") for part in p["seconds"].split())}
-            places.setdefault(_place(p), {})[p["case.format"]] = parts
+            places.setdefault(place(p), {})[p["case.format"]] = parts
     tables = []
-    for place, cells in places.items():
+    for where, cells in places.items():
         names = [name for name in (part.removesuffix("_s") for part in PARTS) if any(name in row for row in cells.values())]
-        table = Table(title=f"{place}: seconds", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table = Table(title=f"{where}: seconds", title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("format", no_wrap=True)
         for name in (*names, "total"):
             table.add_column(name, justify="right")
@@ -170,51 +162,6 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     if case is not None and case["properties"].get("kernel.weight_only") == "True":
         text += " weight-only"
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
-
-
-def pairs(records: Records) -> list[tuple[str, dict[str, Any]]]:
-    """Every pair once, closest first: (model on hardware, pair)."""
-    seen: dict[tuple[str, frozenset[str]], tuple[str, dict[str, Any]]] = {}
-    for case in records.cases:
-        p = case["properties"]
-        where = _place(p)
-        for pair in case["pairs"]:
-            seen.setdefault((where, frozenset((pair["a"], pair["b"]))), (where, pair))
-    return sorted(seen.values(), key=lambda row: (row[1]["l2"], row[0], row[1]["a"], row[1]["b"]))
-
-
-def pair_table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
-    """The closest pairs. L2 and max in nats over the forced tokens' content positions."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"closest pairs (of {len(rows)})", title_justify="left")
-    for column in ("model", "pair", "verdict", "L2", "max", "positions"):
-        table.add_column(column, overflow="fold")
-    for where, pair in rows[:_CLOSEST]:
-        table.add_row(
-            where.partition(" on ")[0], f"{pair['a']} | {pair['b']}", pair["verdict"], f"{pair['l2']:.3g}",
-            f"{pair['max_abs']:.3g}", f"{pair['differing']}/{pair['positions']}",
-        )  # fmt: skip
-    return table
-
-
-def _classes(reporter: Any, records: Records) -> None:
-    """Formats that are the same numerics, per model and hardware."""
-    by_place: dict[str, list[dict[str, Any]]] = {}
-    for where, pair in pairs(records):
-        by_place.setdefault(where, []).append(pair)
-    for where, found in by_place.items():
-        members = list(dict.fromkeys(name for pair in found for name in (pair["a"], pair["b"])))
-        same = [(pair["a"], pair["b"]) for pair in found if pair["verdict"] == "IDENTICAL"]
-        if 2 * len(found) < len(members) * (len(members) - 1):  # a part of the matrix: classes would claim the rest
-            known = "; ".join(f"{a} = {b}" for a, b in same) or "none"
-            reporter.write_line(f"same numerics, {where}: {known} (of {len(found)} compared pairs)")
-            continue
-        classes = equivalence_classes(members, same)
-        several = [" = ".join(group) for group in classes if len(group) > 1]
-        reporter.write_line(
-            f"same numerics, {where}: {'; '.join(several) or 'none'} ({len(classes)} classes of {len(members)} formats)"
-        )
-        for a, b, c in intransitive(members, same):
-            reporter.write_line(f"  not transitive: {a} = {b}, {b} = {c}, but not {a} = {c}")
 
 
 def _skipped(reporter: Any, records: Records) -> None:
