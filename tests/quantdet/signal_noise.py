@@ -201,9 +201,8 @@ def energy(cross: float, within_claimed: float, within_verified: float) -> float
         within_claimed, within_verified: mean distance of two different repeats on the claimed, on the verifying machine.
 
     Returns:
-        at least 0 in expectation where the distance is of negative type (an L2 over the same ids is, one that
-        drops ids is not); a sample
-        may be below.
+        at least 0 in expectation where the distance is of negative type (an L2 over the same ids is, one that drops ids is
+        not); a sample may be below.
     """
     return 2 * cross - within_claimed - within_verified
 
