@@ -1,5 +1,6 @@
 """Pairs of formats on the same forced token ids: identical, distinct, or not to be told apart from repeat noise."""
 
+import math
 from itertools import product
 
 import numpy as np
@@ -7,10 +8,12 @@ from numpy.typing import NDArray
 
 from quantdet.compare import bits_equal
 from quantdet.distance import Distance, decode_distance, distance, published_topk
-from quantdet.observation import Observation, Output
+from quantdet.observation import Block, Observation, Output
 from quantdet.observation_header import environment_differences
 from quantdet.schema import Phase
 from quantdet.verdicts import Pair, Verdict
+
+_EVERY = slice(None)
 
 
 def pair(a: Observation, b: Observation) -> Pair:
@@ -36,18 +39,15 @@ def pair(a: Observation, b: Observation) -> Pair:
         differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
         positions += len(x.prefill.digests)
         prefill.append(_forced(x, y, content))
-        prefill_published.append((_published(x, y, content), _published(y, x, content)))
+        prefill_published.append((_published(x.prefill, y.prefill, content), _published(y.prefill, x.prefill, content)))
         common, gap, value = decode_distance(
             x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
             y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
         )  # fmt: skip
         steps += common
         decode.append(gap)
-        back = decode_distance(
-            y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
-            x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
-        )  # fmt: skip
-        published.append((value, back[2]))
+        parted = not np.array_equal(x.output_ids, y.output_ids)
+        published.append((value, math.inf if parted else _published(y.decode, x.decode)))
         decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
         if not single:
             variants = product(_variants(a, p, "prefill"), _variants(b, p, "prefill"))
@@ -77,11 +77,8 @@ def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:
     return distance(x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content)
 
 
-def _published(x: Output, y: Output, content: NDArray[np.bool_]) -> float:
-    return published_topk(
-        x.prefill.topk_ids[content], x.prefill.topk_logprobs[content],
-        y.prefill.topk_ids[content], y.prefill.topk_logprobs[content],
-    )  # fmt: skip
+def _published(x: Block, y: Block, positions: NDArray[np.bool_] | slice = _EVERY) -> float:
+    return published_topk(x.topk_ids[positions], x.topk_logprobs[positions], y.topk_ids[positions], y.topk_logprobs[positions])
 
 
 def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:

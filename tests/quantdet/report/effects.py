@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantdet.classes import equivalence_classes, intransitive
-from quantdet.report.tables import Case, matrix, nats, one_line, place, prose, render, table, unique_pairs
+from quantdet.report.tables import Case, joined, matrix, nats, one_line, place, prose, render, table, unique_pairs
 
 LIMIT = 8  # formats of a matrix on the screen
 _CLOSEST = 10
@@ -131,8 +131,8 @@ def _phase(one: Place, phase: str, width: int) -> list[str]:
         a, b = one.formats[:2]
         texts.append(
             prose(
-                f"{len(one.formats)} formats, {one.spread(METRICS[phase][0][1]).pairs} directed pairs: the full matrix is in "
-                f"the JUnit properties (effects.{phase}, pair.FORMAT); -k '{model} and ({a} or {b})' narrows to {LIMIT}",
+                f"{len(one.formats)} formats: a matrix is shown for up to {LIMIT}, as with -k '{model} and ({a} or {b})'; "
+                f"the full one is in the JUnit properties (effects.{phase}, pair.FORMAT)",
                 width,
             )
         )
@@ -165,7 +165,7 @@ def comparison_results(cases: Iterable[Case], width: int) -> list[str]:
     made = table("model", "pair", "verdict", "L2", "published", "max", "positions", fold=("model", "pair"))
     for where, pair in (*identical[:_CLOSEST], *others[:_CLOSEST]):
         made.add_row(
-            labels[where], f"{pair['a']} | {pair['b']}", pair["verdict"], f"{pair['l2']:.3g}",
+            labels[where], joined(pair["a"], "|", pair["b"], width - 64), pair["verdict"], f"{pair['l2']:.3g}",
             f"{pair['prefill_published']:.3g}", f"{pair['max_abs']:.3g}", f"{pair['differing']}/{pair['positions']}",
         )  # fmt: skip
     indistinct = sum(pair["verdict"] == "INDISTINCT" for _, pair in others)

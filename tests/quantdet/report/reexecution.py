@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.report.tables import Case, matrix, nats, one_line, prose, render, table
+from quantdet.report.tables import Case, joined, matrix, nats, one_line, prose, render, table
 
 PHASES = ("decode", "prefill")
 METRICS = {"own_metric": "own L2", "published": "published"}
@@ -185,7 +185,7 @@ def snr_summary(one: Verification, phase: str, width: int) -> list[str]:
                     made.add_row(f"... {left_out} pairs between (JUnit property snr.{phase})")
                 continue
             ratios_ = (times(value) for value in (row.snr, row.forth, row.back))
-            made.add_row(f"{row.a} | {row.b}", nats(row.signal), nats(row.noise), *ratios_)
+            made.add_row(joined(row.a, "|", row.b, width - 50), nats(row.signal), nats(row.noise), *ratios_)
         signal, noise, whole, mean, finite = overall(found)
         text = f"overall: mean signal {nats(signal)} over mean noise {nats(noise)}: SNR {times(whole)}"
         text += f"; mean of the {'' if finite == len(found) else f'{finite} finite of '}{len(found)} SNRs {times(mean)}"
@@ -248,7 +248,7 @@ def _untold(one: Verification, width: int) -> list[str]:
     made = table("claimed -> verified", "verdict", "difference", "MDE", "SNR", fold=("claimed -> verified",))
     for claimed, verified, found in rows[:_UNTOLD]:
         made.add_row(
-            f"{claimed} -> {verified}", found["verdict"],
+            joined(claimed, "->", verified, width - 58), found["verdict"],
             f"{nats(found['difference'])}\n\\[{nats(found['low'])}, {nats(found['high'])}]",
             nats(found["mde"]), times(found["snr"]),
         )  # fmt: skip

@@ -33,7 +33,7 @@ def unique_pairs(cases: Iterable[Case]) -> list[tuple[str, dict[str, Any]]]:
 
 def table(*columns: str, fold: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
     """A table without lines; only the columns of `fold` may be broken, the last way out before cutting."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
         justify = "right" if column in right else "left"
         made.add_column(column, overflow="fold", no_wrap=column not in fold, justify=justify)  # type: ignore[arg-type]
@@ -81,6 +81,12 @@ def broken(name: str, width: int = _CELL) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def joined(a: str, sign: str, b: str, room: int) -> str:
+    """Two formats on one line where there is room for it, else on a line each, broken after underscores."""
+    one = f"{a} {sign} {b}"
+    return one if len(one) <= room else f"{broken(a, room - 1 - len(sign))} {sign}\n{broken(b, room)}"
 
 
 def nats(value: float | None) -> str:
