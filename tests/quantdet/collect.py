@@ -8,6 +8,7 @@ import pytest
 from quantdet import reexecution
 from quantdet.claims import Claim
 from quantdet.expectations import Expectations, describe
+from quantdet.observation import ObservationError
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
 from quantdet.verdicts import Divergence, Verdict
@@ -142,6 +143,10 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         elif reason is not None:
             skip(item, Verdict.UNAVAILABLE, reason)
         elif isinstance(cell, Claim):
+            try:
+                session.references.observation(cell)
+            except ObservationError as error:  # before any engine starts; nothing of a bad recording is judged
+                raise pytest.UsageError(f"--reference: {error}") from None
             claimed.append(cell)
         elif (row := session.expectations(cell).unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"

@@ -68,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
             prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.cells())),
         )  # fmt: skip
     except ObservationError as error:
-        raise pytest.UsageError(f"--replay: {error}") from None
+        raise pytest.UsageError(f"--replay or --reference: {error}") from None
     session.on_start = progress.announcer(config)
     config.stash[collect.SESSION] = session
     config.stash[record.RECORDS] = record.Records()

@@ -115,11 +115,26 @@ def pseudo_logits(numerics: str, ids: list[int], name: str, rows: int) -> NDArra
     return generator.standard_normal((rows, VOCABULARY), dtype=np.float32)
 
 
+def causal_logits(numerics: str, ids: list[int], first: int) -> NDArray[np.float32]:
+    """float32 (len(ids) - first, VOCABULARY): row r depends on `numerics` and the ids up to `first` + r, as a model's does."""
+    state = hashlib.sha256((f"{numerics}/" + "".join(f"{token}," for token in ids[:first])).encode())
+    rows = []
+    for token in ids[first:]:
+        state.update(b"%d," % token)
+        key = int.from_bytes(state.copy().digest()[:16], "little")
+        rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(VOCABULARY, dtype=np.float32))
+    return np.asarray(rows)
+
+
 def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPrompt, number: int) -> None:
     ids = [*prompt.token_ids, *prompt.forced_ids]
     numerics = str(plan.args.get("numerics", plan.identity["format"]))
-    decode = pseudo_logits(numerics, ids, "decode", plan.decode_tokens)
-    prefill = pseudo_logits(numerics, ids, "prefill", len(ids) - 1)
+    answer = causal_logits(numerics, ids, 0)
+    prefill, decode = answer[:-1], answer[-1:]
+    generated: list[int] = []
+    while len(decode) < plan.decode_tokens:  # greedy, each step from what came before it
+        generated.append(int(np.argmax(decode[-1])))
+        decode = np.concatenate([decode, causal_logits(numerics, ids + generated, len(ids) + len(generated) - 1)])
     recorder.begin(prompt, ids, len(prompt.token_ids))
     lifetime = plan.identity.get("lifetime", 0)
     for repeat in range(plan.repeats):

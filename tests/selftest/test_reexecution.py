@@ -15,12 +15,8 @@ from selftest.inner import Run, Suite
 
 pytest_plugins = ["pytester"]
 
-CLAIMS = 'formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n'
-WITH_CLAIMS = MATRIX.replace('formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\n', CLAIMS).replace(
-    'memory_gib = 1\nformats = ["*"]\n',
-    'memory_gib = 1\nformats = ["*"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n',
-)
-Edit = Callable[[dict[str, Observation]], None]
+ALPHA = 'memory_gib = 1\nformats = ["*"]\n'
+WITH_CLAIMS = MATRIX.replace(ALPHA, ALPHA + 'claims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n')
 
 
 @pytest.fixture
@@ -61,13 +57,13 @@ def test_honest_claims_are_identified(suite: Suite, recordings: Path) -> None:
 
 
 def test_engines_verify_once(suite: Suite, recordings: Path, tmp_path: Path) -> None:
-    """One engine for each format, whatever the number of claims; a rerun takes them from the store."""
+    """One engine for each format and dtype, whatever the number of claims; a rerun takes them from the store."""
     starts = tmp_path / "starts"
     every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
     for _ in range(2):
         suite("-k", "reexecution and alpha", f"--reference={recordings}", "--store=s", matrix=WITH_CLAIMS + every)
 
-    assert 5 == len(starts.read_text().splitlines())
+    assert 10 == len(starts.read_text().splitlines())  # five formats, in each of the claims' two dtypes
 
 
 def test_a_claim_under_another_name_is_found_out(suite: Suite, recordings: Path) -> None:
