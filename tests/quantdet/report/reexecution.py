@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.report.tables import Case, joined, matrix, nats, one_line, prose, render, table
+from quantdet.report.tables import Case, broken, joined, matrix, nats, one_line, prose, render, table
 
 PHASES = ("decode", "prefill")
 METRICS = {"own_metric": "own L2", "published": "published"}
@@ -76,7 +76,7 @@ def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Veri
         return sorted(dict.fromkeys(names), key=lambda name: rank.get(name, len(rank)))
 
     made = []
-    for where, claims in found.items():
+    for where, claims in sorted(found.items()):
         metrics = [metric for data in claims.values() for phase in data["distances"].values() for metric in phase.values()]
         columns = ordered(name for metric in metrics for name in metric)
         made.append(Verification(where, {name: claims[name] for name in ordered(claims)}, columns))
@@ -117,7 +117,12 @@ def directional(one: Verification, phase: str, width: int) -> list[str]:
             known = {name: d for name, d in others.items() if d is not None and not one.marked(claimed, name)}
             nearest = min(known, key=lambda name: known[name], default=None)
             figures = [[nats(one.distance(phase, metric, claimed, name)) for metric in METRICS] for name in (own, nearest)]
-            made.add_row(claimed, own or "none", *figures[0], nearest or "none", *figures[1])
+            names = (
+                broken(claimed, 14),
+                "same" if own == claimed else broken(own or "none", 14),
+                broken(nearest or "none", 14),
+            )
+            made.add_row(names[0], names[1], *figures[0], names[2], *figures[1])
         note = (
             f"{len(claims)} claimed x {len(one.columns)} verified: the full matrix is in the JUnit property snr.{phase}; "
             "-k narrows to some formats"
