@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from quantdet import reexecution
+from quantdet.claims import Claim
 from quantdet.expectations import Expectations, describe
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
@@ -33,6 +35,10 @@ MARKERS = (
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
+    if {"claim", "judge"} <= set(metafunc.fixturenames):
+        claims = session.references.claims(verifiers(session))
+        metafunc.parametrize("claim", claims, ids=[claim.id for claim in claims])
+        return
     if not {"cell", "judge"} <= set(metafunc.fixturenames):
         return
     cells = session.cells()
@@ -49,10 +55,21 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
         metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
 
 
+def verifiers(session: Session) -> list[str]:
+    """Hardware rows on which claims are re-executed: what vLLM runs on here, or what a replay holds."""
+    if session.replay is not None:
+        rows = session.replay.verifiers()
+    else:
+        matrix = session.matrix
+        rows = [row for row in session.machine.rows(matrix) if matrix.hardware[row].kind == session.software.flavour]
+        rows = rows or list(session.machine.rows(matrix))[:1]
+    return [row for row in rows if session.options.hardware in (None, row)]
+
+
 def cell_of(item: pytest.Item) -> Cell | None:
     """The cell that a test is about; None for a self-test."""
     callspec = getattr(item, "callspec", None)
-    cell = callspec.params.get("cell") if callspec is not None else None
+    cell = (callspec.params.get("cell") or callspec.params.get("claim")) if callspec is not None else None
     return cell if isinstance(cell, Cell) else None
 
 
@@ -79,7 +96,7 @@ def order(items: list[pytest.Item], session: Session) -> None:
             return (-1, 0, 0, "", 0)
         skipped = item.get_closest_marker("skip") is not None
         late = item.get_closest_marker("compares_formats") is not None
-        model = 0 if skipped else models.index(cell.model_id)
+        model = models.index(cell.model_id) if not skipped and cell.model_id in models else 0
         return (int(skipped), model, int(late), item.nodeid.partition("[")[0], cells.get(cell, 0))
 
     items.sort(key=rank)
@@ -87,7 +104,8 @@ def order(items: list[pytest.Item], session: Session) -> None:
 
 def _empty(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    return callspec is not None and "cell" in callspec.params and not isinstance(callspec.params["cell"], Cell)
+    given = [callspec.params[name] for name in ("cell", "claim") if name in callspec.params] if callspec is not None else []
+    return bool(given) and not isinstance(given[0], Cell)
 
 
 def mark(items: Iterable[pytest.Item], session: Session) -> None:
@@ -96,8 +114,10 @@ def mark(items: Iterable[pytest.Item], session: Session) -> None:
         cell = cell_of(item)
         if cell is None:
             continue
-        row, format_ = session.matrix.hardware[cell.hardware_id], session.matrix.formats[cell.format_id]
+        row, format_ = session.matrix.hardware[cell.hardware_id], session.matrix.formats.get(cell.format_id)
         item.add_marker(row.kind)
+        if isinstance(cell, Claim) or format_ is None:  # what is claimed ran elsewhere
+            continue
         if format_.native is not None:
             item.add_marker(f"native_{format_.native}")
         if session.matrix.models[cell.model_id].slow:
@@ -106,7 +126,8 @@ def mark(items: Iterable[pytest.Item], session: Session) -> None:
 
 def gate(items: Iterable[pytest.Item], session: Session) -> None:
     """Skips, strict expectations and case properties; remembers the cells that are going to be measured."""
-    selected = set()
+    selected: set[Cell] = set()
+    claimed: list[Claim] = []
     reasons: dict[Cell, str | None] = {}
     for item in items:
         cell = cell_of(item)
@@ -114,12 +135,14 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             continue
         item.user_properties.extend(case_properties(item, cell, session))
         if cell not in reasons:
-            reasons[cell] = session.gate(cell)
+            reasons[cell] = reexecution.gate(cell, session) if isinstance(cell, Claim) else session.gate(cell)
         reason = reasons[cell]
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
             skip(item, Verdict.UNAVAILABLE, reason)
+        elif isinstance(cell, Claim):
+            claimed.append(cell)
         elif (row := session.expectations(cell).unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"
         ):
@@ -127,7 +150,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         else:
             selected.add(cell)
             _strict(item, cell, session.expectations(cell))
-    session.selected = frozenset(selected)
+    session.selected, session.claimed = frozenset(selected), tuple(sorted(claimed))
 
 
 def skip(item: pytest.Item, words: str, reason: str) -> None:
@@ -152,5 +175,7 @@ def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tup
     properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
     if cell.vllm:
         properties.append(("case.vllm", cell.vllm))
-    properties.append(("kernel.requested", session.matrix.formats[cell.format_id].kernel))
+    format_ = session.matrix.formats.get(cell.format_id)
+    if format_ is not None:
+        properties.append(("kernel.requested", format_.kernel))
     return properties

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from quantdet import drift, judgements
+from quantdet import drift, judgements, reexecution
+from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
 from quantdet.report.record import JUDGEMENT
@@ -78,6 +79,14 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, f"versions: needs recordings of two vLLM versions, have {have}")
         row = self.session.expectations(known[-1].cell).drifts(known[-1].cell)
         self._say(drift.across(known, row, self.session.matrix.family), tuple(known[:1]))
+
+    def reexecution(self, claim: Claim) -> None:
+        """Tokens generated elsewhere, re-executed here by every format: which format do they come from?"""
+        verdict = reexecution.judge(claim, self.session)
+        if isinstance(verdict, str):
+            self._skip(Verdict.UNAVAILABLE, verdict)
+        else:
+            self._say(verdict, ())
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""

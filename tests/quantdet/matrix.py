@@ -93,6 +93,13 @@ class Matrix(Row):
             names = pins.picked(format_, cell.hardware_id, vllm_version) or names
         return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
 
+    def verifying_dtype(self, cell: Cell, claimed: str) -> str:
+        """The dtype in which `cell` re-executes what was computed in `claimed`: that one, where the format is not bound."""
+        bound = self.formats[cell.format_id].dtype
+        if isinstance(bound, str):
+            return bound
+        return next((row.dtype for row in self.setting if row.dtype is not None and row.when.matches(cell)), claimed)
+
     def family(self, executed: str) -> str:
         """The kernel of this matrix that shows the class name `executed`; the class name where none does."""
         return next((name for name, kernel in self.kernels.items() if executed in kernel.classes), executed)

@@ -102,6 +102,7 @@ class Header(_Part):
 
     schema_: Literal[1] = Field(alias="schema")
     kind: Literal["observation", "refusal"]
+    role: Literal["measure", "verify"] = "measure"
     key: Sha256
     created: str
     model: Id
@@ -138,7 +139,8 @@ class Header(_Part):
 
     def digest(self) -> str:
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
-        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *(() if self.claims else _CLAIMS)})
+        younger = {name for name in _YOUNGER if getattr(self, name) == type(self).model_fields[name].default}
+        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *younger})
         return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -146,8 +148,8 @@ class Header(_Part):
         return Cell(self.model, self.format, self.hardware)
 
 
-# Younger than the first recordings, which were sealed without them.
-_CLAIMS = {"claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims"}
+# Younger than the first recordings, which were sealed without them: left out while they are at their default.
+_YOUNGER = {"claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role"}
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
     "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",

@@ -23,6 +23,7 @@ class Options:
     lifetimes: int | None = None
     replay: Path | None = None
     record: Path | None = None
+    reference: tuple[Path, ...] = ()
     allow_download: bool = False
     ignore_native: bool = False
     fresh: bool = False
@@ -46,6 +47,10 @@ def add(parser: pytest.Parser) -> None:
     group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
     group.addoption("--replay", metavar="DIR", help="Judge the observations in this folder; start no engine")
     group.addoption("--record", metavar="DIR", help="Copy what was measured into this folder of recordings")
+    group.addoption(
+        "--reference", metavar="DIR", action="append",
+        help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
+    )  # fmt: skip
     group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
 
 
@@ -74,6 +79,11 @@ def parse(config: pytest.Config) -> Options:
     record, kept_in = path("--record"), path("--store")
     if record is not None and kept_in is not None and (record == kept_in or record in kept_in.parents):
         raise pytest.UsageError(f"--record and --store: {record} cannot be both")
+    reference = [Path(config.invocation_params.dir, folder).resolve() for folder in config.getoption("--reference") or ()]
+    for folder in reference:
+        if not folder.is_dir():
+            raise pytest.UsageError(f"--reference: no such folder: {folder}")
+    recordings = config.rootpath / "fixtures" / "recordings"
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
@@ -91,6 +101,7 @@ def parse(config: pytest.Config) -> Options:
         lifetimes=config.getoption("--lifetimes"),
         replay=replay,
         record=path("--record"),
+        reference=tuple(reference) or ((recordings,) if recordings.is_dir() else ()),
         allow_download=config.getoption("--allow-download"),
         ignore_native=config.getoption("--ignore-native"),
         fresh=config.getoption("--fresh"),

@@ -17,6 +17,7 @@ from quantdet.observation_header import different
 from quantdet.results import Measured, Missing, Refusal, Result
 from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
+from quantdet.verification import ROLE
 
 
 class Replay:
@@ -31,6 +32,8 @@ class Replay:
         found = store.Store(folder).all()
         if not found:
             raise ObservationError(f"{folder}: no observation in this folder")
+        self._verified = [observation for observation in found if observation.header.role == ROLE]
+        found = [observation for observation in found if observation.header.role != ROLE]
         self._versions: dict[str, list[str]] = {}
         for observation in found:
             known = self._versions.setdefault(observation.header.hardware, [])
@@ -83,6 +86,21 @@ class Replay:
         # A copy of an observation is not another one; a second run of the same lifetime is, and none is left out.
         once = {o.header.header_sha256: o for o in observations}
         return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
+
+    def verifiers(self) -> list[str]:
+        """Hardware rows on which claims were re-executed."""
+        return list(dict.fromkeys(observation.header.hardware for observation in self._verified))
+
+    def has_verified(self, cell: Cell) -> bool:
+        """Whether claims were re-executed by `cell`."""
+        return any(observation.header.cell == cell for observation in self._verified)
+
+    def verified(self, cell: Cell, workload_sha256: str) -> Result:
+        """The re-execution of exactly these sequences by `cell`."""
+        for observation in self._verified:
+            if observation.header.cell == cell and observation.header.workload_sha256 == workload_sha256:
+                return Measured((observation,), reused=True)
+        return Missing(Verdict.UNAVAILABLE, f"replay: needs a re-execution of these claims, have none in {self.folder}")
 
     def environment(self) -> dict[str, Any]:
         """What the observations' environments have in common; `several` where they differ."""

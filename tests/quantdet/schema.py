@@ -345,6 +345,7 @@ class Expect(Row):
 class Setting(Row):
     """What some cells need beyond `[engine]`.
 
+    `dtype`: the only one that the kernel takes there; tokens that were generated in another one are not re-executed by it.
     `onednn_fp8 = false`: torch._scaled_mm uses torch's own CPU code instead of oneDNN's.
     """
 
@@ -352,4 +353,5 @@ class Setting(Row):
     reason: Annotated[str, Field(min_length=1)]
     args: Args = {}
     env: dict[str, str] = {}
+    dtype: Dtype | None = None
     onednn_fp8: bool | None = None

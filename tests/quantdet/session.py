@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantdet import checkpoints, planning, store, workload
+from quantdet import checkpoints, planning, store, verification, workload
+from quantdet.claims import Claim, References
 from quantdet.engines import Plan, process
 from quantdet.environment import environment_of, environment_on, slug
 from quantdet.expectations import Expectations
@@ -49,12 +50,15 @@ class Session:
     prompts: Path
     inject: tuple[str, str] | None = None
     selected: frozenset[Cell] = frozenset()
+    claimed: tuple[Claim, ...] = ()
     clock: Clock = field(default_factory=Clock)
     on_start: Any = None
     _results: dict[Cell, Result] = field(default_factory=dict)
     _workloads: dict[str, workload.Workload] = field(default_factory=dict)
     _expectations: dict[str | None, Expectations] = field(default_factory=dict)
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
+    _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
+    _sequences: dict[tuple[str, str], verification.Sequences] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
 
@@ -62,6 +66,7 @@ class Session:
         self.store = store.Store(self.options.store)
         self.environment = environment_of(self.machine, self.software)
         self.replay = Replay(self.options.replay) if self.options.replay is not None else None
+        self.references = References(self.options.reference)
 
     # ------------------------------------------------------------------------------------------------ what there is
 
@@ -157,17 +162,59 @@ class Session:
         self._record(observations)
         return Measured(tuple(observations), reused)
 
+    def sequences(self, model_id: str, dtype: str) -> verification.Sequences:
+        """What the selected claims of a model that were computed in `dtype` ask to be re-executed."""
+        if (model_id, dtype) not in self._sequences:
+            claims = [claim for claim in self.claimed if claim.model_id == model_id]
+            claims = [claim for claim in claims if self.references.header(claim).dtype == dtype]
+            self._sequences[model_id, dtype] = verification.Sequences.of(map(self.references.observation, claims))
+        return self._sequences[model_id, dtype]
+
+    def verified(self, cell: Cell, dtype: str) -> Result:
+        """The re-execution of these claims by the cell's format, measured on the first call.
+
+        In the claims' dtype, where the format leaves it to the hardware.
+        """
+        if (cell, dtype) not in self._verified:
+            sequences = self.sequences(cell.model_id, dtype)
+            if self.replay is not None:
+                self._verified[cell, dtype] = self.replay.verified(cell, sequences.workload.sha256)
+            else:
+                self._verified[cell, dtype] = self._verify(cell, dtype, sequences)
+        return self._verified[cell, dtype]
+
+    def _verify(self, cell: Cell, dtype: str, sequences: verification.Sequences) -> Result:
+        plan = self._prepare(cell, sequences.workload)
+        if isinstance(plan, Missing):
+            return plan
+        plan = verification.verifying(plan, self.matrix.verifying_dtype(cell, dtype), sequences.top_k)
+        outcome, was_there = self._lifetime(cell, plan, 0)
+        if not isinstance(outcome, Observation):
+            return outcome
+        if outcome.header.kind == "refusal":
+            return Refusal(outcome.header.refusal, outcome)
+        self._record([outcome])
+        return Measured((outcome,), was_there)
+
+    def weights(self, model_id: str, format_id: str) -> checkpoints.Checkpoint:
+        """The weights of a format, whether or not it can run here.
+
+        Raises:
+            checkpoints.Unavailable, OSError, ValueError: see `checkpoints.resolve`.
+        """
+        return self._resolve(Cell(model_id, format_id, ""))
+
     def _record(self, observations: list[Observation]) -> None:
         if self.options.record is not None:
             for observation in observations:
                 store.copy_into(observation, self.options.record)
 
-    def _prepare(self, cell: Cell) -> Plan | Missing:
-        """Workload, weights and arguments of a cell."""
+    def _prepare(self, cell: Cell, given: workload.Workload | None = None) -> Plan | Missing:
+        """Workload, weights and arguments of a cell; `given` instead of its model's workload."""
         model = self.matrix.models[cell.model_id]
         began = time.monotonic()
         try:
-            work = self._workload(model.workload)
+            work = self._workload(model.workload) if given is None else given
             if model.synthetic is not None:
                 workload.check_vocab(work, model.synthetic.vocab_size)
             checkpoint = self._checkpoint(cell)
@@ -187,7 +234,7 @@ class Session:
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
             repeats=self.options.repeats, inject=self.inject,
-            claimed=self._claims(cell),
+            claimed=self._claims(cell) if given is None else None,
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 
@@ -231,7 +278,7 @@ class Session:
             self.on_start(cell, lifetime)
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
-        log = self.store.log(cell, lifetime)
+        log = self.store.log(cell, f"{plan.identity.get('role', '')}{lifetime}")
         log.unlink(missing_ok=True)
         limit = self.matrix.run_for(cell).time_limit_s
         with self.store.writing(cell, place, key) as folder:

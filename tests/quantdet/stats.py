@@ -1,8 +1,9 @@
-"""What a number of runs can say: exact binomial bounds on the rate of differing runs."""
+"""What a number of runs can say: exact binomial bounds on a rate; and p-values of many tests at once."""
 
 import itertools
 import math
 import operator
+from collections.abc import Sequence
 
 # Below this the number of runs is beyond any that could be made, and float64 no longer tells neighbours apart.
 _SMALLEST_RATE = 1e-9
@@ -58,6 +59,42 @@ def runs_needed(max_flip_rate: float, confidence: float = 0.95) -> int:
     # The quotient may round to either side of a whole number, so the bound itself decides.
     candidates = itertools.count(max(1, math.ceil(estimate) - 1))
     return next(n for n in candidates if flip_rate_upper(0, n, confidence) <= max_flip_rate)
+
+
+def rate_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided bounds on a rate from `hits` of `n`: one-sided ones either way, each with half of the doubt.
+
+    Source: Clopper and Pearson (1934); exact, so the rate is inside at least `confidence` of the time.
+
+    Raises:
+        ValueError, TypeError: as `flip_rate_upper`.
+    """
+    _check_confidence(confidence)
+    one_sided = (1 + confidence) / 2
+    return 1 - flip_rate_upper(n - hits, n, one_sided), flip_rate_upper(hits, n, one_sided)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number: whatever is true, rejecting those at most alpha errs with probability alpha.
+
+    Source: Holm (1979), step-down; no assumption about dependence.
+
+    Args:
+        p_values: 0 to 1, in any order.
+
+    Returns:
+        the adjusted values in the order given, none smaller than before.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if wrong := [p for p in p_values if not 0 <= p <= 1]:
+        raise ValueError(f"p-values must be from 0 to 1; among them is {wrong[0]!r}")
+    adjusted, so_far = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        so_far = max(so_far, min(1.0, p_values[at] * (len(p_values) - rank)))
+        adjusted[at] = so_far
+    return adjusted
 
 
 def _check_confidence(confidence: float) -> None:

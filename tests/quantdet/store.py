@@ -69,7 +69,7 @@ class Store:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def log(self, cell: Cell, lifetime: int) -> Path:
+    def log(self, cell: Cell, lifetime: str) -> Path:
         """Where the engine's output of a lifetime goes."""
         folder = self.root / "logs" / cell.hardware_id / cell.model_id
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,12 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """Words of cells, of pairs and of re-executions. `CONFIRMED` is a kernel that ran as requested."""
+    """Words of cells, of pairs and of re-executions. `CONFIRMED` is a kernel that ran as requested.
+
+    `DETECTABLE`: another format is farther from a claim than the claimed format. `NOT_DETECTABLE`: it is not, and a
+    relevant difference would have been found; always with the minimum detectable effect beside it. `UNDERPOWERED`: too
+    few prompts, or too noisy ones, to say either.
+    """
 
     BIT_EXACT = "BIT_EXACT"
     NOISY = "NOISY"
@@ -19,6 +24,9 @@ class Verdict(StrEnum):
     DISTINCT = "DISTINCT"
     IDENTICAL = "IDENTICAL"
     INDISTINCT = "INDISTINCT"
+    DETECTABLE = "DETECTABLE"
+    NOT_DETECTABLE = "NOT_DETECTABLE"
+    UNDERPOWERED = "UNDERPOWERED"
 
 
 class Divergence(AssertionError):
@@ -72,7 +80,8 @@ class Judgement:
 
     `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
     `figures` become properties of the JUnit test case; `detail` follows the message where there is room; `declared`
-    False: noise of a kind that no expectation of noise may excuse.
+    False: noise of a kind that no expectation of noise may excuse; `reexecution`: what the report's tables of re-execution
+    are made from.
     """
 
     verdict: Verdict
@@ -82,6 +91,7 @@ class Judgement:
     detail: str = ""
     pairs: tuple[Pair, ...] = ()
     declared: bool = True
+    reexecution: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Bounds on the flip rate against closed forms and scipy's own test."""
+"""Bounds on rates against closed forms and scipy's own test; Holm's adjustment against its definition."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -103,3 +103,49 @@ class TestRunsNeeded:
         """No number of runs bounds the rate by 0; a rate in percent is a mistake."""
         with pytest.raises(ValueError, match="must be"):
             stats.runs_needed(rate, confidence)
+
+
+class TestRateInterval:
+    @repeatable
+    @given(counts(), confidences)
+    @example((0, 4), 0.95)
+    @example((4, 4), 0.95)
+    def test_agrees_with_binomtest(self, hits_n: tuple[int, int], confidence: float) -> None:
+        """Both ends are those of scipy's exact interval."""
+        hits, n = hits_n
+        interval = binomtest(hits, n).proportion_ci(confidence, method="exact")
+        assert (interval.low, interval.high) == pytest.approx(stats.rate_interval(hits, n, confidence), rel=1e-7, abs=1e-12)
+
+    def test_impossible_arguments_are_refused(self) -> None:
+        """More hits than trials, and a confidence in percent."""
+        with pytest.raises(ValueError, match="must be"):
+            stats.rate_interval(5, 4)
+        with pytest.raises(ValueError, match="must be"):
+            stats.rate_interval(2, 4, 95)
+
+
+class TestHolm:
+    def test_worked_example(self) -> None:
+        """Smallest times 4, next times 3, and so on; never below one before; at most 1; in the order given."""
+        assert [0.03, 0.06, 0.06, 0.02] == pytest.approx(stats.holm([0.01, 0.04, 0.03, 0.005]))
+        assert [1.0, 1.0] == stats.holm([0.7, 0.6])
+        assert [] == stats.holm([])
+
+    @repeatable
+    @given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.001, 0.2))
+    def test_rejects_what_the_step_down_rejects(self, p_values: list[float], alpha: float) -> None:
+        """Adjusted values at most alpha are those that Holm's sequence of tests rejects."""
+        rejected = set()
+        for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+            if p_values[at] * (len(p_values) - rank) > alpha:
+                break
+            rejected.add(at)
+        adjusted = stats.holm(p_values)
+        assert rejected == {at for at, p in enumerate(adjusted) if p <= alpha}
+        assert all(before <= after <= 1 for before, after in zip(p_values, adjusted, strict=True))
+
+    @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+    def test_impossible_values_are_refused(self, p: float) -> None:
+        """What is no probability is named."""
+        with pytest.raises(ValueError, match="p-values must be"):
+            stats.holm([0.5, p])

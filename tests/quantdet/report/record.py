@@ -48,6 +48,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         "expected": judgement.expected or (report.skipped and hasattr(report, "wasxfail")),
         "properties": {str(name): str(value) for name, value in properties.items()},
         "pairs": [{**asdict(pair), "verdict": str(pair.verdict)} for pair in judgement.pairs],
+        "reexecution": judgement.reexecution,
         "test": getattr(item, "originalname", item.name),
     }
     setattr(report, _ATTRIBUTE, record)

@@ -1,0 +1,205 @@
+"""Which format do re-executed tokens come from: distances of one claim to every verifying format, and what they show.
+
+Rows are claimed, columns verified; nothing is symmetrised before the verdict, since a claim can match another format
+better than its own (a noisy kernel's does).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet import identification, signal_noise, stats
+from quantdet.claims import Claim
+from quantdet.distance import decode_distance, published_topk, union_topk
+from quantdet.observation import Observation
+from quantdet.schema import PHASES, Phase
+from quantdet.verdicts import Judgement, Verdict
+from quantdet.verification import Sequences, sequence
+
+_SEED = 20260101
+_SOFTWARE = ("vllm", "torch_package", "transformers_package", "compressed_tensors_package")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance of a claim to one verifying format in one phase, float64 (prompts,), nats.
+
+    `own`: mean over the content positions of the L2 over the union of top-k ids, censored (`distance.union_topk`);
+    `published`: top-k of the claim, missing ids dropped, every position (`distance.published_topk`).
+    """
+
+    own: NDArray[np.float64]
+    published: NDArray[np.float64]
+
+
+def gap(recorded: Observation, verified: Observation, sequences: Sequences, phase: Phase) -> Gap:
+    """The claim's logprobs against those of the verifier's prefill of the same ids, position by position.
+
+    The verifier's row r says what follows the first r + 1 ids: rows of the prompt are prefill, those that predict the
+    generated ids are decode. Content of the prompt begins at its `content_start`; every generated position is content.
+    """
+    own, published = [], []
+    for c, claim in enumerate(recorded.claims):
+        rows = verified.prompts[sequences.index[sequence(recorded, c)]].outputs[0].prefill
+        block, length = claim.outputs[0].block(phase), claim.header.length
+        part = slice(0, length - 1) if phase == "prefill" else slice(length - 1, length - 1 + len(block.digests))
+        ids, logprobs = rows.topk_ids[part], rows.topk_logprobs[part]
+        content = np.arange(len(ids)) + 1 >= claim.header.content_start if phase == "prefill" else np.ones(len(ids), np.bool_)
+        own.append(float(union_topk(block.topk_ids, block.topk_logprobs, ids, logprobs, content)[:, 0].mean()))
+        published.append(published_topk(block.topk_ids, block.topk_logprobs, ids, logprobs))
+    return Gap(np.asarray(own), np.asarray(published))
+
+
+def judge(
+    claim: Claim,
+    recorded: Observation,
+    verified: Mapping[str, Observation],
+    weights: Mapping[str, str],
+    sequences: Sequences,
+    failed: Mapping[str, str],
+) -> Judgement:
+    """Is the claim nearest to a format with the claimed numbers, and farther from the others than the hardware explains?
+
+    Args:
+        recorded: the claim.
+        verified: its re-execution by every format that runs here.
+        weights: which quantized numbers each of these formats and the claimed one hold.
+        sequences: where the claim's tokens are in the re-execution.
+        failed: formats that should have run here and did not, with the reason.
+    """
+    mine = [name for name in verified if weights[name] == weights[claim.format_id]]
+    if not mine:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items()) or "none runs here"
+        text = f"no format with weights {weights[claim.format_id]} re-executed it ({reasons})"
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: {text}", False)
+    gaps = {phase: {name: gap(recorded, one, sequences, phase) for name, one in verified.items()} for phase in PHASES}
+    decode = {name: found.own for name, found in gaps["decode"].items()}
+    # The format itself where it runs here; else the nearest of those with its numbers.
+    base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
+    others = [name for name in verified if name not in mine]
+    compared = {name: signal_noise.directional(decode[name], decode[base], _SEED) for name in verified if name != base}
+    adjusted = dict(zip(compared, stats.holm([one.p for one in compared.values()]), strict=True))
+    found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
+    nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
+    told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
+    words = {found[name].verdict for name in others}
+    verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
+    figures = _figures(recorded, gaps, base, nearest)
+    record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
+    where, prompts = f"{claim} reexecution", len(nearest.nearest)
+    low, high = nearest.interval or (0.0, 1.0)
+    share = (
+        f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
+    )
+    end = _beside(recorded, verified[base])
+    wrong = [name for name in others if found[name].contradicted]
+    if wrong:
+        one = min((compared[name] for name in wrong), key=lambda c: c.difference)
+        name = next(name for name in wrong if compared[name] is one)
+        text = f"not what it claims: {name} matches it better than {base} by {-one.difference:.3g} nats"
+        text += f" [{-one.high:.3g}, {-one.low:.3g}], {share}"
+        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
+    text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
+    if others:
+        closest = min(others, key=lambda name: compared[name].difference)
+        one = compared[closest]
+        text += (
+            f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
+            f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
+            f"minimum detectable {one.mde:.2g})"
+        )
+    same = [name for name in mine if name != base]
+    if same:
+        text += "; same numbers: " + ", ".join(f"{name} {found[name].verdict} (MDE {compared[name].mde:.2g})" for name in same)
+    if failed:
+        text += f"; did not run: {', '.join(failed)}"
+    detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
+    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
+
+
+def within(recorded: Observation) -> float:
+    """How far the claimed format's own repeats are apart in decode, mean over its prompts, nats; 0 if it is bit-exact."""
+    gaps = []
+    for prompt in recorded.prompts:
+        base = prompt.run(0)
+        for other in prompt.outputs[1:]:
+            _, found, _ = decode_distance(
+                base.output_ids, base.decode.topk_ids, base.decode.topk_logprobs,
+                other.output_ids, other.decode.topk_ids, other.decode.topk_logprobs,
+            )  # fmt: skip
+            gaps.append(found.l2)
+    return float(np.mean(gaps)) if gaps else 0.0
+
+
+def _beside(recorded: Observation, verified: Observation) -> str:
+    """What differs beside the hardware."""
+    a, b = recorded.header.environment, verified.header.environment
+    names = [name for name in _SOFTWARE if a.get(name) != b.get(name)]
+    changes = [f"{name.removesuffix('_package')} {a.get(name) or 'none'} -> {b.get(name) or 'none'}" for name in names]
+    if recorded.header.dtype != verified.header.dtype:
+        changes.insert(0, f"dtype {recorded.header.dtype} -> {verified.header.dtype}")
+    return f" (beside the hardware: {', '.join(changes)})" if changes else ""
+
+
+def _source(recorded: Observation) -> str:
+    environment = recorded.header.environment
+    device = environment.get("gpu") or environment.get("cpu") or "device unknown"
+    return f"{recorded.header.hardware}, vLLM {environment.get('vllm') or 'unknown'}, {device}"
+
+
+def _figures(
+    recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, nearest: identification.Identification
+) -> dict[str, object]:
+    header = recorded.header
+    low, high = nearest.interval or (0.0, 1.0)
+    return {
+        "phase": "decode",
+        "runs": len(recorded.claims),
+        "checkpoint.sha256": header.checkpoint_sha256,
+        "kernel.executed": header.executed.summary if header.executed is not None else "",
+        "source": _source(recorded),
+        "l2": float(gaps["decode"][base].own.mean()),
+        "identified": f"{nearest.own}/{len(nearest.nearest)} [{low:.4f}, {high:.4f}]",
+        **{
+            f"distance.{phase}.{name}": f"own={float(one.own.mean()):.6g} published={float(one.published.mean()):.6g}"
+            for phase, row in gaps.items()
+            for name, one in row.items()
+        },
+    }
+
+
+def _record(
+    claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str],
+    gaps: Mapping[Phase, Mapping[str, Gap]], compared: Mapping[str, signal_noise.Comparison],
+    found: Mapping[str, signal_noise.Detection], nearest: identification.Identification,
+) -> dict[str, object]:  # fmt: skip
+    """What the report needs, JSON-able."""
+    low, high = nearest.interval or (0.0, 1.0)
+    shares = {name: count / len(nearest.nearest) for name, count in nearest.counts.items()}
+    for names, count in nearest.tied.items():
+        for name in names:
+            shares[name] += count / len(nearest.nearest) / len(names)
+    own = within(recorded)
+    return {
+        "model": claim.model_id, "claimed": f"{claim.format_id}{claim.origin}", "by": claim.hardware_id,
+        "by_text": f"{claim.hardware_id}, {recorded.header.dtype}", "source": _source(recorded),
+        "weights": weights[claim.format_id], "prompts": len(nearest.nearest), "own": mine,
+        "distances": {
+            phase: {
+                "own_metric": {name: float(one.own.mean()) for name, one in row.items()},
+                "published": {name: float(one.published.mean()) for name, one in row.items()},
+            }
+            for phase, row in gaps.items()
+        },
+        "comparisons": {
+            name: {
+                "verdict": str(found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
+                "mde": one.mde, "snr": one.snr, "p": one.p, "energy": signal_noise.energy(one.signal, own, 0.0),
+            }
+            for name, one in compared.items()
+        },
+        "nearest": shares,
+        "identified": {"share": nearest.share or 0.0, "low": low, "high": high},
+    }  # fmt: skip

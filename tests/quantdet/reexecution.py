@@ -1,0 +1,75 @@
+"""Which formats re-execute a claim here, and why a claim cannot be judged here."""
+
+from quantdet import attribution, checkpoints
+from quantdet.claims import Claim
+from quantdet.observation import Observation
+from quantdet.results import Measured, Missing, Refusal
+from quantdet.schema import Cell
+from quantdet.session import Session
+from quantdet.verdicts import Judgement, Verdict
+
+
+def verifiers(claim: Claim, session: Session) -> list[Cell]:
+    """The formats of the claim's model that run on the verifying hardware."""
+    cells = [Cell(claim.model_id, name, claim.hardware_id) for name in session.matrix.formats]
+    if session.replay is not None:
+        return [cell for cell in cells if session.replay.has_verified(cell)]
+    known = set(session.matrix.cells())
+    return [
+        cell
+        for cell in cells
+        if cell in known and session.gate(cell) is None and session.expectations(cell).unsupported(cell) is None
+    ]
+
+
+def gate(claim: Claim, session: Session) -> str | None:
+    """Why `claim` cannot be judged here (need and have); None if it can be tried."""
+    header = session.references.header(claim)
+    what = f"checkpoint sha256 {header.checkpoint_sha256[:16]}, {header.checkpoint_source or 'source unknown'}"
+    if claim.model_id not in session.matrix.models:
+        return f"reexecution: needs model {claim.model_id} ({what}), have none of this name in the matrix"
+    if claim.format_id not in session.matrix.formats:
+        return f"reexecution: needs format {claim.format_id} ({what}), have none of this name in the matrix"
+    here = verifiers(claim, session)
+    if not here:
+        cells = [cell for cell in session.matrix.cells() if cell.model_id == claim.model_id]
+        reasons = [session.gate(cell) for cell in cells if cell.hardware_id == claim.hardware_id]
+        return next(filter(None, reasons), f"reexecution: needs a format of {claim.model_id} on {claim.hardware_id}, have none")
+    weights = session.matrix.formats[claim.format_id].weights
+    own = [cell for cell in here if session.matrix.formats[cell.format_id].weights == weights]
+    if not own:
+        return f"reexecution: needs a format with weights {weights} on {claim.hardware_id}, have none"
+    dtypes = {session.matrix.verifying_dtype(cell, header.dtype) for cell in own}
+    if header.dtype not in dtypes:
+        need = f"reexecution: needs a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
+        return f"{need}, have {', '.join(sorted(dtypes))}"
+    return None
+
+
+def judge(claim: Claim, session: Session) -> Judgement | str:
+    """The claim re-executed and judged; a text says why it is UNAVAILABLE."""
+    recorded = session.references.observation(claim)
+    wanted = recorded.header.checkpoint_sha256
+    try:
+        here = session.weights(claim.model_id, claim.format_id).sha256
+    except checkpoints.Unavailable as error:
+        return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
+    except (OSError, ValueError) as error:
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False)
+    if here != wanted:
+        text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {here[:16]}"
+        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
+    verified: dict[str, Observation] = {}
+    failed: dict[str, str] = {}
+    for cell in verifiers(claim, session):
+        match session.verified(cell, recorded.header.dtype):
+            case Measured(observations=(found, *_)):
+                verified[cell.format_id] = found
+            case Missing(reason=reason, verdict=verdict):
+                failed[cell.format_id] = f"{verdict} {reason}"
+            case Refusal(message=message):
+                failed[cell.format_id] = f"{Verdict.UNSUPPORTED} {message}"
+    formats = session.matrix.formats
+    weights = {name: formats[name].weights for name in (*verified, claim.format_id)}
+    sequences = session.sequences(claim.model_id, recorded.header.dtype)
+    return attribution.judge(claim, recorded, verified, weights, sequences, failed)

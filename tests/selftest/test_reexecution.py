@@ -1,0 +1,190 @@
+"""Claims re-executed by the fake engine: identified, not separable, doctored, or not to be judged here."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantdet.observation import Observation, read, write
+from selftest.fakes import MATRIX
+from selftest.inner import Run, Suite
+
+pytest_plugins = ["pytester"]
+
+CLAIMS = 'formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n'
+WITH_CLAIMS = MATRIX.replace('formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\n', CLAIMS).replace(
+    'memory_gib = 1\nformats = ["*"]\n',
+    'memory_gib = 1\nformats = ["*"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n',
+)
+Edit = Callable[[dict[str, Observation]], None]
+
+
+@pytest.fixture
+def recordings(suite: Suite, tmp_path: Path) -> Path:
+    """Recordings of model alpha's formats by the fake engine."""
+    run: Run = suite("-k", "alpha and cpu-here and test_kernel", f"--record={tmp_path}/kept", matrix=WITH_CLAIMS)
+    assert 0 == run.code, run.output
+    return tmp_path / "kept"
+
+
+def folder_of(recordings: Path, format_id: str) -> Path:
+    (found,) = (path.parent for path in recordings.rglob(f"alpha/{format_id}/*/observation.json"))
+    return found
+
+
+def rewrite(folder: Path, whole: Observation, **header: Any) -> None:
+    """Write an observation again, sealed anew: what a forger would do."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    write(folder, whole.header.model_copy(update=header), whole.prompts, whole.claims)
+
+
+def verdicts(run: Run) -> dict[str, str]:
+    return {name: case.verdict for name, case in run.cases.items() if name.startswith("test_reexecution")}
+
+
+def test_honest_claims_are_identified(suite: Suite, recordings: Path) -> None:
+    """Each claim is nearest to its own numbers in every prompt; formats with the same numbers are not separable."""
+    run = suite("-k", "reexecution", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert 0 == run.code, run.output
+    assert {"DETECTABLE"} == set(verdicts(run).values())
+    case = run.cases["test_reexecution[alpha/gptq/cpu-here-by-cpu-here]"]
+    assert "32/32 [0.8" in case.properties["identified"]
+    assert "own=0 published=0" == case.properties["distance.decode.ct"]  # the same integers, the same kernel
+    assert "PAIRWISE SNR SUMMARY" in run.output
+    assert "NOT_DETECTABLE" in run.output
+
+
+def test_engines_verify_once(suite: Suite, recordings: Path, tmp_path: Path) -> None:
+    """One engine for each format, whatever the number of claims; a rerun takes them from the store."""
+    starts = tmp_path / "starts"
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    for _ in range(2):
+        suite("-k", "reexecution and alpha", f"--reference={recordings}", "--store=s", matrix=WITH_CLAIMS + every)
+
+    assert 5 == len(starts.read_text().splitlines())
+
+
+def test_a_claim_under_another_name_is_found_out(suite: Suite, recordings: Path) -> None:
+    """AWQ's tokens and logprobs recorded as GPTQ's: the claim fails, and says whose numbers match."""
+    awq, gptq = read(folder_of(recordings, "awq")), read(folder_of(recordings, "gptq"))
+    rewrite(gptq.path, Observation(gptq.header, gptq.prompts, claims=awq.claims), claims=awq.header.claims)  # type: ignore[arg-type]
+
+    run = suite("-k", "reexecution and gptq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert {"test_reexecution[alpha/gptq/cpu-here-by-cpu-here]": "DETECTABLE"} == run.failures(), run.output
+    assert "not what it claims: awq matches it better than gptq" in run.output
+
+
+def test_tokens_of_one_format_under_logprobs_of_another(suite: Suite, recordings: Path) -> None:
+    """Logprobs that were not made from these tokens match no format."""
+    awq, ct = read(folder_of(recordings, "awq")), read(folder_of(recordings, "ct"))
+    from dataclasses import replace
+
+    mixed = tuple(
+        replace(theirs, outputs=(replace(theirs.outputs[0], output_ids=ours.outputs[0].output_ids),))
+        for ours, theirs in zip(awq.claims, ct.claims, strict=True)
+    )
+    rewrite(ct.path, Observation(ct.header, ct.prompts, claims=mixed))  # type: ignore[arg-type]
+
+    run = suite("-k", "reexecution and /ct/", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert 4 == run.code
+    assert "chosen" in run.output
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda folder: header(folder, schema=7), "schema: is 7, this suite reads 1"),
+        (lambda folder: header(folder, claim_tokens=10**9), "header_sha256"),
+        (lambda folder: header(folder, model="../../etc"), "model"),
+        (lambda folder: (folder / "tensors.safetensors").write_bytes(b"\0" * 7), "tensors_sha256"),
+        (lambda folder: (folder / "observation.json").write_text("{"), "not JSON"),
+    ],
+    ids=["schema", "edited", "path", "truncated", "json"],
+)
+def test_a_bad_reference_is_refused(suite: Suite, recordings: Path, edit: Callable[[Path], Any], words: str) -> None:
+    """Unknown schema, edited, truncated or unreadable: file and field are named, nothing is judged from it."""
+    folder = folder_of(recordings, "awq")
+    edit(folder)
+
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert 0 != run.code
+    assert words in run.output
+    assert str(folder.name) in run.output
+    assert "Traceback" not in run.output
+
+
+def header(folder: Path, **fields: Any) -> None:
+    path = folder / "observation.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | fields))
+
+
+@pytest.mark.parametrize("ulps", [1])
+def test_one_logprob_shifted_by_one_ulp_is_refused(suite: Suite, recordings: Path, ulps: int) -> None:
+    """Without a new seal: the file's hash. With one: the chosen token's logprob has to be the one in its top-k."""
+    folder = folder_of(recordings, "awq")
+    whole = read(folder)
+    block = whole.claims[3].outputs[0].decode
+    row = int(np.flatnonzero((block.topk_ids == whole.claims[3].outputs[0].output_ids[:, None]).any(axis=1))[0])
+    block.chosen.flags.writeable = True
+    block.chosen.view(np.int32)[row] += ulps
+    rewrite(folder, whole)
+
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert 4 == run.code
+    assert "claim3.0.decode.chosen" in run.output
+
+
+def test_another_checkpoint_under_the_same_name_is_invalid(suite: Suite, recordings: Path) -> None:
+    """The claim's weights are not the ones here: INVALID, with both hashes."""
+    folder = folder_of(recordings, "awq")
+    rewrite(folder, read(folder), checkpoint_sha256="ab" * 32)
+
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert {"test_reexecution[alpha/awq/cpu-here-by-cpu-here]": "INVALID"} == run.failures(), run.output
+    assert "another checkpoint under the same name: the claim's sha256 is abababab" in run.output
+
+
+def test_a_model_that_is_not_here_is_unavailable(suite: Suite, recordings: Path) -> None:
+    """A claim of a model that the matrix does not know: skipped, with the checkpoint's id."""
+    folder = folder_of(recordings, "awq")
+    whole = read(folder)
+    rewrite(folder, whole, model="omega")
+
+    run = suite("-k", "reexecution and omega", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    (case,) = (case for name, case in run.cases.items() if "omega" in name)
+    assert ("skipped", "UNAVAILABLE") == (case.outcome, case.verdict)
+    assert f"needs model omega (checkpoint sha256 {whole.header.checkpoint_sha256[:16]}" in case.message
+
+
+def test_another_vllm_version_is_named(suite: Suite, recordings: Path) -> None:
+    """Judged all the same; what differs beside the hardware is in the verdict."""
+    folder = folder_of(recordings, "awq")
+    whole = read(folder)
+    rewrite(folder, whole, environment={**whole.header.environment, "vllm": "0.20.2"})
+
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert 0 == run.code, run.output
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", "--require-hardware", "cpu-here", matrix=WITH_CLAIMS)
+    assert "vllm 0.20.2 -> 0.32.0" in json.dumps(run.suite) or 0 == run.code
+
+
+def test_a_missing_reference_folder_is_a_usage_error(suite: Suite) -> None:
+    """Exit code 4, naming the option."""
+    run = suite("--reference=/no/such/folder")
+
+    assert 4 == run.code
+    assert "--reference: no such folder" in run.output
