@@ -15,9 +15,7 @@ from selftest.inner import Run, Suite
 
 pytest_plugins = ["pytester"]
 
-CLAIMS = (
-    'formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n'
-)
+CLAIMS = 'formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n'
 WITH_CLAIMS = MATRIX.replace('formats = ["bf16", "ct"]\nhardware = ["cpu-here"]\n', CLAIMS).replace(
     'memory_gib = 1\nformats = ["*"]\n',
     'memory_gib = 1\nformats = ["*"]\nclaims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n',

@@ -68,7 +68,7 @@ class Ratio:
 
 def plain(claimed: str) -> str:
     """The format of a claim, without the recording that it is from."""
-    return claimed.partition("@")[0]
+    return claimed.partition("@")[0].partition("#")[0]
 
 
 def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Verification]:
@@ -277,7 +277,8 @@ def _untold(one: Verification, width: int) -> list[str]:
             nats(found["mde"]), times(found["snr"]),
         )  # fmt: skip
     more = f"; {_UNTOLD} of {len(rows)}, the others in the JUnit properties" if len(rows) > _UNTOLD else ""
-    title = f"Not told from the claimed format, or nearer than it (* same numbers; difference of distances in nats; MDE: minimum detectable effect{more})"
+    title = "Not told from the claimed format, or nearer than it"
+    title += f" (* same numbers; difference of distances in nats; MDE: minimum detectable effect{more})"
     return [prose(title, width), render(made, width)]
 
 
