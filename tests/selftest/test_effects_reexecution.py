@@ -162,6 +162,30 @@ def test_identification_says_share_interval_nearest_and_verdicts() -> None:
     assert "MDE: minimum detectable effect" in words
 
 
+def test_a_format_that_matches_better_and_one_with_the_same_numbers_are_told_apart() -> None:
+    """DETECTABLE the wrong way round is NEARER; the same numbers enter no count, and are marked and last in the list."""
+    records = seed()
+    records[0]["reexecution"] |= {"own": ["awq", "gptq"]}
+    records[0]["reexecution"]["comparisons"]["gptq"] |= {"verdict": "NOT_DETECTABLE"}
+    records[2]["reexecution"]["comparisons"]["awq"] |= {"difference": -5.0}
+
+    words = " ".join(said(records).split())
+
+    assert "marlin 0.75 [0.58, 0.87] marlin 0.75, awq 0.25 1 NEARER 32 1 NOT_DETECTABLE" in words
+    assert "awq 0.75 [0.58, 0.87] awq 0.75, gptq 0.25 1 DETECTABLE 32 gptq" in words
+    assert "marlin -> awq NEARER -5.00e+00" in words
+    assert words.index("awq -> gptq* NOT_DETECTABLE") > words.index("marlin -> gptq NOT_DETECTABLE")
+
+
+def test_a_claim_names_the_recording_it_is_from() -> None:
+    """gptq@0.26.0 is the format gptq: verified by gptq, at its place in the order."""
+    records = [claim(f"{name}@0.26.0", row, own=[name]) for name, row in DECODE.items()]
+
+    assert ["awq@0.26.0", "gptq@0.26.0", "marlin@0.26.0"] == list(only(records[::-1]).claims)
+    assert list(snr(seed()).values()) == list(snr(records).values())
+    assert "verified by another" not in said(records)
+
+
 def test_sources_and_verifiers_are_not_mixed() -> None:
     """Claims of two sources, or verified at two places, have tables of their own."""
     other = [claim(name, row, source="sm90, vLLM 0.26.0, NVIDIA H200") for name, row in DECODE.items()]

@@ -90,12 +90,18 @@ def test_report_carries_the_promised_properties(suite: Suite) -> None:
 
 
 def test_terminal_says_verdicts_classes_and_pairs(suite: Suite) -> None:
-    """Header, table, classes, closest pairs and what was not measured are on the screen."""
+    """Header, table, effects, classes, comparisons and what was not measured are on the screen."""
     run = suite("-k", "alpha")
 
     assert re.search(r"^quantdet .*hardware cpu-here; cpu fake cpu", run.output, re.MULTILINE)
     assert re.search(r"gptq +BIT_EXACT +BIT_EXACT +IDENTICAL +Fake4Kernel x4 +3", run.output)
-    assert "gptq = ct (4 classes of 5 formats)" in run.output
+    words = " ".join(run.output.split())
+    for phase in ("PREFILL", "DECODE"):
+        assert f"WITHIN-HARDWARE QUANTIZATION EFFECTS ({phase}): alpha on cpu-here published bf16 gptq ct awq int8" in words
+        assert {"alpha on cpu-here"} == set(json.loads(run.suite[f"effects.{phase.lower()}"]))
+    assert "gptq = ct (4 classes of 5 formats)" in words
+    assert "LOGPROB COMPARISON RESULTS: 1 identical pairs, 9 different" in run.output
+    assert "published" in run.cases["test_distinct[alpha/gptq/cpu-here]"].properties["pair.ct"]
     assert re.search(r"gptq \| ct +IDENTICAL", run.output)
     assert "needs cpu-elsewhere (a machine that is not here), have cpu-here" in run.output
 

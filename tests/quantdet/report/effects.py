@@ -88,7 +88,7 @@ def places(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Place]:
         found[where][pair["a"], pair["b"]] = pair
     rank = {name: index for index, name in enumerate(order)}
     made = []
-    for where, pairs in found.items():
+    for where, pairs in sorted(found.items()):  # tests arrive in any order from several workers
         names = list(dict.fromkeys(name for ids in sorted(pairs) for name in ids))
         made.append(Place(where, sorted(names, key=lambda name: rank.get(name, len(rank))), pairs))
     return made

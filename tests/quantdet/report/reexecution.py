@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.report.tables import Case, joined, matrix, nats, one_line, prose, render, table
+from quantdet.report.tables import Case, broken, joined, matrix, nats, one_line, prose, render, table
 
 PHASES = ("decode", "prefill")
 METRICS = {"own_metric": "own L2", "published": "published"}
 LIMIT = 100  # cells of a matrix on the screen
 _PAIRS = 10  # largest and smallest SNR on the screen
 _UNTOLD = 20
+NEARER = "NEARER"  # DETECTABLE, the wrong way round
 LEGEND = (
     "Rows claimed (recorded elsewhere), columns verified (re-executed here on the recorded tokens); distances in nats. "
     "published: the published metric, top-k of the claimed side, missing ids dropped; own L2: this suite's metric, union of "
@@ -41,13 +42,15 @@ class Verification:
         return None if value is None else float(value)
 
     def own(self, claimed: str) -> str | None:
-        """What the claim is verified as: its own format, or the first one with the same numbers; None if none ran."""
-        if claimed in self.columns:
-            return claimed
-        return next((name for name in self.claims[claimed]["own"] if name in self.columns), None)
+        """What the claim is verified as: its own format, or the nearest one with its numbers; None if none ran."""
+        if plain(claimed) in self.columns:
+            return plain(claimed)
+        known = {name: self.distance("decode", "own_metric", claimed, name) for name in self.claims[claimed]["own"]}
+        there = {name: value for name, value in known.items() if value is not None}
+        return min(there, key=lambda name: there[name], default=None)
 
     def marked(self, claimed: str, verified: str) -> bool:
-        return verified == claimed or verified in self.claims[claimed]["own"]
+        return verified == plain(claimed) or verified in self.claims[claimed]["own"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Ratio:
     back: float | None
 
 
+def plain(claimed: str) -> str:
+    """The format of a claim, without the recording that it is from."""
+    return claimed.partition("@")[0].partition("#")[0]
+
+
 def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Verification]:
     """The records' re-executions by model, source and verifier; formats in the matrix's order."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -73,10 +81,10 @@ def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Veri
     rank = {name: index for index, name in enumerate(order)}
 
     def ordered(names: Iterable[str]) -> list[str]:
-        return sorted(dict.fromkeys(names), key=lambda name: rank.get(name, len(rank)))
+        return sorted(dict.fromkeys(names), key=lambda name: rank.get(plain(name), len(rank)))
 
     made = []
-    for where, claims in found.items():
+    for where, claims in sorted(found.items()):
         metrics = [metric for data in claims.values() for phase in data["distances"].values() for metric in phase.values()]
         columns = ordered(name for metric in metrics for name in metric)
         made.append(Verification(where, {name: claims[name] for name in ordered(claims)}, columns))
@@ -117,7 +125,12 @@ def directional(one: Verification, phase: str, width: int) -> list[str]:
             known = {name: d for name, d in others.items() if d is not None and not one.marked(claimed, name)}
             nearest = min(known, key=lambda name: known[name], default=None)
             figures = [[nats(one.distance(phase, metric, claimed, name)) for metric in METRICS] for name in (own, nearest)]
-            made.add_row(claimed, own or "none", *figures[0], nearest or "none", *figures[1])
+            names = (
+                broken(claimed, 14),
+                "same" if own == plain(claimed) else broken(own or "none", 14),
+                broken(nearest or "none", 14),
+            )
+            made.add_row(names[0], names[1], *figures[0], names[2], *figures[1])
         note = (
             f"{len(claims)} claimed x {len(one.columns)} verified: the full matrix is in the JUnit property snr.{phase}; "
             "-k narrows to some formats"
@@ -190,7 +203,7 @@ def snr_summary(one: Verification, phase: str, width: int) -> list[str]:
         text = f"overall: mean signal {nats(signal)} over mean noise {nats(noise)}: SNR {times(whole)}"
         text += f"; mean of the {'' if finite == len(found) else f'{finite} finite of '}{len(found)} SNRs {times(mean)}"
         texts += [render(made, width), prose(text, width)]
-    same = {name: one.own(name) for name in one.claims if one.own(name) != name}
+    same = {name: one.own(name) for name in one.claims if one.own(name) != plain(name)}
     if texts and same:
         told = ", ".join(f"{name} as {other}" if other else f"{name} by none" for name, other in same.items())
         texts.append(prose(f"verified by another format with the same numbers: {told}", width))
@@ -215,12 +228,17 @@ def identification(one: Verification, width: int) -> list[str]:
         shares = sorted(data["nearest"].items(), key=lambda row: -row[1])
         near = ", ".join(f"{name} {share:.2f}" for name, share in shares[:3]) + (", ..." if len(shares) > 3 else "")
         share = data["identified"]
-        counts = Counter(str(found["verdict"]) for found in data["comparisons"].values())
+        counts = Counter(
+            NEARER if _nearer(found) else str(found["verdict"])
+            for name, found in data["comparisons"].items()
+            if not one.marked(claimed, name)
+        )
         made.add_row(
             claimed, f"{share['share']:.2f} \\[{share['low']:.2f}, {share['high']:.2f}]", near,
             "\n".join(f"{counts[word]} {word}" for word in sorted(counts)), str(data["prompts"]),
         )  # fmt: skip
     texts.append(render(made, width))
+    texts.append(prose("(verdicts: on formats with other numbers; NEARER: the claim matches it better than its own)", width))
     chosen = [name for name in one.columns if any(data["nearest"].get(name) for data in one.claims.values())]
     if chosen and len(one.claims) * len(chosen) <= LIMIT:
 
@@ -235,25 +253,32 @@ def identification(one: Verification, width: int) -> list[str]:
     return [*texts, *_untold(one, width)]
 
 
+def _nearer(found: dict[str, Any]) -> bool:
+    """Whether the claim matches this format detectably better than its own."""
+    return bool(found["verdict"] == "DETECTABLE" and found["difference"] < 0)
+
+
 def _untold(one: Verification, width: int) -> list[str]:
-    """Comparisons that are not DETECTABLE, each with its minimum detectable effect."""
+    """Comparisons that are not DETECTABLE, or the wrong way round, each with its minimum detectable effect."""
     rows = [
-        (claimed, verified, found)
+        (one.marked(claimed, verified), claimed, verified, found)
         for claimed, data in one.claims.items()
         for verified, found in data["comparisons"].items()
-        if found["verdict"] != "DETECTABLE"
+        if found["verdict"] != "DETECTABLE" or _nearer(found)
     ]
+    rows.sort(key=lambda row: row[0])  # those with the same numbers are expected here: last
     if not rows:
         return []
     made = table("claimed -> verified", "verdict", "difference", "MDE", "SNR", fold=("claimed -> verified",))
-    for claimed, verified, found in rows[:_UNTOLD]:
+    for own, claimed, verified, found in rows[:_UNTOLD]:
         made.add_row(
-            joined(claimed, "->", verified, width - 58), found["verdict"],
+            joined(claimed, "->", verified + "*" * own, width - 58), NEARER if _nearer(found) else found["verdict"],
             f"{nats(found['difference'])}\n\\[{nats(found['low'])}, {nats(found['high'])}]",
             nats(found["mde"]), times(found["snr"]),
         )  # fmt: skip
     more = f"; {_UNTOLD} of {len(rows)}, the others in the JUnit properties" if len(rows) > _UNTOLD else ""
-    title = f"Not told from the claimed format (difference of distances in nats; MDE: minimum detectable effect{more})"
+    title = "Not told from the claimed format, or nearer than it"
+    title += f" (* same numbers; difference of distances in nats; MDE: minimum detectable effect{more})"
     return [prose(title, width), render(made, width)]
 
 
