@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import drift, judgements
+from quantdet import drift, judgements, reported
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
 from quantdet.report.record import JUDGEMENT
@@ -32,7 +32,9 @@ class Judge:
     def repeat(self, cell: Cell, phase: Phase) -> None:
         """Same request, same bits, within one engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.repeat(observations, phase, self.session.expectations(cell)), observations)
+        judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
+        self._available(cell, judgement)
+        self._say(judgement, observations)
 
     def distinct(self, cell: Cell) -> None:
         """Distinct from every other format measured here, or declared to be the same."""
@@ -59,7 +61,9 @@ class Judge:
             )
             for one in observations
         ]  # fmt: skip
-        self._say(next((v for v in verdicts if not v.expected), verdicts[0]), observations)
+        judgement = next((v for v in verdicts if not v.expected), verdicts[0])
+        self._available(cell, judgement)
+        self._say(judgement, observations)
 
     def restart(self, cell: Cell) -> None:
         """Same request, same bits, in another engine lifetime."""
@@ -76,6 +80,8 @@ class Judge:
         if len(known) < 2:
             have = ", ".join(one.vllm for one in known) or "none"
             self._skip(Verdict.UNAVAILABLE, f"versions: needs recordings of two vLLM versions, have {have}")
+        if any(one.reported for one in known):
+            self._skip(Verdict.UNAVAILABLE, f"versions: needs raw logits, have {reported.NOTE}")
         row = self.session.expectations(known[-1].cell).drifts(known[-1].cell)
         self._say(drift.across(known, row, self.session.matrix.family), tuple(known[:1]))
 
@@ -115,6 +121,11 @@ class Judge:
                 self._skip(result.verdict, result.reason)
         first, _, rest = result.reason.partition("\n")
         self._say(Judgement(result.verdict, f"{result.verdict} {cell}: {first}", False, {}, rest), ())
+
+    def _available(self, cell: Cell, judgement: Judgement) -> None:
+        """Skip what the evidence cannot answer, unless the row is required."""
+        if judgement.verdict is Verdict.UNAVAILABLE:
+            self._missing(cell, Missing(judgement.verdict, judgement.message.removeprefix(f"{judgement.verdict} ")))
 
     def _skip(self, verdict: Verdict, reason: str) -> None:
         self.item.user_properties.append(("verdict", str(verdict)))

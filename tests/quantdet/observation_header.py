@@ -97,8 +97,29 @@ class PromptHeader(_Part):
     runs: tuple[int, ...] = Field(min_length=1)
 
 
+class Reported(_Part):
+    """What of one prompt somebody else's report covers, where nothing else of the run is at hand.
+
+    `prefill`, `decode`: rows that are there, numbered as in a whole block (prefill row r is about token r + 1); `width`:
+    ids a row at most; `generated`: number of generated tokens; `ids`: whether the prompt's token ids were reported.
+    """
+
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+    width: int = Field(ge=1, le=1001)
+    generated: int = Field(ge=1)
+    ids: bool = True
+
+    def rows(self, phase: Phase) -> tuple[int, ...]:
+        return self.decode if phase == "decode" else self.prefill
+
+
 class Header(_Part):
-    """Everything of an observation but its arrays."""
+    """Everything of an observation but its arrays.
+
+    `evidence`: "logits", taken from the engine in full; or "reported", logprobs that somebody published, of the rows that
+    `reported` names for each prompt. Then no executed kernel is known, and digests are over a row's ids and logprobs.
+    """
 
     schema_: Literal[1] = Field(alias="schema")
     kind: Literal["observation", "refusal"]
@@ -132,13 +153,16 @@ class Header(_Part):
     claim_tokens: int = Field(0, ge=0)
     claim_top_k: int = Field(0, ge=0)
     claims: tuple[PromptHeader, ...] = ()
+    evidence: Literal["logits", "reported"] = "logits"
+    reported: tuple[Reported, ...] = ()
     timings: dict[str, float] = {}
     tensors_sha256: str = ""
     header_sha256: str = ""
 
     def digest(self) -> str:
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
-        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *(() if self.claims else _CLAIMS)})
+        absent = {*(() if self.claims else _CLAIMS), *(() if self.evidence == "reported" or self.reported else _REPORTED)}
+        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *absent})
         return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -147,6 +171,7 @@ class Header(_Part):
 
 
 # Younger than the first recordings, which were sealed without them.
+_REPORTED = {"evidence", "reported"}
 _CLAIMS = {"claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims"}
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
