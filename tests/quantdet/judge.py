@@ -125,7 +125,7 @@ class Judge:
     def _available(self, cell: Cell, judgement: Judgement) -> None:
         """Skip what the evidence cannot answer, unless the row is required."""
         if judgement.verdict is Verdict.UNAVAILABLE:
-            self._missing(cell, Missing(judgement.verdict, judgement.message.removeprefix(f"{judgement.verdict} ")))
+            self._missing(cell, Missing(judgement.verdict, judgement.message.removeprefix(f"{judgement.verdict} {cell} ")))
 
     def _skip(self, verdict: Verdict, reason: str) -> None:
         self.item.user_properties.append(("verdict", str(verdict)))
@@ -144,7 +144,7 @@ class Judge:
                 "lifetimes": len(observations),
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
-                "tokens_per_second": round(header.timings.get("tokens_per_second", 0.0), 1),
+                "tokens_per_second": "" if observations[0].reported else round(header.timings.get("tokens_per_second", 0.0), 1),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }

@@ -79,15 +79,19 @@ def published(a: Observation, b: Observation, phase: Phase) -> float:
     return float(np.mean(published_per_prompt(a, b, phase)))
 
 
-def published_per_prompt(a: Observation, b: Observation, phase: Phase) -> list[float]:
-    """`published`, prompt by prompt."""
+def published_per_prompt(a: Observation, b: Observation, phase: Phase, *, same_tokens: bool = True) -> list[float]:
+    """`published`, prompt by prompt.
+
+    `same_tokens` False: decode rows of parted tokens are compared by number all the same. The printed decode tables do so:
+    they have `inf` where no row has an id in common, and a figure where some row happens to have one.
+    """
     found = []
     for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
-        if phase == "decode" and not np.array_equal(x.output_ids, y.output_ids):
+        if phase == "decode" and same_tokens and not np.array_equal(x.output_ids, y.output_ids):
             found.append(math.inf)
             continue
-        at_x, at_y = _common(one, other, x, y, phase)
+        _, at_x, at_y = np.intersect1d(one.rows(phase), other.rows(phase), assume_unique=True, return_indices=True)
         p, q = x.block(phase), y.block(phase)
         if a.header.top_k == 1:
             known = np.isfinite(p.chosen[at_x]) & np.isfinite(q.chosen[at_y])
@@ -114,12 +118,13 @@ def pair(a: Observation, b: Observation) -> Pair:
 
     That is prefill where both have rows of it, else decode while the tokens are the same. The parting step has a common
     context and counts as a row; a distance is over the rows in which both report some same id, `inf` where there is none.
-    DISTINCT: rows differ and, if a format is noisy, the smallest distance between them exceeds the largest within either.
+    DISTINCT: rows differ and, if a format is noisy, the smallest distance between them exceeds the largest within either, or
+    the tokens of some prompt part between every two runs of the two formats and never between two runs of one.
     """
     phase = _basis(a, b)
     assert phase is not None  # comparable() comes first
     differing = positions = steps = 0
-    noisy = False
+    noisy = parted = False
     gaps: list[Distance] = []
     decode: list[Distance] = []
     cross: list[float] = []
@@ -136,13 +141,16 @@ def pair(a: Observation, b: Observation) -> Pair:
         variants = [_variants(record, phase) for record in (one, other)]
         noisy = noisy or max(map(len, variants)) > 1
         cross.append(min(_mean(_gap(one, other, i, j, phase)) for i, j in product(*variants)))
+        if phase == "decode":
+            tokens = [{output.output_ids.tobytes() for output in seen} for seen in variants]
+            parted = parted or (len(tokens[0]) == len(tokens[1]) == 1 and tokens[0] != tokens[1])
         own = [
             _mean(_gap(record, record, i, j, phase, last), 0.0)
             for record, seen in zip((one, other), variants, strict=True)
             for i, j in combinations(seen, 2)
         ]
         within.append(max(own, default=0.0))
-    distinct = float(np.mean(cross)) > float(np.mean(within)) if noisy else differing > 0
+    distinct = parted or float(np.mean(cross)) > float(np.mean(within)) if noisy else differing > 0
     return Pair(
         a.header.format, b.header.format, Verdict.DISTINCT if distinct else Verdict.INDISTINCT,
         l2=_mean(gaps), max_abs=max((gap.max_abs for gap in gaps), default=math.inf), differing=differing, positions=positions,
