@@ -139,6 +139,29 @@ def published_topk(ids_a: Ids, lp_a: Logprobs, ids_b: Ids, lp_b: Logprobs) -> fl
     return math.fsum(np.sqrt(squares.sum(axis=1))) / len(rows)
 
 
+def published_chosen(lp_a: Logprobs, lp_b: Logprobs) -> tuple[float, float]:
+    """The published distance of two greedy runs of which only the generated tokens' logprobs are known.
+
+    Source: Floating_point_noise_GPU_verification (Cankaya), revision 0c12bda. Known bias: steps are compared by number, also
+    after the tokens have parted, so that it then tells contexts apart and not numerics.
+
+    Args:
+        lp_a, lp_b: float (steps,), logprob of each side's own token.
+
+    Returns:
+        nats: L2 over all steps (not a mean), and the largest |difference|.
+
+    Raises:
+        ValueError: not two vectors of the same length of at least one step, or a logprob that is not finite.
+    """
+    if lp_a.ndim != 1 or lp_a.shape != lp_b.shape or not lp_a.size:
+        raise ValueError(f"chosen tokens' logprobs are two vectors of equal length, not {lp_a.shape} and {lp_b.shape}")
+    if not (np.isfinite(lp_a).all() and np.isfinite(lp_b).all()):
+        raise ValueError("a logprob is not finite")
+    gaps = np.abs(lp_a.astype(np.float64) - lp_b.astype(np.float64))
+    return math.sqrt(math.fsum(gaps**2)), float(gaps.max())
+
+
 def decode_distance(
     tokens_a: Ids, ids_a: Ids, lp_a: Logprobs, tokens_b: Ids, ids_b: Ids, lp_b: Logprobs
 ) -> tuple[int, Distance, float]:

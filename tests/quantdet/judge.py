@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import drift, judgements, reexecution
+from quantdet import drift, judgements, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
@@ -33,7 +33,9 @@ class Judge:
     def repeat(self, cell: Cell, phase: Phase) -> None:
         """Same request, same bits, within one engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.repeat(observations, phase, self.session.expectations(cell)), observations)
+        judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
+        self._available(cell, judgement)
+        self._say(judgement, observations)
 
     def distinct(self, cell: Cell) -> None:
         """Distinct from every other format measured here, or declared to be the same."""
@@ -60,7 +62,9 @@ class Judge:
             )
             for one in observations
         ]  # fmt: skip
-        self._say(next((v for v in verdicts if not v.expected), verdicts[0]), observations)
+        judgement = next((v for v in verdicts if not v.expected), verdicts[0])
+        self._available(cell, judgement)
+        self._say(judgement, observations)
 
     def restart(self, cell: Cell) -> None:
         """Same request, same bits, in another engine lifetime."""
@@ -77,6 +81,8 @@ class Judge:
         if len(known) < 2:
             have = ", ".join(one.vllm for one in known) or "none"
             self._skip(Verdict.UNAVAILABLE, f"versions: needs recordings of two vLLM versions, have {have}")
+        if any(one.reported for one in known):
+            self._skip(Verdict.UNAVAILABLE, f"versions: needs raw logits, have {reported.NOTE}")
         row = self.session.expectations(known[-1].cell).drifts(known[-1].cell)
         self._say(drift.across(known, row, self.session.matrix.family), tuple(known[:1]))
 
@@ -125,6 +131,11 @@ class Judge:
         first, _, rest = result.reason.partition("\n")
         self._say(Judgement(result.verdict, f"{result.verdict} {cell}: {first}", False, {}, rest), ())
 
+    def _available(self, cell: Cell, judgement: Judgement) -> None:
+        """Skip what the evidence cannot answer, unless the row is required."""
+        if judgement.verdict is Verdict.UNAVAILABLE:
+            self._missing(cell, Missing(judgement.verdict, judgement.message.removeprefix(f"{judgement.verdict} {cell} ")))
+
     def _skip(self, verdict: Verdict, reason: str) -> None:
         self.item.user_properties.append(("verdict", str(verdict)))
         pytest.skip(f"{verdict} {reason}")
@@ -142,7 +153,7 @@ class Judge:
                 "lifetimes": len(observations),
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
-                "tokens_per_second": round(header.timings.get("tokens_per_second", 0.0), 1),
+                "tokens_per_second": "" if observations[0].reported else round(header.timings.get("tokens_per_second", 0.0), 1),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }

@@ -10,12 +10,14 @@ from quantdet import stats
 from quantdet.compare import bits_equal, distinct, first_difference
 from quantdet.distance import Distance, distance
 from quantdet.expectations import Expectations, describe
-from quantdet.observation import Block, Observation, Output
+from quantdet.observation import Block, Observation, Output, PromptRecord
 from quantdet.pairs import comparable, pair
+from quantdet.reported import NOTE, cannot_repeat, qualified
 from quantdet.schema import Cell, Expect, Phase
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 
+@qualified
 def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expectations) -> Judgement:
     """Did every repeat of every request give the same bits in `phase`, within each engine lifetime?
 
@@ -24,6 +26,8 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     row = expectations.noise(observations[0].cell, phase)
     where = f"{observations[0].cell} {phase}"
     figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase}
+    if why := cannot_repeat(observations, phase):
+        return Judgement(Verdict.UNAVAILABLE, f"UNAVAILABLE {where}: {why}", False, figures)
     for observation in observations:
         for bad in observation.header.nonfinite:
             if bad.phase == phase:
@@ -49,7 +53,10 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
         return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, _hidden_noise(row))
     first, ulps, max_abs, l2 = _first_divergence(observations, phase)
     figures |= {"first_divergence": first, "max_abs_diff": max_abs, "l2": l2}
-    message = f"NOISY {where}: {flips} of {calls} repeats differ, first {first}{ulps}"
+    share = f"{flips} of {calls} repeats differ"
+    if observations[0].reported and outputs == calls:  # as the published tables put it
+        share = f"{calls} of {calls} repeats differ from each other"
+    message = f"NOISY {where}: {share}, first {first}{ulps}"
     detail = f"{outputs} distinct outputs; flip rate < {bound:.3g} per call at 95 %"
     long = _noisy_beyond(observations, phase, row)
     if long:
@@ -100,7 +107,7 @@ def _first_divergence(observations: Sequence[Observation], phase: Phase) -> tupl
                 other = prompt.run(index)
                 if other is base:
                     continue
-                position = _first_position(base, other, phase)
+                position = _first_position(prompt, base, other, phase)
                 if position is not None:
                     candidates.append((position, index))
                     gap = _gap(base.block(phase), other.block(phase))
@@ -118,7 +125,7 @@ def _first_divergence(observations: Sequence[Observation], phase: Phase) -> tupl
     return (*found, worst_abs, worst_l2)
 
 
-def _first_position(a: Output, b: Output, phase: Phase) -> int | None:
+def _first_position(prompt: PromptRecord, a: Output, b: Output, phase: Phase) -> int | None:
     one, other = a.block(phase), b.block(phase)
     positions = [first_difference(one.digests, other.digests)]
     for x, y in ((one.chosen, other.chosen), (one.topk_ids, other.topk_ids), (one.topk_logprobs, other.topk_logprobs)):
@@ -126,6 +133,7 @@ def _first_position(a: Output, b: Output, phase: Phase) -> int | None:
             # Rows as raw bytes: compared as numbers, a NaN would differ from itself and -0.0 equal 0.0.
             rows = [np.ascontiguousarray(v).view(np.uint8).reshape(len(v), -1) for v in (x, y)]
             positions.append(int(np.flatnonzero((rows[0] != rows[1]).any(axis=1))[0]))
+    positions = [p if p is None else int(prompt.rows(phase)[p]) for p in positions]
     if phase == "decode" and not bits_equal(a.output_ids, b.output_ids):
         positions.append(int(np.flatnonzero(a.output_ids != b.output_ids)[0]))
     return min((p for p in positions if p is not None), default=None)
@@ -136,6 +144,8 @@ def _gap(a: Block, b: Block) -> Distance:
 
 
 def _explain(observation: Observation, prompt: str, phase: Phase, position: int, repeat_index: int, base: Block) -> str:
+    if observation.reported:
+        return ""
     margin = float(base.topk_logprobs[position, 0] - base.topk_logprobs[position, 1])
     for seen in observation.header.divergences:
         if (seen.prompt, seen.phase, seen.position, seen.repeat) == (prompt, phase, position, repeat_index):
@@ -163,7 +173,9 @@ def kernel(
     """
     header = observation.header
     executed = header.executed
-    assert executed is not None
+    if executed is None:
+        text = f"kernel: needs the layers of the loaded model to confirm {requested}, have {NOTE}"
+        return Judgement(Verdict.UNAVAILABLE, f"UNAVAILABLE {observation.cell} {text}", False)
     expected = [" or ".join(names) for names in (classes, moe_classes) if names]
     figures: dict[str, object] = {
         "kernel.requested": requested,
@@ -219,6 +231,7 @@ def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judg
     )  # fmt: skip
 
 
+@qualified
 def distinctness(
     own: Observation,
     peers: Mapping[Cell, Observation],
@@ -321,6 +334,7 @@ def _size(result: Pair) -> str:
     return f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
 
 
+@qualified
 def restart(observations: Sequence[Observation], expectations: Expectations) -> Judgement:
     """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
     cell = observations[0].cell

@@ -19,76 +19,18 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from quantdet.distance import distance
-from quantdet.observation_header import SCHEMA, Header, PromptHeader
+from quantdet.observation_blocks import Block as Block
+from quantdet.observation_blocks import ObservationError as ObservationError
+from quantdet.observation_blocks import Output as Output
+from quantdet.observation_blocks import PromptRecord as PromptRecord
+from quantdet.observation_blocks import check_prompt, check_reported, prompt_record
+from quantdet.observation_header import SCHEMA, Header
 from quantdet.schema import Cell, Phase
 
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS_BYTES = 1 << 30
-
-
-class ObservationError(Exception):
-    """An observation cannot be used; the message names the file and the field."""
-
-
-@dataclass(frozen=True, repr=False)
-class Block:
-    """One phase of one output; n positions, k = top_k.
-
-    digests: uint8 (n, 32), SHA-256 of the position's full-vocabulary float32 logits (little-endian bytes);
-    chosen: float32 (n,), logprob in nats of the generated (decode) or given (prefill) token;
-    topk_ids: int32 (n, k); topk_logprobs: float32 (n, k), each row sorted by (-logprob, id).
-    """
-
-    digests: NDArray[np.uint8]
-    chosen: NDArray[np.float32]
-    topk_ids: NDArray[np.int32]
-    topk_logprobs: NDArray[np.float32]
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        return {
-            "digests": self.digests,
-            "chosen": self.chosen,
-            "topk_ids": self.topk_ids,
-            "topk_logprobs": self.topk_logprobs,
-        }
-
-    @cached_property
-    def fingerprint(self) -> bytes:
-        """SHA-256 over all bits of the block."""
-        digest = hashlib.sha256()
-        for array in self.arrays().values():
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.digest()
-
-
-@dataclass(frozen=True, repr=False)
-class Output:
-    """One distinct answer to a request: `output_ids` int32 (decode_tokens,) and its two phases."""
-
-    output_ids: NDArray[np.int32]
-    decode: Block
-    prefill: Block
-
-    def block(self, phase: Phase) -> Block:
-        return self.decode if phase == "decode" else self.prefill
-
-    @cached_property
-    def fingerprint(self) -> bytes:
-        return hashlib.sha256(self.output_ids.tobytes() + self.decode.fingerprint + self.prefill.fingerprint).digest()
-
-
-@dataclass(frozen=True, repr=False)
-class PromptRecord:
-    """A prompt's forced ids (int32, (length,)) and its distinct outputs in order of first appearance."""
-
-    header: PromptHeader
-    prompt_ids: NDArray[np.int32]
-    outputs: tuple[Output, ...]
-
-    def run(self, repeat: int) -> Output:
-        return self.outputs[self.header.runs[repeat]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,6 +51,11 @@ class Observation:
     def cell(self) -> Cell:
         return replace(self.header.cell, vllm=self.vllm)
 
+    @property
+    def reported(self) -> bool:
+        """Whether the evidence is somebody's reported logprobs and no more."""
+        return self.header.evidence == "reported"
+
     @cached_property
     def prefill_spread(self) -> float:
         """Largest mean L2 distance (nats, content positions) between two repeats' prefill; 0 if all are equal."""
@@ -127,7 +74,10 @@ class Observation:
         return largest
 
     def logits_sha256(self, phase: Phase) -> str:
-        """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits."""
+        """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits.
+
+        Of reported evidence: over what was reported.
+        """
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(prompt.run(0).block(phase).digests.tobytes())
@@ -176,9 +126,13 @@ def read(directory: Path) -> Observation:
     except Exception as error:  # safetensors raises types of its own
         raise ObservationError(f"{path}: not safetensors: {error}") from None
     lengths = (header.decode_tokens, header.top_k)
-    prompts = tuple(_prompt(path, header, row, str(p), lengths, tensors) for p, row in enumerate(header.prompts))
+    reported = header.reported or (None,) * len(header.prompts)
+    prompts = tuple(
+        prompt_record(path, header, row, str(p), lengths, tensors, covered)
+        for p, (row, covered) in enumerate(zip(header.prompts, reported, strict=True))
+    )
     lengths = (header.claim_tokens, header.claim_top_k)
-    claims = tuple(_prompt(path, header, row, f"claim{c}", lengths, tensors) for c, row in enumerate(header.claims))
+    claims = tuple(prompt_record(path, header, row, f"claim{c}", lengths, tensors) for c, row in enumerate(header.claims))
     if tensors:
         raise ObservationError(f"{path}: {min(tensors)}: belongs to no prompt")
     return Observation(header, prompts, directory, claims=claims)
@@ -205,12 +159,13 @@ def read_header(directory: Path) -> Header:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ObservationError(f"{path}: {where}: {first['msg']}{more}") from None
     if header.kind == "observation":
-        if header.executed is None or not header.prompts:
+        if (header.executed is None and header.evidence == "logits") or not header.prompts:
             raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")
         for p, prompt in enumerate(header.prompts):
-            _check_prompt(f"{path}: prompts.{p}", prompt, header.repeats)
+            check_prompt(f"{path}: prompts.{p}", prompt, header.repeats)
         for c, claim in enumerate(header.claims):
-            _check_prompt(f"{path}: claims.{c}", claim, 1)
+            check_prompt(f"{path}: claims.{c}", claim, 1)
+        check_reported(str(path), header)
         if header.claims and not (header.claim_tokens and header.claim_top_k):
             raise ObservationError(f"{path}: claims: need 'claim_tokens' and 'claim_top_k'")
         ids = [prompt.id for prompt in (*header.prompts, *header.claims)]
@@ -219,59 +174,3 @@ def read_header(directory: Path) -> Header:
     if header.header_sha256 != header.digest():
         raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
-
-
-def _check_prompt(where: str, prompt: PromptHeader, repeats: int) -> None:
-    if prompt.content_start >= prompt.length:
-        raise ObservationError(f"{where}.content_start: {prompt.content_start} of {prompt.length} ids")
-    if len(prompt.runs) != repeats:
-        raise ObservationError(f"{where}.runs: {len(prompt.runs)} runs of {repeats} repeats")
-    # Bounded before anything is made of it: the number may be anything.
-    if max(prompt.runs) >= len(prompt.runs) or list(dict.fromkeys(prompt.runs)) != list(range(max(prompt.runs) + 1)):
-        raise ObservationError(f"{where}.runs: indices do not number the outputs in order")
-
-
-def _prompt(
-    path: Path, header: Header, prompt: PromptHeader, p: str, lengths: tuple[int, int], tensors: dict[str, NDArray[Any]]
-) -> PromptRecord:
-    """The arrays of one prompt, whose names begin with `p`; `lengths` are its generated tokens and top-k."""
-    decode_tokens, k = lengths
-
-    def take(name: str, dtype: str, *shape: int) -> NDArray[Any]:
-        array = tensors.pop(f"{p}.{name}", None)
-        if array is None:
-            raise ObservationError(f"{path}: {p}.{name}: missing")
-        if array.dtype != np.dtype(dtype) or array.shape != shape:
-            raise ObservationError(f"{path}: {p}.{name}: {array.dtype} {array.shape}, needs {dtype} {shape}")
-        if dtype == "int32" and array.size and int(array.min()) < 0:
-            raise ObservationError(f"{path}: {p}.{name}: has a negative id")
-        return array
-
-    def block(o: int, phase: str, n: int) -> Block:
-        at = f"{o}.{phase}"
-        found = Block(
-            take(f"{at}.digests", "uint8", n, 32),
-            take(f"{at}.chosen", "float32", n),
-            take(f"{at}.topk_ids", "int32", n, k),
-            take(f"{at}.topk_logprobs", "float32", n, k),
-        )
-        ordered = np.sort(found.topk_ids, axis=1)
-        if (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise ObservationError(f"{path}: {p}.{at}.topk_ids: an id stands twice in one row")
-        reported = any((bad.prompt, bad.phase) == (prompt.id, phase) for bad in header.nonfinite)
-        for name, values in ("chosen", found.chosen[:, None]), ("topk_logprobs", found.topk_logprobs):
-            bad_rows = np.isnan(values).any(axis=1) | np.isposinf(values).any(axis=1) | ~np.isfinite(values).any(axis=1)
-            if bad_rows.any() and not reported:
-                raise ObservationError(f"{path}: {p}.{at}.{name}: no logprob, and the header reports no non-finite logits")
-        return found
-
-    ids = take("prompt_ids", "int32", prompt.length)
-    outputs = tuple(
-        Output(
-            take(f"{o}.output_ids", "int32", decode_tokens),
-            block(o, "decode", decode_tokens),
-            block(o, "prefill", prompt.length - 1),
-        )
-        for o in range(max(prompt.runs) + 1)
-    )
-    return PromptRecord(prompt, ids, outputs)

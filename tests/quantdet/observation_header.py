@@ -97,8 +97,29 @@ class PromptHeader(_Part):
     runs: tuple[int, ...] = Field(min_length=1)
 
 
+class Reported(_Part):
+    """What of one prompt somebody else's report covers, where nothing else of the run is at hand.
+
+    `prefill`, `decode`: rows that are there, numbered as in a whole block (prefill row r is about token r + 1); `width`:
+    ids a row at most; `generated`: number of generated tokens; `ids`: whether the prompt's token ids were reported.
+    """
+
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+    width: int = Field(ge=1, le=1001)
+    generated: int = Field(ge=1)
+    ids: bool = True
+
+    def rows(self, phase: Phase) -> tuple[int, ...]:
+        return self.decode if phase == "decode" else self.prefill
+
+
 class Header(_Part):
-    """Everything of an observation but its arrays."""
+    """Everything of an observation but its arrays.
+
+    `evidence`: "logits", taken from the engine in full; or "reported", logprobs that somebody published, of the rows that
+    `reported` names for each prompt. Then no executed kernel is known, and digests are over a row's ids and logprobs.
+    """
 
     schema_: Literal[1] = Field(alias="schema")
     kind: Literal["observation", "refusal"]
@@ -133,6 +154,8 @@ class Header(_Part):
     claim_tokens: int = Field(0, ge=0)
     claim_top_k: int = Field(0, ge=0)
     claims: tuple[PromptHeader, ...] = ()
+    evidence: Literal["logits", "reported"] = "logits"
+    reported: tuple[Reported, ...] = ()
     timings: dict[str, float] = {}
     tensors_sha256: str = ""
     header_sha256: str = ""
@@ -149,7 +172,9 @@ class Header(_Part):
 
 
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
-_YOUNGER = {"claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role"}
+_YOUNGER = {
+    "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
+}  # fmt: skip
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
     "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdet import reported
 from quantdet.compare import bits_equal
 from quantdet.distance import Distance, decode_distance, distance, published_topk
 from quantdet.observation import Block, Observation, Output
@@ -22,8 +23,10 @@ def pair(a: Observation, b: Observation) -> Pair:
     Formats that are bit-exact in prefill are IDENTICAL if every logit is equal, prefill and, while the context is
     common, decode; one that is noisy in decode only has to have a repeat whose decode the other has too, and is
     INDISTINCT otherwise. Formats that are noisy in prefill are DISTINCT only if the smallest distance between them exceeds
-    the largest within either of them.
+    the largest within either of them. Of reported evidence: `reported.pair`.
     """
+    if a.reported:
+        return reported.pair(a, b)
     differing = positions = steps = decode_differs = 0
     cross: list[float] = []
     prefill: list[Distance] = []
@@ -119,4 +122,4 @@ def comparable_requests(a: Observation, b: Observation) -> str | None:
             return f"token ids of prompt {one.header.id} differ"
     if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
         return "run lengths differ"
-    return None
+    return reported.comparable(a, b)
