@@ -64,6 +64,8 @@ def verifiers(session: Session) -> list[str]:
         matrix = session.matrix
         rows = [row for row in session.machine.rows(matrix) if matrix.hardware[row].kind == session.software.flavour]
         rows = rows or list(session.machine.rows(matrix))[:1]
+        wanted = session.options.hardware
+        rows += [wanted] if wanted is not None and matrix.hardware[wanted].limits else []
     return [row for row in rows if session.options.hardware in (None, row)]
 
 

@@ -39,7 +39,7 @@ class Machine:
 
     def rows(self, matrix: Matrix) -> tuple[str, ...]:
         """Hardware rows that are here: the first CPU row whose instruction sets are present, and one per GPU kind."""
-        cpu = [name for name, row in matrix.hardware.items() if row.kind == "cpu" and self.has(row)][:1]
+        cpu = [name for name, row in matrix.hardware.items() if row.kind == "cpu" and not row.limits and self.has(row)][:1]
         gpu = [name for name, row in matrix.hardware.items() if row.kind != "cpu" and self.has(row)]
         return (*gpu, *cpu)
 
@@ -126,7 +126,10 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
     """
     row, format_ = matrix.hardware[cell.hardware_id], matrix.formats[cell.format_id]
     here = machine.rows(matrix)
-    if cell.hardware_id not in here:
+    if row.limits and not machine.has(row):
+        lacking = ", ".join(sorted(set(row.isa) - machine.cpu_flags))
+        return f"hardware: needs a CPU with {lacking} to be limited ({row.title}), have {machine.cpu_name}"
+    if cell.hardware_id not in here and not row.limits:
         return f"hardware: needs {cell.hardware_id} ({row.title}), have {', '.join(here) or 'none of the rows'}"
     if installed.flavour is None:
         return f"vllm: needs vLLM ({_INSTALL[row.kind]}), have none"

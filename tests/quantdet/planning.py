@@ -42,7 +42,7 @@ def plan_for(
     row = matrix.hardware[cell.hardware_id]
     kind = row.kind
     args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
-    own: dict[str, str] = dict(device or {})
+    own: dict[str, str] = {**(device or {}), **row.limits}
     if format_.kernel not in ("auto", "unquantized"):
         model = matrix.models[cell.model_id]
         pin = matrix.pin_for(format_, vllm_version, model)
@@ -94,6 +94,7 @@ def plan_for(
         claim_tokens=claims.decode_tokens if claims else 0, claim_top_k=claims.top_k if claims else 0,
         extra={
             "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
+            **({"hide": list(row.hides)} if row.hides else {}),
             **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
         },
     )  # fmt: skip

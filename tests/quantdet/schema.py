@@ -129,7 +129,12 @@ class Engine(Row):
 
 
 class Hardware(Row):
-    """One kind of machine: what identifies it and what it multiplies natively."""
+    """One kind of machine: what identifies it and what it multiplies natively.
+
+    `limits`: environment that makes a CPU work like a lesser one, `hides`: instruction sets that torch then denies
+    (torch.cpu._is_NAME_supported). Such a row is never what a machine is; it is used where --hardware names it, on a CPU
+    that has `isa`.
+    """
 
     kind: Kind
     title: str
@@ -137,9 +142,15 @@ class Hardware(Row):
     isa: tuple[str, ...] = ()
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
     gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
+    limits: dict[str, str] = {}
+    hides: tuple[Literal["amx_tile", "avx512_bf16", "avx512"], ...] = ()
 
     @model_validator(mode="after")
     def _identified(self) -> "Hardware":
+        if self.limits and self.kind != "cpu":
+            raise ValueError("'limits' is for kind 'cpu' only")
+        if self.hides and not self.limits:
+            raise ValueError("'hides' needs 'limits': libraries that do not ask torch see the whole CPU")
         key = {"cpu": "isa", "cuda": "compute_capability", "rocm": "gfx"}[self.kind]
         if not getattr(self, key):
             raise ValueError(f"kind {self.kind!r} needs {key!r}")

@@ -73,7 +73,10 @@ class Session:
     def cells(self) -> list[Cell]:
         """Every cell of the run, in file order."""
         wanted = self.options.hardware
-        cells = [cell for cell in self.matrix.cells() if wanted is None or cell.hardware_id == wanted]
+        rows = {name for name, row in self.matrix.hardware.items() if name == wanted or (wanted is None and not row.limits)}
+        if self.replay is not None and wanted is None:
+            rows = set(self.matrix.hardware)
+        cells = [cell for cell in self.matrix.cells() if cell.hardware_id in rows]
         return cells if self.replay is None else self.replay.expand(cells)
 
     def expectations(self, cell: Cell) -> Expectations:

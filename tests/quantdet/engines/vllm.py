@@ -38,6 +38,8 @@ class VllmEngine:
         if not plan.extra.get("spawn") and not getattr(preloaded, "FORK_SAFE", True):
             raise NeedsSpawn("CUDA was initialised in the forkserver")
         masks.hide(masks.broken() if plan.extra.get("spawn") else masks.in_forkserver())
+        if plan.extra.get("hide"):
+            _hide_instruction_sets(plan.extra["hide"])
         import vllm
 
         if plan.args.get("enforce_eager"):
@@ -171,6 +173,14 @@ def _watched() -> Stopwatch:
 
         stopwatch.watch("compile", EngineCore, "_initialize_kv_caches")
     return stopwatch
+
+
+def _hide_instruction_sets(names: list[str]) -> None:
+    """Let torch deny instruction sets, before vLLM asks it which of its own libraries and kernels to take."""
+    import torch.cpu
+
+    for name in names:
+        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
 
 
 def _fp8_outside_onednn() -> None:
