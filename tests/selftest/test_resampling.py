@@ -58,6 +58,15 @@ class TestBootstrapInterval:
         random.shuffle(shuffled)  # type: ignore[attr-defined]
         assert bootstrap_interval(sample, seed, 1000) == bootstrap_interval(shuffled, seed, 1000)
 
+    def test_follows_the_definition(self) -> None:
+        """All 6^6 resamples of six values, at the percentiles Phi(-+ sqrt(6/5) t), t = 2.5706 with 5 degrees of freedom."""
+        sample = np.array([-1.3, -0.4, 0.1, 0.3, 0.9, 2.2])
+        means = np.array(list(itertools.product(sample, repeat=6))).mean(axis=1)
+        tail = 0.0024318
+        expected = np.quantile(means, [tail, 1 - tail])
+        assert expected == pytest.approx(bootstrap_interval(sample, 0, 100_000), abs=0.03)
+        assert abs(expected - np.quantile(means, [0.005, 0.995])).min() > 0.06
+
     def test_seeds_differ(self) -> None:
         """Another seed is another set of resamples."""
         sample = simulated(normal, 1, 16)[0]

@@ -237,6 +237,22 @@ class TestDetect:
         assert Verdict.NOT_DETECTABLE is detect(replace(c, high=0.5)).verdict
         assert Verdict.UNDERPOWERED is detect(replace(c, high=0.5, mde=0.51)).verdict
 
+    def test_interval_and_p_and_prompts_are_all_needed(self) -> None:
+        """Any one of the three that does not say so keeps a difference from being called one, in either direction."""
+        up, down = compared(16, 0.5, 0.4), compared(16, -0.5, 0.4)
+        for c in (up, down):
+            for wanting in ({"low": -0.01, "high": 0.01}, {"p": 0.051}, {"prompts": 5}):
+                found = detect(replace(c, **wanting), relevance=0.001)
+                assert (Verdict.UNDERPOWERED, False) == (found.verdict, found.contradicted)
+
+    def test_contradicted_needs_no_effect_size(self) -> None:
+        """Every positive difference is outside the interval, so none was missed; the effect is in the reason all the same."""
+        c = compared(16, -0.5, 0.4)
+        found = detect(c, relevance=c.mde / 2)
+        assert (Verdict.NOT_DETECTABLE, True) == (found.verdict, found.contradicted)
+        assert f"minimum detectable effect {c.mde:.3g}" in found.reason
+        assert "matches the claim better" in found.reason
+
     def test_null_is_rarely_detectable(self) -> None:
         """Two formats whose distances are exchangeable: at most 2.5 % of comparisons say farther, as many nearer."""
         pairs = np.random.Generator(np.random.Philox(3)).lognormal(size=(500, 2, 12))
