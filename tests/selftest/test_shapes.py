@@ -228,7 +228,9 @@ def test_moe_wna16_ends_with_its_cuda_kernel(version: str, refused: bool) -> Non
 
     assert refused is (expectations.unsupported(cell) is not None)
     assert refused is (expectations.noise(cell, "decode") is None)
-    assert refused is (matrix.pin_for(matrix.formats[cell.format_id], version) is None)
+    pin = matrix.pin_for(matrix.formats[cell.format_id], version)
+    assert pin is not None
+    assert refused is bool(pin.unsupported)
     assert matrix.pin_for(matrix.formats["gptq_moe_marlin"], version) is not None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 MAX_BYTES = 64 << 20
 MAX_ID = 2**31
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class ImportRefused(Exception):
@@ -44,7 +46,8 @@ class Field:
             raise self.refuse(f"needs an object, is {_kind(self.value)}")
         self._counted(len(self.value), 1, most)
         for name in self.value:
-            yield name, Field(self.file, f"{self.at}.{shown(name)}", self.value[name])
+            plain = name if _PLAIN.fullmatch(name) else shown(name)
+            yield name, Field(self.file, f"{self.at}.{plain}", self.value[name])
 
     def each(self, least: int, most: int) -> list["Field"]:
         """The elements of a list of `least` to `most`."""
@@ -102,7 +105,7 @@ class Field:
     def _counted(self, count: int, least: int, most: int) -> None:
         if not least <= count <= most:
             raise self.refuse(
-                f"needs {least} to {most} elements, has {count}" if least != most else f"needs {most}, has {count}"
+                f"needs {least} to {most} elements, has {count}" if least != most else f"needs {most} elements, has {count}"
             )
 
 
