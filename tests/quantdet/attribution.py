@@ -86,14 +86,14 @@ def judge(
     told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
     words = {found[name].verdict for name in others}
     verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
-    figures = _figures(recorded, gaps, base, nearest)
+    figures = {**_figures(recorded, gaps, base, nearest), "beside": _beside(recorded, verified[base])}
     record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
     where, prompts = f"{claim} reexecution", len(nearest.nearest)
     low, high = nearest.interval or (0.0, 1.0)
     share = (
         f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
     )
-    end = _beside(recorded, verified[base])
+    end = f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
     wrong = [name for name in others if found[name].contradicted]
     if wrong:
         one = min((compared[name] for name in wrong), key=lambda c: c.difference)
@@ -140,7 +140,7 @@ def _beside(recorded: Observation, verified: Observation) -> str:
     changes = [f"{name.removesuffix('_package')} {a.get(name) or 'none'} -> {b.get(name) or 'none'}" for name in names]
     if recorded.header.dtype != verified.header.dtype:
         changes.insert(0, f"dtype {recorded.header.dtype} -> {verified.header.dtype}")
-    return f" (beside the hardware: {', '.join(changes)})" if changes else ""
+    return ", ".join(changes)
 
 
 def _source(recorded: Observation) -> str:
