@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from quantdet.observation_header import Header, PromptHeader, Reported
 from quantdet.schema import Phase
 
+_MASS = 1.001  # a float32 log-softmax over 200 000 logits is off by less
+
 
 class ObservationError(Exception):
     """An observation cannot be used; the message names the file and the field."""
@@ -169,6 +171,8 @@ def prompt_record(
                 bad_rows |= ~np.isfinite(values).any(axis=1)
             if bad_rows.any() and not excused:
                 raise ObservationError(f"{path}: {p}.{at}.{name}: no logprob, and the header reports no non-finite logits")
+        if reported is None and not excused:
+            _check_rows(f"{path}: {p}.{at}.topk_logprobs", found)
         return found
 
     ids = take("prompt_ids", "int32", prompt.length if reported is None or reported.ids else 0)
@@ -189,6 +193,17 @@ def prompt_record(
                     why = f"position {row}: not the logprob that the top-k gives for this token"
                     raise ObservationError(f"{path}: {p}.{o}.{phase}.chosen: {why}")
     return PromptRecord(prompt, ids, outputs, reported)
+
+
+def _check_rows(where: str, block: Block) -> None:
+    """Rows are in their order, and no more than one probability: what an engine cannot have answered was made up."""
+    logprobs, ids = block.topk_logprobs, block.topk_ids
+    falling = (logprobs[:, 1:] < logprobs[:, :-1]) | ((logprobs[:, 1:] == logprobs[:, :-1]) & (ids[:, 1:] > ids[:, :-1]))
+    if not falling.all():
+        raise ObservationError(f"{where}: position {int(np.flatnonzero(~falling.all(axis=1))[0])}: not in order")
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    if (mass > _MASS).any():
+        raise ObservationError(f"{where}: position {int(np.argmax(mass))}: probabilities add up to {mass.max():.3g}")
 
 
 def _inconsistent(block: Block, chosen_ids: NDArray[np.int32]) -> int | None:

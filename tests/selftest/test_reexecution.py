@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet.observation import Observation, read, write
+from quantdet.observation import Observation, ObservationError, read, write
 from selftest.fakes import MATRIX
 from selftest.inner import Run, Suite
 
@@ -148,6 +148,30 @@ def test_one_logprob_shifted_by_one_ulp_is_refused(suite: Suite, recordings: Pat
 
     assert 4 == run.code
     assert "claim3.0.decode.chosen" in run.output
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda row: row.__setitem__(slice(1, 3), row[[2, 1]]), "not in order"),
+        (lambda row: row.__iadd__(6.0), "probabilities add up to"),
+        (lambda row: row.__setitem__(2, np.nan), "no logprob"),
+    ],
+    ids=["order", "mass", "nan"],
+)
+def test_logprobs_that_no_engine_answers_are_refused(recordings: Path, edit: Callable[[Any], Any], words: str) -> None:
+    """Sealed anew: swapped, raised or missing logprobs of one position are named all the same."""
+    whole = read(folder_of(recordings, "awq"))
+    block = whole.claims[3].outputs[0].prefill
+    block.topk_logprobs.flags.writeable = True
+    edit(block.topk_logprobs[5])
+    if words == "probabilities add up to":  # and so is the token's own, not to be found by that
+        block.chosen.flags.writeable = True
+        block.chosen[5] += 6.0
+    rewrite(folder_of(recordings, "awq"), whole)
+
+    with pytest.raises(ObservationError, match=f"claim3.0.prefill.topk_logprobs: .*{words}"):
+        read(folder_of(recordings, "awq"))
 
 
 def test_another_checkpoint_under_the_same_name_is_invalid(suite: Suite, recordings: Path) -> None:
