@@ -6,6 +6,7 @@ better than its own (a noisy kernel's does).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,8 @@ def gap(recorded: Observation, verified: Observation, sequences: Sequences, phas
         rows = verified.prompts[sequences.index[sequence(recorded, c)]].outputs[0].prefill
         block, length = claim.outputs[0].block(phase), claim.header.length
         part = slice(0, length - 1) if phase == "prefill" else slice(length - 1, length - 1 + len(block.digests))
-        ids, logprobs = rows.topk_ids[part], rows.topk_logprobs[part]
+        k = block.topk_ids.shape[1]  # the claim's: another claim's longer rows must not change this one's distances
+        ids, logprobs = rows.topk_ids[part][:, :k], rows.topk_logprobs[part][:, :k]
         content = np.arange(len(ids)) + 1 >= claim.header.content_start if phase == "prefill" else np.ones(len(ids), np.bool_)
         own.append(float(union_topk(block.topk_ids, block.topk_logprobs, ids, logprobs, content)[:, 0].mean()))
         published.append(published_topk(block.topk_ids, block.topk_logprobs, ids, logprobs))
@@ -83,6 +85,9 @@ def judge(
     adjusted = dict(zip(compared, stats.holm([one.p for one in compared.values()]), strict=True))
     found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
     nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
+    if not others:
+        text = f"UNDERPOWERED {claim} reexecution: no format with other numbers re-executed it, so that nothing could be told"
+        return Judgement(Verdict.UNDERPOWERED, text, False)
     told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
     words = {found[name].verdict for name in others}
     verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
@@ -94,6 +99,13 @@ def judge(
         f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
     )
     end = f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
+    apart = _apart(verified, recorded, sequences)
+    if compared and float(decode[base].mean()) > apart:
+        text = (
+            f"matches no format here: {float(decode[base].mean()):.3g} nats from {base}, and the formats here are at most "
+            f"{apart:.3g} from each other on these tokens, {share}"
+        )
+        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
     wrong = [name for name in others if found[name].contradicted]
     if wrong:
         one = min((compared[name] for name in wrong), key=lambda c: c.difference)
@@ -102,21 +114,41 @@ def judge(
         text += f" [{-one.high:.3g}, {-one.low:.3g}], {share}"
         return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
     text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
-    if others:
-        closest = min(others, key=lambda name: compared[name].difference)
-        one = compared[closest]
-        text += (
-            f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
-            f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
-            f"minimum detectable {one.mde:.2g})"
-        )
+    closest = min(others, key=lambda name: compared[name].difference)
+    one = compared[closest]
+    text += (
+        f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
+        f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
+        f"minimum detectable {one.mde:.2g})"
+    )
     same = [name for name in mine if name != base]
     if same:
         text += "; same numbers: " + ", ".join(f"{name} {found[name].verdict} (MDE {compared[name].mde:.2g})" for name in same)
     if failed:
         text += f"; did not run: {', '.join(failed)}"
+    broken = [
+        name for name, reason in failed.items() if not reason.startswith((str(Verdict.UNAVAILABLE), str(Verdict.UNSUPPORTED)))
+    ]
     detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
-    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
+    return Judgement(verdict, f"{verdict} {where}: {text}{end}", not broken, figures, detail, reexecution=record)
+
+
+def _apart(verified: Mapping[str, Observation], recorded: Observation, sequences: Sequences) -> float:
+    """The largest distance between two formats that run here, on the claim's generated positions, mean over prompts, nats.
+
+    A claim that is farther than this from its own format was not made by any hardware difference.
+    """
+    largest = 0.0
+    for one, other in combinations(verified.values(), 2):
+        gaps = []
+        for c, claim in enumerate(recorded.claims):
+            n, k = sequences.index[sequence(recorded, c)], claim.outputs[0].decode.topk_ids.shape[1]
+            part = slice(claim.header.length - 1, claim.header.length - 1 + len(claim.outputs[0].output_ids))
+            a, b = (o.prompts[n].outputs[0].prefill for o in (one, other))
+            rows = [(x.topk_ids[part][:, :k], x.topk_logprobs[part][:, :k]) for x in (a, b)]
+            gaps.append(float(union_topk(*rows[0], *rows[1])[:, 0].mean()))
+        largest = max(largest, float(np.mean(gaps)))
+    return largest
 
 
 def within(recorded: Observation) -> float:

@@ -3,6 +3,7 @@
 Only headers are read while cases are collected; arrays when a claim is judged.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class References:
             for path in sorted(path.parent for path in folder.rglob(HEADER_FILE) if not path.parent.name.startswith(".")):
                 header = read_header(path)
                 # Another lifetime or a copy claims nothing new; a seeded defect says nothing of the format.
-                new = (header.key, header.lifetime) not in {(known.key, known.lifetime) for _, known in self._found}
-                if header.claims and not header.inject and not header.lifetime and new:
+                new = header.header_sha256 not in {known.header_sha256 for _, known in self._found}
+                if header.kind == "observation" and header.claims and not header.inject and not header.lifetime and new:
                     self._found.append((path, header))
 
     def claims(self, hardware: Iterable[str]) -> list[Claim]:
@@ -61,7 +62,7 @@ class References:
             for path, header in self._found:
                 origin = f"@{_vllm(header)}" if names[header.cell] > 1 else ""
                 if versions[header.cell, _vllm(header)] > 1:
-                    origin += f"#{header.key[:8]}"
+                    origin += f"#{header.header_sha256[:8]}"
                 cell = header.cell
                 claims.append(Claim(cell.model_id, cell.format_id, verifier, "", cell.hardware_id, origin, path))
         return claims
@@ -85,4 +86,5 @@ class References:
 
 
 def _vllm(header: Header) -> str:
-    return str(header.environment.get("vllm") or "unknown")
+    """Safe in a test id and in a table: a header is another's word."""
+    return re.sub(r"[^A-Za-z0-9.+_-]", "_", str(header.environment.get("vllm") or "unknown"))[:40]

@@ -23,7 +23,7 @@ from quantdet.observation_blocks import Block as Block
 from quantdet.observation_blocks import ObservationError as ObservationError
 from quantdet.observation_blocks import Output as Output
 from quantdet.observation_blocks import PromptRecord as PromptRecord
-from quantdet.observation_blocks import check_prompt, check_reported, prompt_record
+from quantdet.observation_blocks import check_claims, check_prompt, check_reported, prompt_record
 from quantdet.observation_header import SCHEMA, Header
 from quantdet.schema import Cell, Phase
 
@@ -135,6 +135,7 @@ def read(directory: Path) -> Observation:
     claims = tuple(prompt_record(path, header, row, f"claim{c}", lengths, tensors) for c, row in enumerate(header.claims))
     if tensors:
         raise ObservationError(f"{path}: {min(tensors)}: belongs to no prompt")
+    check_claims(str(path), claims)
     return Observation(header, prompts, directory, claims=claims)
 
 
@@ -158,6 +159,8 @@ def read_header(directory: Path) -> Header:
         where = ".".join(map(str, first["loc"])) or "(file)"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ObservationError(f"{path}: {where}: {first['msg']}{more}") from None
+    if header.kind == "refusal" and (header.prompts or header.claims):
+        raise ObservationError(f"{path}: a refusal has no prompts and no claims")
     if header.kind == "observation":
         if (header.executed is None and header.evidence == "logits") or not header.prompts:
             raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")

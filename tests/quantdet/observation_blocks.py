@@ -206,6 +206,23 @@ def _check_rows(where: str, block: Block) -> None:
         raise ObservationError(f"{where}: position {int(np.argmax(mass))}: probabilities add up to {mass.max():.3g}")
 
 
+def check_claims(where: str, claims: tuple[PromptRecord, ...]) -> None:
+    """Claims are greedy generations from different prompts: each counts as evidence of its own.
+
+    Raises:
+        ObservationError: a generated token is not the most likely one, or two claims have the same prompt.
+    """
+    seen: dict[bytes, int] = {}
+    for c, claim in enumerate(claims):
+        first = seen.setdefault(claim.prompt_ids.tobytes(), c)
+        if first != c:
+            raise ObservationError(f"{where}: claim{c}.prompt_ids: the same as claim{first}'s")
+        decode = claim.outputs[0].decode
+        below = np.flatnonzero(decode.chosen < decode.topk_logprobs[:, 0])
+        if below.size:
+            raise ObservationError(f"{where}: claim{c}.0.output_ids: step {int(below[0])} is not the most likely token")
+
+
 def _inconsistent(block: Block, chosen_ids: NDArray[np.int32]) -> int | None:
     """First row whose chosen logprob is not its top-k's, bit for bit, or is above a top-k that does not have the token."""
     hit = block.topk_ids == chosen_ids[:, None]

@@ -4,7 +4,7 @@ from quantdet import attribution, checkpoints
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
-from quantdet.schema import Cell
+from quantdet.schema import Cell, Format
 from quantdet.session import Session
 from quantdet.verdicts import Judgement, Verdict
 
@@ -22,6 +22,11 @@ def verifiers(claim: Claim, session: Session) -> list[Cell]:
     ]
 
 
+def numbers(format_: Format) -> str:
+    """What a format computes with: its weights and, where it quantizes them, its activations."""
+    return format_.weights if format_.activations == "none" else f"{format_.weights} with {format_.activations} activations"
+
+
 def gate(claim: Claim, session: Session) -> str | None:
     """Why `claim` cannot be judged here (need and have); None if it can be tried."""
     header = session.references.header(claim)
@@ -35,8 +40,8 @@ def gate(claim: Claim, session: Session) -> str | None:
         cells = [cell for cell in session.matrix.cells() if cell.model_id == claim.model_id]
         reasons = [session.gate(cell) for cell in cells if cell.hardware_id == claim.hardware_id]
         return next(filter(None, reasons), f"reexecution: needs a format of {claim.model_id} on {claim.hardware_id}, have none")
-    weights = session.matrix.formats[claim.format_id].weights
-    own = [cell for cell in here if session.matrix.formats[cell.format_id].weights == weights]
+    weights = numbers(session.matrix.formats[claim.format_id])
+    own = [cell for cell in here if numbers(session.matrix.formats[cell.format_id]) == weights]
     if not own:
         return f"reexecution: needs a format with weights {weights} on {claim.hardware_id}, have none"
     dtypes = {session.matrix.verifying_dtype(cell, header.dtype) for cell in own}
@@ -49,6 +54,10 @@ def gate(claim: Claim, session: Session) -> str | None:
 def judge(claim: Claim, session: Session) -> Judgement | str:
     """The claim re-executed and judged; a text says why it is UNAVAILABLE."""
     recorded = session.references.observation(claim)
+    bad = recorded.header.nonfinite
+    if bad:
+        text = f"non-finite logits, first prompt {bad[0].prompt} {bad[0].phase} {bad[0].position}"
+        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
     wanted = recorded.header.checkpoint_sha256
     try:
         here = session.weights(claim.model_id, claim.format_id).sha256
@@ -63,13 +72,17 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     failed: dict[str, str] = {}
     for cell in verifiers(claim, session):
         match session.verified(cell, recorded.header.dtype):
+            case Measured(observations=(found, *_)) if found.header.nonfinite:
+                failed[cell.format_id] = f"{Verdict.INVALID} non-finite logits"
             case Measured(observations=(found, *_)):
                 verified[cell.format_id] = found
             case Missing(reason=reason, verdict=verdict):
                 failed[cell.format_id] = f"{verdict} {reason}"
             case Refusal(message=message):
                 failed[cell.format_id] = f"{Verdict.UNSUPPORTED} {message}"
+    if not verified and failed and all(reason.startswith(Verdict.UNAVAILABLE) for reason in failed.values()):
+        return next(iter(failed.values())).removeprefix(f"{Verdict.UNAVAILABLE} ")
     formats = session.matrix.formats
-    weights = {name: formats[name].weights for name in (*verified, claim.format_id)}
+    weights = {name: numbers(formats[name]) for name in (*verified, claim.format_id)}
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
     return attribution.judge(claim, recorded, verified, weights, sequences, failed)

@@ -32,7 +32,7 @@ class Replay:
         found = store.Store(folder).all()
         if not found:
             raise ObservationError(f"{folder}: no observation in this folder")
-        self._verified = [observation for observation in found if observation.header.role == ROLE]
+        self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]
         found = [observation for observation in found if observation.header.role != ROLE]
         self._versions: dict[str, list[str]] = {}
         for observation in found:

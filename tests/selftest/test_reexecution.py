@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet.observation import Observation, ObservationError, read, write
-from selftest.fakes import MATRIX
+from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
+from selftest.fakes import MATRIX, setting
 from selftest.inner import Run, Suite
 
 pytest_plugins = ["pytester"]
@@ -101,6 +101,57 @@ def test_tokens_of_one_format_under_logprobs_of_another(suite: Suite, recordings
 
     assert 4 == run.code
     assert "chosen" in run.output
+
+
+def test_logprobs_far_from_every_format_are_not_taken_for_a_hardware_difference(suite: Suite, recordings: Path) -> None:
+    """A claim whose logprobs are off by nats everywhere, consistently and sealed anew, matches no format."""
+    whole = read(folder_of(recordings, "awq"))
+    for claim in whole.claims:
+        block = claim.outputs[0].decode
+        for array in (block.topk_logprobs, block.chosen):
+            array.flags.writeable = True
+        block.topk_logprobs[:] -= np.arange(4, dtype=np.float32) * 5 + 1
+        block.chosen[:] -= 1
+    rewrite(folder_of(recordings, "awq"), whole)
+
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
+
+    assert {"test_reexecution[alpha/awq/cpu-here-by-cpu-here]": "DETECTABLE"} == run.failures(), run.output
+    assert "matches no format here" in run.output
+
+
+def test_tokens_that_are_not_the_most_likely_are_refused(recordings: Path) -> None:
+    """A claim is greedy: the second most likely token, with its own logprob, is not what was asked for."""
+    whole = read(folder_of(recordings, "awq"))
+    output = whole.claims[0].outputs[0]
+    for array in (output.output_ids, output.decode.chosen):
+        array.flags.writeable = True
+    output.output_ids[2], output.decode.chosen[2] = output.decode.topk_ids[2, 1], output.decode.topk_logprobs[2, 1]
+    rewrite(folder_of(recordings, "awq"), whole)
+
+    with pytest.raises(ObservationError, match=r"claim0\.0\.output_ids: step 2 is not the most likely token"):
+        read(folder_of(recordings, "awq"))
+
+
+def test_one_prompt_many_times_is_refused(recordings: Path) -> None:
+    """Copies of one claim are no independent evidence."""
+    whole = read(folder_of(recordings, "awq"))
+    copies = tuple(
+        PromptRecord(header=claim.header, prompt_ids=whole.claims[0].prompt_ids, outputs=whole.claims[0].outputs)
+        for claim in whole.claims
+    )
+    rewrite(folder_of(recordings, "awq"), Observation(whole.header, whole.prompts, claims=copies))
+
+    with pytest.raises(ObservationError, match=r"claim1\.prompt_ids: the same as claim0's"):
+        read(folder_of(recordings, "awq"))
+
+
+def test_a_verifier_that_died_is_not_passed_over(suite: Suite, recordings: Path) -> None:
+    """A format that should have re-executed the claim and crashed fails the case, though the rest would do."""
+    run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS + setting("ct", "kill"))
+
+    assert ["test_reexecution[alpha/awq/cpu-here-by-cpu-here]"] == list(run.failures()), run.output
+    assert "did not run: ct" in run.output
 
 
 @pytest.mark.parametrize(
