@@ -5,13 +5,13 @@ better than its own (a noisy kernel's does).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import identification, signal_noise, stats
+from quantdet import identification, resampling, signal_noise, stats
 from quantdet.claims import Claim
 from quantdet.distance import decode_distance, published_topk, union_topk
 from quantdet.observation import Observation
@@ -82,6 +82,11 @@ def judge(
     base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
     others = [name for name in verified if name not in mine]
     compared = {name: signal_noise.directional(decode[name], decode[base], _SEED) for name in verified if name != base}
+    # What would have been found at the level that is left to each of them (Bonferroni, which Holm is never stricter than).
+    compared = {
+        name: replace(one, mde=resampling.minimum_detectable(decode[name] - decode[base], alpha=0.05 / len(compared)))
+        for name, one in compared.items()
+    }
     adjusted = dict(zip(compared, stats.holm([one.p for one in compared.values()]), strict=True))
     found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
     nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
@@ -170,6 +175,13 @@ def _beside(recorded: Observation, verified: Observation) -> str:
     a, b = recorded.header.environment, verified.header.environment
     names = [name for name in _SOFTWARE if a.get(name) != b.get(name)]
     changes = [f"{name.removesuffix('_package')} {a.get(name) or 'none'} -> {b.get(name) or 'none'}" for name in names]
+    one, other = recorded.header.executed, verified.header.executed
+    if one is not None and other is not None and one.mode != other.mode:
+        changes.insert(0, f"mode {one.mode} -> {other.mode}")
+    if recorded.header.checkpoint_files_sha256 != verified.header.checkpoint_files_sha256 and (
+        recorded.header.format == verified.header.format
+    ):
+        changes.insert(0, "the checkpoint's configuration files")
     if recorded.header.dtype != verified.header.dtype:
         changes.insert(0, f"dtype {recorded.header.dtype} -> {verified.header.dtype}")
     return ", ".join(changes)
