@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 from quantdet.observation import HEADER_FILE, Observation, ObservationError, read, read_header
 from quantdet.observation_header import Header
-from quantdet.schema import Cell
+from quantdet.schema import Cell, Dtype, Model
 
 
 @dataclass(frozen=True, order=True)
@@ -83,6 +84,25 @@ class References:
         if claim.path not in self._read:
             self._read[claim.path] = read(claim.path)
         return self._read[claim.path]
+
+
+def check(claim: Observation, model: Model) -> None:
+    """Can the claim's ids be given to `model` at all? One that cannot would spoil the plan that all claims share.
+
+    Raises:
+        ObservationError: an id outside the vocabulary, or a dtype that no format has.
+    """
+    if claim.header.dtype not in get_args(Dtype):
+        raise ObservationError(f"{claim.path}: dtype: {claim.header.dtype!r}, needs one of {', '.join(get_args(Dtype))}")
+    if model.synthetic is None:
+        return
+    vocabulary = model.synthetic.vocab_size
+    for c, one in enumerate(claim.claims):
+        largest = max(int(one.prompt_ids.max()), int(one.outputs[0].output_ids.max()))
+        if largest >= model.synthetic.vocab_size:
+            raise ObservationError(
+                f"{claim.path}: claim{c}: token id {largest} of a vocabulary of {model.synthetic.vocab_size}"
+            )
 
 
 def _vllm(header: Header) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from quantdet import reexecution
-from quantdet.claims import Claim
+from quantdet.claims import Claim, check
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import ObservationError
 from quantdet.schema import PHASES, Cell
@@ -146,7 +146,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             skip(item, Verdict.UNAVAILABLE, reason)
         elif isinstance(cell, Claim):
             try:
-                session.references.observation(cell)
+                check(session.references.observation(cell), session.matrix.models[cell.model_id])
             except ObservationError as error:  # before any engine starts; nothing of a bad recording is judged
                 raise pytest.UsageError(f"--reference: {error}") from None
             claimed.append(cell)

@@ -225,6 +225,21 @@ def test_logprobs_that_no_engine_answers_are_refused(recordings: Path, edit: Cal
         read(folder_of(recordings, "awq"))
 
 
+def test_ids_and_dtypes_that_the_model_does_not_have_are_refused(suite: Suite, recordings: Path) -> None:
+    """They would spoil the plan that all claims share: named before any engine starts."""
+    folder = folder_of(recordings, "awq")
+    rewrite(folder, read(folder), dtype="evil")
+    assert "dtype: 'evil', needs one of bfloat16" in suite("-k", "reexecution", f"--reference={recordings}").output
+
+    whole = read(folder)
+    whole.claims[1].prompt_ids.flags.writeable = True
+    whole.claims[1].prompt_ids[0] = 10**9
+    rewrite(folder, whole, dtype="float16")
+    run = suite("-k", "reexecution", f"--reference={recordings}")
+    assert 4 == run.code
+    assert "claim1: token id 1000000000 of a vocabulary of 1024" in run.output
+
+
 def test_another_checkpoint_under_the_same_name_is_invalid(suite: Suite, recordings: Path) -> None:
     """The claim's weights are not the ones here: INVALID, with both hashes."""
     folder = folder_of(recordings, "awq")
