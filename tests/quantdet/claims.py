@@ -99,10 +99,8 @@ def check(claim: Observation, model: Model) -> None:
     vocabulary = model.synthetic.vocab_size
     for c, one in enumerate(claim.claims):
         largest = max(int(one.prompt_ids.max()), int(one.outputs[0].output_ids.max()))
-        if largest >= model.synthetic.vocab_size:
-            raise ObservationError(
-                f"{claim.path}: claim{c}: token id {largest} of a vocabulary of {model.synthetic.vocab_size}"
-            )
+        if largest >= vocabulary:
+            raise ObservationError(f"{claim.path}: claim{c}: token id {largest} of a vocabulary of {vocabulary}")
 
 
 def _vllm(header: Header) -> str:
