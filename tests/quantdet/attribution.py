@@ -135,7 +135,11 @@ def judge(
         name for name, reason in failed.items() if not reason.startswith((str(Verdict.UNAVAILABLE), str(Verdict.UNSUPPORTED)))
     ]
     detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
-    return Judgement(verdict, f"{verdict} {where}: {text}{end}", not broken, figures, detail, reexecution=record)
+    if broken:  # with it the answer might be another one
+        first = failed[broken[0]].partition("\n")[0]
+        text = f"did not run: {', '.join(broken)}, first {first}; of the others: {verdict}, {text}"
+        return Judgement(Verdict.ERROR, f"ERROR {where}: {text}{end}", False, figures, detail, reexecution=record)
+    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
 
 
 def _apart(verified: Mapping[str, Observation], recorded: Observation, sequences: Sequences) -> float:
