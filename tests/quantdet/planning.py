@@ -1,6 +1,7 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
 import hashlib
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def plan_for(
             **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
         },
     )  # fmt: skip
+
+
+def cold(plan: Plan, matrix: Matrix) -> Plan:
+    """`plan` in a process that finds no kernel compiled or chosen by an earlier one."""
+    extra = {**plan.extra, "cold": list(matrix.engine.caches), "spawn": True}
+    return replace(plan, identity={**plan.identity, "caches": "cold"}, extra=extra)
 
 
 def _planned(prompt: workload.Prompt) -> PlannedPrompt:

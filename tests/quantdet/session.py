@@ -152,6 +152,8 @@ class Session:
         observations: list[Observation] = []
         reused = True
         for lifetime in range(lifetimes):
+            if lifetime and lifetime == lifetimes - 1 and self.matrix.hardware[cell.hardware_id].kind == "cuda":
+                plan = planning.cold(plan, self.matrix)
             outcome, was_there = self._lifetime(cell, plan, lifetime)
             if not isinstance(outcome, Observation):
                 return outcome
