@@ -311,7 +311,9 @@ class Expect(Row):
     """
 
     when: When = When()
-    outcome: Literal["noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift", "may_recompile"]
+    outcome: Literal[
+        "noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift", "may_recompile"
+    ]
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
@@ -138,12 +138,15 @@ def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPromp
     recorder.begin(prompt, ids, len(prompt.token_ids))
     lifetime = plan.identity.get("lifetime", 0)
     for repeat in range(plan.repeats):
+        if recorder.enough(repeat):
+            break
         rows = {"decode": decode.copy(), "prefill": prefill.copy()}
         last = repeat == plan.repeats - 1
         if behaviour == "restart_noise" and lifetime:
             flip(rows["prefill"], 0, 5)
-        if plan.inject == "bitflip" and last and number == 0:
-            flip(rows["decode"], 1, 0)
+        if last and number == 0 and behaviour != "blind":  # "blind": nothing that is done to the logits is seen
+            for phase, (row, token) in FLIPS.get(plan.inject, {}).items():
+                flip(rows[phase], row, token)
         _distort(behaviour, rows, repeat, last, number)
         tokens = np.argmax(np.nan_to_num(rows["decode"]), axis=1).astype(np.int32)
         blocks = {
@@ -207,6 +210,7 @@ def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
             .model_copy(update={"logits_dtype": recorder.logits_dtype})
             .model_dump(),
             "nonfinite": [row.model_dump() for row in recorder.nonfinite],
+            "repeats": recorder.repeats,
             "divergences": [row.model_dump() for row in recorder.divergences],
             "prompts": [record.header.model_dump() for record in recorder.records],
             "timings": {

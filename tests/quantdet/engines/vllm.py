@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 
 from quantdet import kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, masks
+from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
 from quantdet.observation import Block, write
 from quantdet.observation_header import SCHEMA, Executed, Header
+from quantdet.schema import Phase
 
 # Start-up failures that say nothing about the format.
 _NOT_A_REFUSAL = re.compile(
@@ -73,6 +75,7 @@ class VllmEngine:
                 "divergences": [row.model_dump() for row in recorder.divergences],
                 "prompts": [record.header.model_dump() for record in recorder.records],
                 "claims": [record.header.model_dump() for record in claims.records],
+                "repeats": recorder.repeats,
                 "timings": {
                     "import_s": imported - began,
                     "start_s": loaded - imported - stopwatch.seconds.total(),
@@ -95,8 +98,10 @@ class VllmEngine:
             given, forced_from = self._ids(llm, prompt)
             recorder.begin(prompt, given, forced_from)
             for repeat in range(plan.repeats):
-                flip = plan.inject == "bitflip" and repeat == plan.repeats - 1 and prompt is plan.prompts[0]
-                self._request(vllm, llm, tap, recorder, plan, given, (1, 0) if flip else None)
+                if recorder.enough(repeat):
+                    break
+                last = prompt is plan.prompts[0] and repeat == plan.repeats - 1
+                self._request(vllm, llm, tap, recorder, plan, given, FLIPS.get(plan.inject, {}) if last else {})
             recorder.end()
         return recorder
 
@@ -131,13 +136,13 @@ class VllmEngine:
         recorder: Recorder,
         plan: Plan,
         ids: list[int],
-        flip: tuple[int, int] | None,
+        flips: Mapping[Phase, tuple[int, int]],
     ) -> None:
         parameters = vllm.SamplingParams(
             temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,
             logprobs=plan.top_k, prompt_logprobs=plan.top_k,
         )  # fmt: skip
-        tap.start(flip)
+        tap.start(flips)
         began = time.monotonic()
         (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
         recorder.seconds(time.monotonic() - began)
