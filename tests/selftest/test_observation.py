@@ -275,9 +275,9 @@ TENSOR_MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, 
         lambda t: t.update({"0.0.prefill.digests": t["0.0.prefill.digests"][:-1]}), ("0.0.prefill.digests", "(4, 32)"),
     ),
     "rank": (lambda t: t.update({"0.prompt_ids": t["0.prompt_ids"][None]}), ("0.prompt_ids", "(1, 6)")),
-    "NaN logprob": (lambda t: t["0.0.decode.chosen"].__setitem__(0, np.nan), ("0.0.decode.chosen", "NaN")),
+    "NaN logprob": (lambda t: t["0.0.decode.chosen"].__setitem__(0, np.nan), ("0.0.decode.chosen", "no logprob")),
     "NaN top-k": (
-        lambda t: t["1.0.prefill.topk_logprobs"].__setitem__((2, 1), np.nan), ("1.0.prefill.topk_logprobs", "NaN"),
+        lambda t: t["1.0.prefill.topk_logprobs"].__setitem__((2, 1), np.nan), ("1.0.prefill.topk_logprobs", "no logprob"),
     ),
 }  # fmt: skip
 
