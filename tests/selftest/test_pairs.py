@@ -102,6 +102,12 @@ def test_one_bit_makes_two_bit_exact_formats_distinct(phase: str, prompt: int, p
     assert 0.0 == found.l2
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_either_phase_alone_tells_formats_apart(phase: str) -> None:
+    """The last position of the last prompt, and nothing else, is enough."""
+    assert Verdict.DISTINCT == pair(GPTQ, nudged(GPTQ, "ct", phase, 1, 3)).verdict
+
+
 @pytest.mark.parametrize(("size", "verdict"), [(1e-3, Verdict.DISTINCT), (50.0, Verdict.INDISTINCT)])
 def test_a_noisy_format_is_distinct_above_its_noise_only(size: float, verdict: Verdict) -> None:
     """Between the formats has to be more than within: small noise is DISTINCT, large noise INDISTINCT."""

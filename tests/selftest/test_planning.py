@@ -20,7 +20,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 def given(tmp_path: Path) -> dict[str, Any]:
     """What a plan is made from."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"a": 0}')
     return {
         "cell": Cell("alpha", "gptq", "cpu-here"), "matrix": matrix(tmp_path, MATRIX),
         "work": workload.load("synthetic-v1", ROOT / "fixtures" / "prompts"),

@@ -14,6 +14,7 @@ from quantdet import reexecution
 from quantdet.claims import Claim
 from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
 from quantdet.observation_header import NonFinite
+from quantdet.results import Missing
 from quantdet.schema import Cell
 from quantdet.verdicts import Judgement, Verdict
 from selftest.fakes import MATRIX, observation, setting
@@ -299,6 +300,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
         replay=SimpleNamespace(has_verified=lambda cell: True),
+        verified=lambda cell, claimed: Missing(Verdict.ERROR, "re-executes nothing"), sequences=lambda model, claimed: None,
     )  # fmt: skip
 
 
