@@ -107,7 +107,7 @@ def test_what_is_taken_does_not_change_afterwards(model: Any) -> None:
 def test_a_seeded_flip_is_one_bit_of_one_logit_of_one_step(model: Any, dtype: Any) -> None:
     """In the engine's own tensor, so that it goes the way of a real one."""
     tap = LogitsTap(model)
-    tap.start(flip=(1, 3))
+    tap.start({"decode": (1, 3)})
     answers = [model.compute_logits(rows(1, 10.0 * step).astype(dtype)) for step in range(3)]
     model.compute_logits(rows(2).astype(dtype))
 
