@@ -200,6 +200,7 @@ class Judge:
                 f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
                 f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
                 f"decode_published_back={pair.decode_published_back:.6g} within={pair.within:.6g}"
+                + ("" if pair.p is None else f" p={pair.p:.6g} p_smallest={pair.p_smallest:.6g}")
             )
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there

@@ -28,8 +28,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(render(table, width))
         for where, text in confidence.controls(records.cases).items():
             reporter.write_line(f"controls on {where}: {text}")
-        if bound := confidence.at_once(records.cases):
-            reporter.write_line(bound)
+        for text in filter(None, (confidence.at_once(records.cases), confidence.multiplicity(records.cases))):
+            reporter.write_line(text)
         clock = config.stash[collect.SESSION].clock
         if clock.cells > clock.reused:
             for table in time_tables(records):
