@@ -28,6 +28,7 @@ class Options:
     ignore_native: bool = False
     fresh: bool = False
     inject: str = ""
+    report: Path | None = None
 
 
 def add(parser: pytest.Parser) -> None:
@@ -51,6 +52,7 @@ def add(parser: pytest.Parser) -> None:
         "--reference", metavar="DIR", action="append",
         help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
     )  # fmt: skip
+    group.addoption("--report", metavar="DIR", help="Write a bug bundle for every NOISY or INVALID cell into DIR/bundles")
     group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
 
 
@@ -106,11 +108,12 @@ def parse(config: pytest.Config) -> Options:
         ignore_native=config.getoption("--ignore-native"),
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
+        report=path("--report"),
     )
 
 
 def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
-    """`bitflip:GLOB` as (kind, glob over formats or cell ids); None if empty.
+    """`bitflip:GLOB` or `noise:GLOB` as (kind, glob over formats or cell ids); None if empty.
 
     Raises:
         pytest.UsageError: an unknown kind of defect, or a format that is not in the matrix.
@@ -118,8 +121,9 @@ def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
     if not text:
         return None
     kind, _, target = text.partition(":")
-    if kind != "bitflip" or not target:
-        raise pytest.UsageError(f"QUANTDET_INJECT: needs bitflip:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE), is {text!r}")
+    if kind not in ("bitflip", "noise") or not target:
+        need = "bitflip:FORMAT or noise:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE)"
+        raise pytest.UsageError(f"QUANTDET_INJECT: needs {need}, is {text!r}")
     if not any(fnmatchcase(name, target) for cell in cells for name in (cell.format_id, cell.id)):
         raise pytest.UsageError(f"QUANTDET_INJECT: {target!r} is no format and no cell of this matrix")
     return kind, target
