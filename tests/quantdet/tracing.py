@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from quantdet.session import Session
 
 
-def plan_for(plan: Plan, prompt: str) -> Plan:
-    """`plan`, but one prompt, often enough to see noise again, with hooks."""
-    repeats = max(plan.repeats, diagnosis.REPEATS)
+def plan_for(plan: Plan, prompt: str, repeats: int) -> Plan:
+    """`plan`, but one prompt, with hooks; often enough to see noise again."""
     identity = {**plan.identity, "role": diagnosis.ROLE, "repeats": repeats, "prompt": prompt}
     prompts = tuple(one for one in plan.prompts if one.id == prompt)
     return replace(plan, identity=identity, prompts=prompts, repeats=repeats, claims=())
 
 
-def trace(session: "Session", cell: Cell, prompt: str) -> tuple[Trace | None, Diagnosis]:
-    """The trace of `prompt` and what it shows; from the store, or from an engine lifetime that is started for it."""
+def trace(session: "Session", cell: Cell, prompt: str, lifetimes: int = 1) -> tuple[Trace | None, Diagnosis]:
+    """The trace of `prompt` and what it shows; from the store, or from engine lifetimes that are started for it.
+
+    `lifetimes`: 2 where noise shows between lifetimes only; their repeats then follow each other in one trace.
+    """
     if session.replay is not None:
         return None, diagnosis.impossible("a replay starts no engine")
     if session.matrix.formats[cell.format_id].mode != "eager":
@@ -37,29 +39,37 @@ def trace(session: "Session", cell: Cell, prompt: str) -> tuple[Trace | None, Di
     plan = session.plan_of(cell)
     if isinstance(plan, Missing):
         return None, diagnosis.impossible(plan.reason)
-    plan = plan_for(plan, prompt)
+    plan = plan_for(plan, prompt, max(plan.repeats, diagnosis.REPEATS) if lifetimes == 1 else 2)
+    whole: Trace | None = None
+    for lifetime in range(lifetimes):
+        found = _lifetime(session, cell, plan, lifetime)
+        if isinstance(found, Diagnosis):
+            return None, found
+        if whole is not None and whole.modules != found.modules:
+            return None, diagnosis.impossible("two engine lifetimes have other layers")
+        gaps = found.gaps if whole is None else whole.gaps
+        whole = found if whole is None else found.model_copy(update={"repeats": whole.repeats + found.repeats, "gaps": gaps})
+    assert whole is not None
+    return whole, diagnosis.compare(whole)
+
+
+def _lifetime(session: "Session", cell: Cell, plan: Plan, lifetime: int) -> Trace | Diagnosis:
     place = slug(session.environment_on(cell))
-    key = planning.key_of(plan, 0)
+    key = planning.key_of(plan, lifetime)
     kept = session.store.root / "diagnoses" / cell.hardware_id / place / cell.model_id / cell.format_id / f"{key[:16]}.json"
     found = None if session.options.fresh else diagnosis.read(kept)
-    if found is None:
-        outcome = _run(session, cell, plan, key, kept)
-        if isinstance(outcome, Diagnosis):
-            return None, outcome
-        found = outcome
-    return found, diagnosis.compare(found)
+    return found or _run(session, cell, replace(plan, identity={**plan.identity, "lifetime": lifetime, "key": key}), kept)
 
 
-def _run(session: "Session", cell: Cell, plan: Plan, key: str, kept: Path) -> Trace | Diagnosis:
+def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diagnosis:
     if session.on_start is not None:
-        session.on_start(cell, 0)
-    log = session.store.log(cell, diagnosis.ROLE)
+        session.on_start(cell, plan.identity["lifetime"])
+    log = session.store.log(cell, f"{diagnosis.ROLE}{plan.identity['lifetime']}")
     log.unlink(missing_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".trace.", dir=kept.parent))
     limit = session.matrix.run_for(cell).time_limit_s
     try:
-        plan = replace(plan, identity={**plan.identity, "lifetime": 0, "key": key})
         outcome = process.run(session.engine, plan, folder, log, limit)
         written = folder / diagnosis.TRACE_FILE
         found = diagnosis.read(written) if isinstance(outcome, process.Completed) else None

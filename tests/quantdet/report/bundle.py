@@ -1,54 +1,170 @@
-"""Bug bundles: for every NOISY or INVALID cell one folder that the maintainers of an engine can work with."""
+"""Bug bundles: for every NOISY or INVALID cell one folder that the maintainers of an engine can work with.
+
+`DIR/bundles/MODEL.FORMAT.HARDWARE/` is written whole, aside, and renamed: a folder of an earlier run is replaced when its
+cell is judged again, whatever the verdict, and never mixed with a new one.
+"""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantdet import tracing
+from quantdet import __version__, checkpoints, collect, store, tracing
+from quantdet.claims import Claim
 from quantdet.diagnosis import Diagnosis, Trace
+from quantdet.engines import Plan
+from quantdet.environment import git_revision
 from quantdet.observation import Observation
-from quantdet.schema import Cell
+from quantdet.report import divergence, readme, repro, weights
+from quantdet.schema import Cell, Synthetic
+from quantdet.shapes import layers_of
 from quantdet.verdicts import Judgement, Verdict
 
 if TYPE_CHECKING:
     from quantdet.session import Session
 
+BUNDLES = "bundles"
+# A replay builds weights for a bundle only where that is quick.
+_QUICK_BYTES = 256 << 20
+
+
+@dataclass
+class Bundle:
+    """What is known of one cell so far."""
+
+    cases: dict[str, Judgement] = field(default_factory=dict)
+    observations: tuple[Observation, ...] = ()
+    prompt: str | None = None
+    lifetimes: int = 1
+    trace: Trace | None = None
+    diagnosis: Diagnosis | None = None
+
+
+_KNOWN = pytest.StashKey[dict[Cell, Bundle]]()
+
 
 def added(session: "Session", item: pytest.Item, judgement: Judgement, observations: Sequence[Observation]) -> Judgement:
-    """Put a case's judgement into its cell's bundle, if it belongs there; the judgement with what the diagnosis found."""
-    folder = session.options.report
-    if folder is None or judgement.verdict not in (Verdict.NOISY, Verdict.INVALID) or not observations:
+    """Put a case's judgement into its cell's bundle if it belongs there; the judgement, with what the bundle adds to it."""
+    folder, cell = session.options.report, collect.cell_of(item)
+    name = getattr(item, "originalname", item.name)
+    if folder is None or cell is None or isinstance(cell, Claim) or name == "test_versions":
         return judgement
-    cell = observations[0].cell
-    prompt = noisy_prompt(observations) if judgement.verdict is Verdict.NOISY else None
-    if prompt is not None:
-        trace, diagnosis = session_diagnosis(session, cell, prompt)
-        place = folder / "bundles" / f"{cell.id.replace('/', '.')}"
-        place.mkdir(parents=True, exist_ok=True)
-        found = {"diagnosis": diagnosis.model_dump(), "trace": trace.model_dump(by_alias=True) if trace else None}
-        (place / "layers.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-        figures = {**judgement.figures, "first_divergent_layer": diagnosis.sentence}
-        detail = f"{judgement.detail}\nfirst divergent layer: {diagnosis.sentence}".lstrip()
-        judgement = replace(judgement, figures=figures, detail=detail)
+    known = item.config.stash.setdefault(_KNOWN, {})
+    place = folder / BUNDLES / cell.id.replace("/", ".")
+    if cell not in known:
+        known[cell] = Bundle()
+        shutil.rmtree(place, ignore_errors=True)
+    if judgement.verdict not in (Verdict.NOISY, Verdict.INVALID):
+        return judgement
+    bundle = known[cell]
+    measured = tuple(one for one in observations if one.header.kind == "observation")
+    bundle.observations = bundle.observations or measured
+    figures: dict[str, Any] = {"bundle": f"{BUNDLES}/{place.name}"}
+    if judgement.verdict is Verdict.NOISY and measured:
+        _diagnose(session, cell, bundle)
+        assert bundle.diagnosis is not None
+        figures["first_divergent_layer"] = bundle.diagnosis.sentence
+        detail = f"{judgement.detail}\nfirst divergent layer: {bundle.diagnosis.sentence}".lstrip()
+        judgement = replace(judgement, detail=detail)
+    judgement = replace(judgement, figures={**judgement.figures, **figures})
+    bundle.cases[item.name] = judgement
+    write(session, cell, bundle, place, git_revision(item.config.rootpath))
     return judgement
 
 
-def noisy_prompt(observations: Sequence[Observation]) -> str | None:
-    """The first prompt of which some repeat differs within its lifetime."""
-    for number, record in enumerate(observations[0].prompts):
-        if any(len(set(one.prompts[number].header.runs)) > 1 for one in observations):
-            return record.header.id
-    return None
+def _diagnose(session: "Session", cell: Cell, bundle: Bundle) -> None:
+    if bundle.diagnosis is not None:
+        return
+    bundle.prompt, bundle.lifetimes = divergence.where(bundle.observations)
+    if bundle.prompt is not None:
+        bundle.trace, bundle.diagnosis = tracing.trace(session, cell, bundle.prompt, bundle.lifetimes)
 
 
-_known: dict[tuple[int, Cell, str], tuple[Trace | None, Diagnosis]] = {}
+def write(session: "Session", cell: Cell, bundle: Bundle, place: Path, revision: str) -> None:
+    """Write the whole folder and put it into its place."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        temporary.chmod(0o755)
+        _fill(session, cell, bundle, temporary, revision)
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def session_diagnosis(session: "Session", cell: Cell, prompt: str) -> tuple[Trace | None, Diagnosis]:
-    key = (id(session), cell, prompt)
-    if key not in _known:
-        _known[key] = tracing.trace(session, cell, prompt)
-    return _known[key]
+def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision: str) -> None:
+    evidence = divergence.involved(bundle.observations, bundle.lifetimes)
+    plan: Plan | None = None
+    if not evidence and session.replay is None:
+        asked = session.plan_of(cell)
+        plan = asked if isinstance(asked, Plan) else None
+    request = None
+    if evidence:
+        header = evidence[0].header
+        prompt = bundle.prompt or divergence.nonfinite(evidence) or header.prompts[0].id
+        environment, identity = dict(header.environment), header.model_dump(mode="json")
+        if not evidence[0].reported:
+            request = repro.Request.observed(evidence, prompt, bundle.lifetimes)
+    else:
+        environment = session.environment_on(cell) if session.replay is None else session.replay.environment()
+        identity = dict(plan.identity) if plan is not None else {}
+        request = repro.Request.planned(plan) if plan is not None else None
+    about = readme.About(
+        cell=cell, cases=bundle.cases, environment=environment, identity=identity, inject=str(identity.get("inject") or ""),
+        executed=evidence[0].header.executed if evidence else None,
+        requested=session.matrix.formats[cell.format_id].kernel, diagnosis=bundle.diagnosis,
+        divergences=divergence.found(evidence, bundle.lifetimes), replayed=session.replay is not None, request=request,
+        observations=tuple(f"observations/{'/'.join(one.path.parts[-5:])}" for one in evidence if one.path is not None),
+    )  # fmt: skip
+    for one in evidence:
+        if one.path is not None:
+            store.copy_into(one, folder / "observations")
+    about = replace(about, weights=_weights(session, cell, str(identity.get("checkpoint_sha256", "")), folder))
+    if request is not None:
+        text = repro.script(
+            request, title=about.title, note=about.note, model=about.weights.model, made=(folder / "weights.json").exists(),
+            hides=session.matrix.hardware[cell.hardware_id].hides,
+        )  # fmt: skip
+        (folder / "repro.py").write_text(text, encoding="utf-8")
+    suite = {"suite": __version__, "suite_revision": revision, "created": identity.get("created", "")}
+    _json(folder / "environment.json", {**environment, **suite})
+    _json(folder / "kernels.json", about.kernels)
+    _json(folder / "divergence.json", about.divergence)
+    if bundle.diagnosis is not None:
+        trace = bundle.trace.model_dump(mode="json", by_alias=True) if bundle.trace is not None else None
+        layers = {"first_divergent_layer": bundle.diagnosis.sentence, "diagnosis": bundle.diagnosis.model_dump(mode="json")}
+        (folder / "layers.json").write_text(json.dumps({**layers, "trace": trace}) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(readme.text(about), encoding="utf-8")
+
+
+def _weights(session: "Session", cell: Cell, sha256: str, folder: Path) -> weights.Weights:
+    model = session.matrix.models[cell.model_id]
+    why = "not in the bundle"
+    if session.replay is not None and (model.synthetic is None or _bytes(model.synthetic) > _QUICK_BYTES):
+        why = "not in the bundle, which was written from a recording"
+    else:
+        try:
+            checkpoint = session.weights(cell.model_id, cell.format_id)
+        except (checkpoints.Unavailable, OSError, ValueError) as error:
+            why = f"not in the bundle: {error}"
+        else:
+            if not sha256 or checkpoint.sha256 == sha256:
+                return weights.place(model, session.matrix.formats[cell.format_id], checkpoint, folder)
+            why = "not in the bundle: this suite makes other ones under this name now"
+    return weights.Weights(None, f"{why}; tensors' SHA-256 `{sha256}`. Give `repro.py --model` a folder with them.")
+
+
+def _bytes(spec: Synthetic) -> int:
+    """About the size of a generated model in 16 bits."""
+    layer = sum(one.n * one.k * max(1, one.experts) for one in layers_of(spec))
+    return 2 * (spec.layers * layer + 2 * spec.vocab_size * spec.hidden_size)
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
