@@ -21,7 +21,7 @@ def digest(*parts: object) -> str:
 
 
 def rows(calls: int = 3, defects: tuple[tuple[int, str], ...] = ()) -> list[tuple[int, int, str, str]]:
-    """One repeat: every module in every forward call; each (call, module) in `defects` changes its outputs and all that follows."""
+    """One repeat: every module in every forward call; each (call, module) in `defects` changes all from its outputs on."""
     found, state = [], "start"
     for call in range(calls):
         for number, name in enumerate(NAMES):
@@ -37,7 +37,7 @@ def trace(*repeats: list[tuple[int, int, str, str]], **more: Any) -> Trace:
 
 
 def traced(plan: Plan, behaviour: str) -> Trace:
-    """What the fake engine traces: noise of a behaviour, or of the seeded defect; `flip_prefill` leaves no trace in any layer."""
+    """What the fake engine traces: noise of a behaviour, or of the seeded defect; `flip_prefill` shows in no layer."""
     repeats = []
     for repeat in range(plan.repeats):
         last = repeat == plan.repeats - 1

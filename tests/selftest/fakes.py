@@ -45,7 +45,8 @@ class FakeEngine:
 
     numerics: formats with the same value have the same logits (default: the format's id);
     executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
-    only_if: the behaviour holds while this file exists; only_not: while this one exists the engine dies; starts: file that gets a line per engine start;
+    only_not: while this file exists the engine dies;
+    only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
 

@@ -119,7 +119,8 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
         cell=cell, cases=bundle.cases, environment=environment, identity=identity, inject=str(identity.get("inject") or ""),
         executed=evidence[0].header.executed if evidence else None,
         requested=session.matrix.formats[cell.format_id].kernel, diagnosis=bundle.diagnosis,
-        divergences=divergence.found(evidence, bundle.lifetimes), replayed=session.replay is not None, request=request,
+        divergences=divergence.found(evidence, bundle.lifetimes) if bundle.diagnosis is not None else (),
+        replayed=session.replay is not None, request=request,
         observations=tuple(f"observations/{'/'.join(one.path.parts[-5:])}" for one in evidence if one.path is not None),
     )  # fmt: skip
     for one in evidence:
