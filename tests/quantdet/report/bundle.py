@@ -7,7 +7,7 @@ cell is judged again, whatever the verdict, and never mixed with a new one.
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
     for one in evidence:
         if one.path is not None:
             store.copy_into(one, folder / "observations")
-    about = replace(about, weights=_weights(session, cell, str(identity.get("checkpoint_sha256", "")), folder))
+    about = replace(about, weights=_weights(session, cell, identity, folder))
     if request is not None:
         text = repro.script(
             request, title=about.title, note=about.note, model=about.weights.model, made=(folder / "weights.json").exists(),
@@ -144,8 +144,8 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
     (folder / "README.md").write_text(readme.text(about), encoding="utf-8")
 
 
-def _weights(session: "Session", cell: Cell, sha256: str, folder: Path) -> weights.Weights:
-    model = session.matrix.models[cell.model_id]
+def _weights(session: "Session", cell: Cell, identity: Mapping[str, Any], folder: Path) -> weights.Weights:
+    model, sha256 = session.matrix.models[cell.model_id], str(identity.get("checkpoint_sha256", ""))
     why = "not in the bundle"
     if session.replay is not None and (model.synthetic is None or _bytes(model.synthetic) > _QUICK_BYTES):
         why = "not in the bundle, which was written from a recording"
@@ -158,7 +158,10 @@ def _weights(session: "Session", cell: Cell, sha256: str, folder: Path) -> weigh
             if not sha256 or checkpoint.sha256 == sha256:
                 return weights.place(model, session.matrix.formats[cell.format_id], checkpoint, folder)
             why = "not in the bundle: this suite makes other ones under this name now"
-    return weights.Weights(None, f"{why}; tensors' SHA-256 `{sha256}`. Give `repro.py --model` a folder with them.")
+    source = f"{identity.get('checkpoint_source') or '?'}, tensors' SHA-256 `{sha256}`"
+    return weights.Weights(
+        None, f"{why} ({source}). The suite makes or fetches it; `repro.py --model FOLDER` takes it from anywhere."
+    )
 
 
 def _bytes(spec: Synthetic) -> int:

@@ -52,7 +52,12 @@ class About:
 
     @property
     def _kernel(self) -> str:
-        return self.executed.summary if self.executed is not None else f"kernel {self.requested}"
+        if self.executed is None:
+            return f"kernel {self.requested}"
+        return (
+            " + ".join(dict.fromkeys(layer.executed for layer in (*self.executed.linear, *self.executed.moe)))
+            or "no linear layer"
+        )
 
     @property
     def note(self) -> str:
@@ -181,7 +186,7 @@ def _run(about: About) -> list[str]:
         return ["There is no script: the request is not known (nothing was measured, or only reported logprobs are at hand)."]
     what = f"prompt {about.request.prompt}, {len(about.request.ids)} token ids, {about.request.decode_tokens} tokens generated"
     parts = [
-        "```sh\npython repro.py\n```",
+        f"```sh\npython repro.py{'' if about.weights.model is not None else ' --model FOLDER'}\n```",
         f"It needs vllm, torch, numpy and safetensors, gives {what}, and prints a digest of all logits per repeat, where one "
         "first differs, and the kernels. Exit code: 0 no repeat differs, 1 some do, 2 it could not run. `--repeats N` repeats "
         "more often; `--lifetimes N` compares engine processes.",
@@ -193,13 +198,21 @@ def _run(about: About) -> list[str]:
     return parts
 
 
+def _traced(diagnosis: Diagnosis | None) -> str:
+    if diagnosis is None:
+        return ""
+    return (
+        "why no layer was traced" if diagnosis.status == "not possible" else "digests of what every traced layer took and gave"
+    )
+
+
 def _files(about: About) -> str:
     rows = {
         "repro.py": "the script" if about.request is not None else "",
         "environment.json": "versions, device, variables",
         "kernels.json": "what executed, by kind of layer",
         "divergence.json": "verdicts with all figures; first differing positions",
-        "layers.json": "digests of every traced layer's inputs and outputs" if about.diagnosis is not None else "",
+        "layers.json": _traced(about.diagnosis),
         "observations/": "what was measured: `pytest --replay=observations` in the suite judges it again"
         if about.observations
         else "",
