@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROLE = "diagnosis"  # of the engine lifetime that writes a trace; it measures nothing
 TRACE_FILE = "trace.json"
+TRACED = 1  # raised when other modules are traced, or in another way: older traces are then not taken for new ones
 REPEATS = 10
 MAX_TRACE_BYTES = 256 << 20
 

@@ -91,6 +91,9 @@ def parse(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
     if kept_in is not None and kept_in.exists() and not kept_in.is_dir():
         raise pytest.UsageError(f"--store: {kept_in} is not a folder")
+    report = path("--report")
+    if report is not None and report.exists() and not report.is_dir():
+        raise pytest.UsageError(f"--report: {report} is not a folder")
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(
@@ -108,7 +111,7 @@ def parse(config: pytest.Config) -> Options:
         ignore_native=config.getoption("--ignore-native"),
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
-        report=path("--report"),
+        report=report,
     )
 
 

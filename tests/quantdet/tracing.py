@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def plan_for(plan: Plan, prompt: str, repeats: int) -> Plan:
     """`plan`, but one prompt, with hooks; often enough to see noise again."""
-    identity = {**plan.identity, "role": diagnosis.ROLE, "repeats": repeats, "prompt": prompt}
+    identity = {**plan.identity, "role": diagnosis.ROLE, "repeats": repeats, "prompt": prompt, "traced": diagnosis.TRACED}
     prompts = tuple(one for one in plan.prompts if one.id == prompt)
     return replace(plan, identity=identity, prompts=prompts, repeats=repeats, claims=())
 

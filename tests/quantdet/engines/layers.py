@@ -103,18 +103,21 @@ class LayerTap:
 
 
 def _traced(module: Any) -> bool:
-    """Leaves of the model, and layers that have parts of their own: a linear layer, experts, attention."""
+    """Leaves of the model, and vLLM's operators that have parts of their own: a linear layer, attention, experts, rotary."""
     if getattr(module, "quant_method", None) is not None or hasattr(module, "attn_backend"):
         return True
-    return next(module.children(), None) is None
+    operator = any(base.__name__ in ("CustomOp", "PluggableLayer") for base in type(module).__mro__)
+    return operator or next(module.children(), None) is None
 
 
 def _known(name: str, module: Any) -> dict[str, str]:
     """Kind and kernel of a module, as far as they can be told."""
     kind, kernel = kernels.of_layer(name, module)
-    word = type(module).__name__
-    if not kind:
-        kind = next((kind for part, kind in _KINDS.items() if part in word), "other")
+    if not kind:  # what runs the experts of a layer may hold them as a part
+        parts = (kernels.of_layer(f"{name}.{path}", part) for path, part in module.named_modules())
+        kernel = next((kernel for kind, kernel in parts if kind == "moe"), "")
+        word = type(module).__name__
+        kind = "moe" if kernel else next((kind for part, kind in _KINDS.items() if part in word), "other")
     return {"kind": kind, "kernel": kernel}
 
 
