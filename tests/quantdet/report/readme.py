@@ -47,7 +47,10 @@ class About:
             layer = self.diagnosis.layer if self.diagnosis is not None else None
             what = (layer.kernel or layer.module) if layer is not None and self.diagnosis.status == "found" else self._kernel  # type: ignore[union-attr]
             between = self.request is not None and self.request.lifetimes > 1
-            return f"{what}: the same request gives other logits {'in another process' if between else 'when repeated'} {where}"
+            given = "logprobs" if self.identity.get("evidence") == "reported" else "logits"
+            return (
+                f"{what}: the same request gives other {given} {'in another process' if between else 'when repeated'} {where}"
+            )
         return f"{self._kernel}: {next(iter(self.cases.values())).message.partition(': ')[2] or 'invalid result'} {where}"
 
     @property
