@@ -159,9 +159,7 @@ def _weights(session: "Session", cell: Cell, identity: Mapping[str, Any], folder
                 return weights.place(model, session.matrix.formats[cell.format_id], checkpoint, folder)
             why = "not in the bundle: this suite makes other ones under this name now"
     source = f"{identity.get('checkpoint_source') or '?'}, tensors' SHA-256 `{sha256}`"
-    return weights.Weights(
-        None, f"{why} ({source}). The suite makes or fetches it; `repro.py --model FOLDER` takes it from anywhere."
-    )
+    return weights.Weights(None, f"{why} ({source}). The suite makes or fetches it.")
 
 
 def _bytes(spec: Synthetic) -> int:
