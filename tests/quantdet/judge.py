@@ -9,6 +9,7 @@ from quantdet import control_judgements, controls, drift, judgements, reexecutio
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
+from quantdet.report import bundle
 from quantdet.report.record import JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
@@ -177,6 +178,7 @@ class Judge:
 
     def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
         __tracebackhide__ = True
+        judgement = bundle.added(self.session, self.item, judgement, observations)
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
         if observations and observations[0].header.kind == "observation":
             known = self.session.expectations(observations[0].cell)

@@ -233,6 +233,10 @@ class Session:
         self._record([outcome])
         return Measured((outcome,), was_there)
 
+    def plan_of(self, cell: Cell) -> Plan | Missing:
+        """What an engine would be asked of `cell`; starts none."""
+        return self._prepare(cell)
+
     def weights(self, model_id: str, format_id: str) -> checkpoints.Checkpoint:
         """The weights of a format, whether or not it can run here.
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdet import diagnosis
 from quantdet.compare import stable_topk
 from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
 from quantdet.engines.capture import digest_rows
@@ -26,6 +27,7 @@ from quantdet.engines.recorder import Recorder
 from quantdet.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
 from quantdet.store import Store
+from selftest import fake_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -43,6 +45,7 @@ class FakeEngine:
 
     numerics: formats with the same value have the same logits (default: the format's id);
     executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
+    only_not: while this file exists the engine dies;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
@@ -56,9 +59,14 @@ class FakeEngine:
         behaviour = args.get("behaviour", "honest")
         if "only_if" in args and not Path(args["only_if"]).exists():
             behaviour = "honest"
+        if "only_not" in args and Path(args["only_not"]).exists():
+            behaviour = "exit"
         print(f"fake engine: {behaviour}", flush=True)
         _act(behaviour, args)
         if behaviour == "missing":
+            return
+        if plan.identity.get("role") == diagnosis.ROLE:
+            diagnosis.write(fake_layers.traced(plan, behaviour), directory / diagnosis.TRACE_FILE)
             return
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):
@@ -145,7 +153,7 @@ def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPromp
         if behaviour == "restart_noise" and lifetime:
             flip(rows["prefill"], 0, 5)
         if last and number == 0 and behaviour != "blind":  # "blind": nothing that is done to the logits is seen
-            for phase, (row, token) in FLIPS.get(plan.inject, {}).items():
+            for phase, (row, token) in FLIPS.get("bitflip" if plan.inject == "noise" else plan.inject, {}).items():
                 flip(rows[phase], row, token)
         _distort(behaviour, rows, repeat, last, number)
         tokens = np.argmax(np.nan_to_num(rows["decode"]), axis=1).astype(np.int32)
