@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
@@ -57,6 +57,7 @@ class FakeEngine:
         if "only_if" in args and not Path(args["only_if"]).exists():
             behaviour = "honest"
         print(f"fake engine: {behaviour}", flush=True)
+        faults.fire(plan.inject)
         _act(behaviour, args)
         if behaviour == "missing":
             return

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quantdet import kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, masks
+from quantdet.engines import EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, faults, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -57,6 +57,7 @@ class VllmEngine:
             device.check(plan)
         loaded = time.monotonic()
         executed = self._executed(llm)
+        faults.fire(plan.inject)
         tap = LogitsTap(_model(llm))
         recorder = self._run(vllm, llm, tap, plan)
         measured = time.monotonic()
