@@ -15,8 +15,8 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import by_layer, load_folder
 from quantdet.untrusted import parse_json, read_bounded
 
-# No *.bin, no *.pt: pickles run code when they are read.
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+# No *.bin, no *.pt, no *.py: pickles run code when they are read, modules when a checkpoint is trusted.
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model*", "tokenizer*.txt", "*.model", "merges.txt", "vocab.txt"]
 _MAX_CONFIG_BYTES = 16 << 20
 _EXTRA = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
