@@ -1,6 +1,6 @@
 """Faults and hostile inputs, and what becomes of each: `cases.toml`, which the tests assert against, as a table.
 
-    cd tests && python -m faults.cases > faults/README.md
+cd tests && python -m faults.cases > faults/README.md
 """
 
 import re

@@ -59,7 +59,13 @@ class Held:
                 signal.signal(number, self._catch)
 
     def end(self) -> None:
-        self._open = True  # first: a signal may come while the handlers are put back
+        try:
+            self._open = True  # first: a signal may come while the handlers are put back
+            self._put_back()
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -120,8 +126,8 @@ def held() -> Iterator[Held]:
         raise
     finally:
         _active = None
-        pending.end()
         try:
+            pending.end()
             if not interrupted:  # who pressed twice means the same as who pressed once
                 pending.let()
         finally:
