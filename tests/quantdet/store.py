@@ -103,9 +103,12 @@ class Store:
 
     def _set_aside(self, place: Path) -> None:
         with contextlib.suppress(OSError):
-            aside = place.with_name(f".damaged-{place.name}-{os.getpid()}")
-            os.rename(place, aside)
-            self.set_aside.append(aside)
+            aside = Path(tempfile.mkdtemp(prefix=f".damaged-{place.name}-", dir=place.parent))
+            try:
+                os.rename(place, aside)
+                self.set_aside.append(aside)
+            except OSError:
+                aside.rmdir()
 
 
 def copy_into(observation: Observation, root: Path) -> None:

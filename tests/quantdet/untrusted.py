@@ -30,8 +30,8 @@ def read_bounded(path: Path, most: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        payload = file.read(min(status.st_size, most) + 1)
-    if len(payload) > most:
+        payload = file.read(status.st_size + 1) if status.st_size <= most else b""  # it may grow while it is read
+    if max(status.st_size, len(payload)) > most:
         raise ValueError(f"larger than {most} bytes")
     return payload
 
