@@ -24,7 +24,8 @@ QUANTDET_INJECT=sigkill:tiny-qwen3/gptq_auto/* pytest -k tiny-qwen3   # see one:
 ```
 
 After every fault: the other cells of the run are judged, no process and no temporary folder of an engine stays, nothing
-half-written is taken for whole, and a rerun measures what is missing and no more. `…` stands for any text.
+half-written is taken for whole, and a rerun measures what is missing and no more. What a run that was killed itself had not
+finished in the store stays hidden there for a day. `…` stands for any text.
 """
 
 
@@ -82,13 +83,19 @@ def table() -> str:
             section = case.section
             lines += [f"## {section}\n", "| what | how it is made | verdict | message | shown by |", "|---|---|---|---|---|"]
         tests = "<br>".join(f"`{name}`" for name in case.test)
-        cells = (case.what, case.made, f"`{case.verdict}`", f"`{case.message}`".replace("|", "\\|"), tests)
+        cells = (case.what, case.made, f"`{case.verdict}`", _code(case.message), tests)
         lines.append(f"| {' | '.join(cells)} |")
         following = list(cases().values())
         place = following.index(case)
         if place + 1 == len(following) or following[place + 1].section != section:
             lines.append("")
     return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    """A message as code in a table's cell; nothing where nobody is left to say anything."""
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{text}{fence}".replace("|", "\\|") if text else ""
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from faults.cases import rows, shows
+from quantdet.engines import EngineRefused, scratch
 from quantdet.engines import ended as endings
-from quantdet.engines import scratch
+from quantdet.engines.vllm import VllmEngine
 from quantdet.schema import Cell
 from quantdet.store import Store
 from selftest.fakes import MATRIX, TESTS, alive, setting
 from selftest.inner import Suite
+from selftest.test_process import plan
 from selftest.whole import AWQ, BESIDE, TWO, a_rerun_measures_the_rest, ended, engines, noted, nothing_stayed, of, says, starts
 from selftest.whole import temporary as temporary
 
@@ -220,3 +223,29 @@ def test_an_engine_that_keeps_the_interpreter_dies_with_its_run(tmp_path: Path) 
         parent.kill()
         parent.wait()
     assert [] == alive(pids)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Has the name that torch's has."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("tried to allocate"), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        ValueError("No available memory for the cache blocks"), MemoryError(), OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_room_while_loading_is_no_refusal(error: Exception) -> None:
+    """vLLM that finds no memory for a format says nothing of the format: ERROR, never the UNSUPPORTED of a refusal."""
+
+    def llm(**arguments: object) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        VllmEngine._load(SimpleNamespace(LLM=llm), plan())
+    assert caught.value is error
+    with pytest.raises(EngineRefused):
+        VllmEngine._load(SimpleNamespace(LLM=lambda **arguments: int("not a format")), plan())

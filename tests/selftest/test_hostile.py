@@ -20,7 +20,7 @@ from faults.cases import rows, shows
 from quantdet import matrix, untrusted
 from quantdet.checkpoints import hub, tensors
 from quantdet.hardware import Machine, Software
-from quantdet.importers import published
+from quantdet.importers import checked, layouts, published
 from quantdet.observation import HEADER_FILE, TENSORS_FILE, ObservationError, read
 from quantdet.observation_header import Header
 from quantdet.options import Options
@@ -146,7 +146,7 @@ def test_the_pickle_of_these_tests_works(tmp_path: Path) -> None:
     """What `rec-pickle` holds does run code where somebody unpickles it: that nothing happened means something."""
     loads = __import__("pickle").loads
 
-    loads(pickled(tmp_path / "trap"))
+    loads(pickled(tmp_path / "trap")).close()
 
     assert (tmp_path / "trap").exists()
 
@@ -390,9 +390,7 @@ def offences(text: str) -> list[str]:
             if name in FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_CALLS - {"eval", "exec", "torch.load"}:
                 found.append(name)
             found += [word.arg for word in node.keywords if word.arg == "allow_pickle" and ast.unparse(word.value) != "False"]
-        if isinstance(node, ast.Constant) and node.value == "trust_remote_code" and "in table" not in text:
-            found.append("trust_remote_code")
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+        if "trust_remote_code" in (getattr(node, "value", None), getattr(node, "arg", None)):
             found.append("trust_remote_code")
     return found
 
@@ -413,7 +411,8 @@ def test_nothing_unpickles_and_nothing_trusts_code() -> None:
     """In no module of the suite: data is JSON, TOML, safetensors and GGUF; pipes between processes carry bytes."""
     modules = sorted((TESTS / "quantdet").rglob("*.py"))
 
-    assert {} == {str(path): found for path in modules if (found := offences(path.read_text(encoding="utf-8")))}
+    found = {path.name: names for path in modules if (names := offences(path.read_text(encoding="utf-8")))}
+    assert {"schema.py": ["trust_remote_code"]} == found  # where it is refused
     assert len(modules) > 50
 
 
@@ -540,9 +539,9 @@ def test_any_bytes_are_weights_or_a_value_error(tmp_path: Path, data: st.DataObj
         assert str(path) in str(error)
 
 
-@settings(FUZZ, max_examples=15)
+@FUZZ
 @given(data=st.data())
-def test_any_bytes_are_a_report_or_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject) -> None:
+def test_any_bytes_are_a_report_or_a_line(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes of a published file cut, changed or put in: it is imported, or refused in one printable line."""
     content = REPORT.read_bytes()
     start = data.draw(st.integers(0, len(content)))
@@ -550,10 +549,11 @@ def test_any_bytes_are_a_report_or_a_line(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "report.json"
     path.write_bytes(content[:start] + data.draw(st.binary(max_size=20)) + content[end:])
 
-    code = published.main([str(path), "--out", str(tmp_path / f"{start}"), "--hardware", "sm80"])
-
-    said = capsys.readouterr().err
-    assert (0, "") == (code, said) or (code == 2 and said.removesuffix("\n").isprintable())
+    try:
+        for one in layouts.read(checked.load(path)):
+            published.observe(one, Cell("qwen3-8b", one.format_id, "sm80"))
+    except checked.ImportRefused as error:
+        assert str(error).isprintable()
 
 
 @settings(max_examples=40)

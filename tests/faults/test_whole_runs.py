@@ -15,7 +15,7 @@ pytest_plugins = ["pytester"]
 
 
 def here(test: str) -> list[str]:
-    return rows(f"faults/test_runs.py::{test}")
+    return rows(f"faults/test_whole_runs.py::{test}")
 
 
 SIGNALS: dict[str, tuple[signal.Signals, tuple[str, ...]]] = {
