@@ -6,6 +6,7 @@ shapes, finiteness and the SHA-256 of the arrays are checked, and `ObservationEr
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from quantdet.observation_blocks import PromptRecord as PromptRecord
 from quantdet.observation_blocks import check_claims, check_prompt, check_reported, prompt_record
 from quantdet.observation_header import SCHEMA, Header
 from quantdet.schema import Cell, Phase
+from quantdet.untrusted import flaw, parse_json, read_bounded
 
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -108,7 +110,10 @@ def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], cl
         header = header.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
     header = header.model_copy(update={"header_sha256": header.digest()})
     text = json.dumps(header.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True)
-    (directory / HEADER_FILE).write_text(text + "\n", encoding="utf-8")
+    # Whole under its name or not there: a full disk, or a kill, leaves no half of one.
+    unfinished = directory / f".{HEADER_FILE}"
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / HEADER_FILE)
 
 
 def read(directory: Path) -> Observation:
@@ -121,12 +126,7 @@ def read(directory: Path) -> Observation:
     if header.kind == "refusal":
         return Observation(header, (), directory)
     path = directory / TENSORS_FILE
-    try:
-        if path.stat().st_size > MAX_TENSORS_BYTES:
-            raise ObservationError(f"{path}: larger than {MAX_TENSORS_BYTES} bytes")
-        payload = path.read_bytes()
-    except OSError as error:
-        raise ObservationError(f"{path}: {error.strerror}") from None
+    payload = _payload(path, MAX_TENSORS_BYTES)
     if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
         raise ObservationError(f"{path}: SHA-256 differs from {HEADER_FILE}: tensors_sha256 (damaged or edited)")
     try:
@@ -151,15 +151,14 @@ def read_header(directory: Path) -> Header:
     """Read and check the JSON part only."""
     path = directory / HEADER_FILE
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise ObservationError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ObservationError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(_payload(path, MAX_HEADER_BYTES))
+    except ValueError as error:
         raise ObservationError(f"{path}: not JSON: {error}") from None
     if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
-        raise ObservationError(f"{path}: schema: is {raw.get('schema')!r}, this suite reads {SCHEMA}")
+        raise ObservationError(f"{path}: schema: is {ascii(raw.get('schema'))[:40]}, this suite reads {SCHEMA}")
+    found = flaw({name: value for name, value in raw.items() if name != "refusal"} if isinstance(raw, dict) else raw)
+    if found is not None:
+        raise ObservationError(f"{path}: {found[0]}: {found[1]}")
     try:
         header = Header.model_validate(raw)
     except ValidationError as error:
@@ -185,3 +184,12 @@ def read_header(directory: Path) -> Header:
     if header.header_sha256 != header.digest():
         raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
+
+
+def _payload(path: Path, most: int) -> bytes:
+    try:
+        return read_bounded(path, most)
+    except OSError as error:
+        raise ObservationError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ObservationError(f"{path}: {error}") from None

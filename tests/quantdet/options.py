@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from quantdet.engines import faults
 from quantdet.schema import Cell
+
+# `bitflip` is a defect of the numbers, the others are faults of the engine's process.
+INJECTIONS = ("bitflip", "noise", *faults.KINDS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def parse(config: pytest.Config) -> Options:
 
 
 def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
-    """`bitflip:GLOB` or `noise:GLOB` as (kind, glob over formats or cell ids); None if empty.
+    """`KIND:GLOB` as (kind, glob over formats or cell ids); None if empty.
 
     Raises:
         pytest.UsageError: an unknown kind of defect, or a format that is not in the matrix.
@@ -140,9 +144,9 @@ def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
     if not text:
         return None
     kind, _, target = text.partition(":")
-    if kind not in ("bitflip", "noise") or not target:
-        need = "bitflip:FORMAT or noise:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE)"
-        raise pytest.UsageError(f"QUANTDET_INJECT: needs {need}, is {text!r}")
+    if kind not in INJECTIONS or not target:
+        need = "KIND:FORMAT or KIND:MODEL/FORMAT/HARDWARE"
+        raise pytest.UsageError(f"QUANTDET_INJECT: needs {need} with KIND one of {', '.join(INJECTIONS)}, is {text!r}")
     if not any(fnmatchcase(name, target) for cell in cells for name in (cell.format_id, cell.id)):
         raise pytest.UsageError(f"QUANTDET_INJECT: {target!r} is no format and no cell of this matrix")
     return kind, target

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, layers, masks
+from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, faults, layers, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -62,6 +62,7 @@ class VllmEngine:
             self._trace(vllm, llm, plan, directory)
             return
         executed = self._executed(llm)
+        faults.fire(plan.inject)
         tap = LogitsTap(_model(llm))
         recorder = self._run(vllm, llm, tap, plan)
         measured = time.monotonic()

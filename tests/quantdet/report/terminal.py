@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from rich.markup import escape
 from rich.table import Table
 
 from quantdet import collect
@@ -162,7 +163,7 @@ def _word(case: dict[str, Any] | None) -> str:
 def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
-    text = executed.replace("[", "\\[")
+    text = escape(executed)  # a recording's word
     if case is not None and case["properties"].get("kernel.weight_only") == "True":
         text += " weight-only"
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
