@@ -212,7 +212,7 @@ def _child(
     plan = Plan.from_json(plan_json)
     os.environ.update(plan.env)
     for name in plan.extra.get("cold", ()):  # a folder in the scratch: empty now, gone afterwards
-        os.environ[name] = os.path.join(scratch, "caches", name.lower())
+        os.environ[name] = os.path.join(place, "caches", name.lower())
     answer: dict[str, str]
     try:
         spec.load().measure(plan, Path(directory))
