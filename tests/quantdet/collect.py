@@ -50,7 +50,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("several_lifetimes"):
-        cells = [cell for cell in cells if (session.options.lifetimes or session.matrix.run_for(cell).lifetimes) > 1]
+        cells = [cell for cell in cells if session.lifetimes(cell) > 1]
     if metafunc.definition.get_closest_marker("several_versions"):
         cells = list(dict.fromkeys(replace(cell, vllm="") for cell in cells if cell.vllm))
     if "phase" in metafunc.fixturenames:

@@ -49,7 +49,7 @@ def cells(session: "Session", name: Name) -> list[Cell]:
 def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
     known = session.expectations(cell)
     format_ = session.matrix.formats[cell.format_id]
-    if session.gate(cell) is not None or known.unsupported(cell) is not None:
+    if session.gate(cell) is not None or known.unsupported(cell) is not None or not session.pinned(cell):
         return False
     rows = [known.noise(cell, phase) for phase in ("decode", "prefill")]
     if name == "known_noise":
