@@ -214,7 +214,7 @@ def test_a_copy_that_fails_leaves_the_recording_as_it_was(tmp_path: Path, monkey
         copy_into(found, recordings.root)
 
     assert [KEY] == [one.header.key for one in recordings.all()]
-    assert [] == [path for path in recordings.root.rglob(".*")]
+    assert [] == list(recordings.root.rglob(".*"))
 
 
 def test_one_place_may_be_damaged_twice(tmp_path: Path) -> None:
