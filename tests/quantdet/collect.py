@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from quantdet import reexecution
+from quantdet import controls, reexecution
 from quantdet.claims import Claim, check
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import ObservationError
@@ -30,6 +30,7 @@ MARKERS = (
     "slow: a full-size model",
     "compares_formats: judged after every cell of its model has been measured",
     "declared_unsupported: collected for the cells that the matrix declares unsupported",
+    "control(name): one case per hardware that is here: a seeded defect is found, or what is the same is the same",
     "several_lifetimes: collected when cells have more than one engine lifetime",
     "several_versions: collected when --replay holds recordings of more than one vLLM version",
 )
@@ -44,6 +45,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     if not {"cell", "judge"} <= set(metafunc.fixturenames):
         return
     cells = session.cells()
+    if (control := metafunc.definition.get_closest_marker("control")) is not None:
+        cells = controls.cells(session, control.args[0])
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("several_lifetimes"):

@@ -33,6 +33,10 @@ class Expectations:
         """The row that lets this version's logits differ from an older one's."""
         return self._first(cell, None, "may_drift")
 
+    def recompiles(self, cell: Cell) -> Expect | None:
+        """The row that lets an engine lifetime with cold caches give other bits."""
+        return self._first(cell, None, "may_recompile")
+
     def twins(self, a: Cell, b: Cell) -> Expect | None:
         """The row that declares two formats of one model on one hardware to be, or perhaps to be, the same numerics."""
         for row in self.rows:

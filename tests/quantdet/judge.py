@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from quantdet import drift, judgements, reexecution, reported
+from quantdet import control_judgements, controls, drift, judgements, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
+from quantdet.report import bundle
 from quantdet.report.record import JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
@@ -35,7 +36,42 @@ class Judge:
         observations = self._measured(cell)
         judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
         self._available(cell, judgement)
-        self._say(judgement, observations)
+        self._say(self._controlled(cell, judgement), observations)
+
+    def _controlled(self, cell: Cell, judgement: Judgement) -> Judgement:
+        """BIT_EXACT with what is known of its hardware's controls; INVALID where a turned-over bit was not seen."""
+        if judgement.verdict is not Verdict.BIT_EXACT:
+            return judgement
+        status = controls.status(self.session, cell)
+        words = {True: "yes", False: "missed", None: "no"}
+        figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
+        if status.blind:
+            text = f"INVALID {cell} {judgement.figures['phase']}: no repeat differs, but neither is a seeded difference seen"
+            return Judgement(Verdict.INVALID, f"{text}: {status.flip}", False, figures, judgement.text)
+        return replace(judgement, figures=figures)
+
+    def control(self, cell: Cell, name: controls.Name) -> None:
+        """A control of the cell's hardware: what was seeded is found, what is the same is the same."""
+        if name == "known_noise":
+            observations = self._measured(cell)
+            found = judgements.repeat(observations, "decode", self.session.expectations(cell))
+            self._say(replace(found, expected=found.verdict is Verdict.NOISY), observations)
+            return
+        result = self.session.control(cell, "integer" if name == "one_integer" else "control")
+        match result:
+            case Measured():
+                (seeded,) = result.observations
+            case Refusal():
+                reason = f"control: refused: {result.message}"
+                self._missing(cell, Missing(Verdict.ERROR, reason))
+            case Missing():
+                self._missing(cell, result)
+        if name == "bit_flip":
+            self._say(control_judgements.bit_flip(seeded), (seeded,))
+        else:
+            (own, *_) = self._measured(cell)
+            compare = control_judgements.same_weights if name == "same_weights" else control_judgements.one_integer
+            self._say(compare(own, seeded), (seeded,))
 
     def distinct(self, cell: Cell) -> None:
         """Distinct from every other format measured here, or declared to be the same."""
@@ -142,6 +178,7 @@ class Judge:
 
     def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
         __tracebackhide__ = True
+        judgement = bundle.added(self.session, self.item, judgement, observations)
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
         if observations and observations[0].header.kind == "observation":
             known = self.session.expectations(observations[0].cell)
@@ -165,6 +202,7 @@ class Judge:
                 f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
                 f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
                 f"decode_published_back={pair.decode_published_back:.6g} within={pair.within:.6g}"
+                + ("" if pair.p is None else f" p={pair.p:.6g} p_smallest={pair.p_smallest:.6g}")
             )
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there

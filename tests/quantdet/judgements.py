@@ -139,6 +139,16 @@ def _first_position(prompt: PromptRecord, a: Output, b: Output, phase: Phase) ->
     return min((p for p in positions if p is not None), default=None)
 
 
+def first_position_between(a: Observation, b: Observation) -> str:
+    """Where repeat 0 of two observations of the same requests differs first, in reading order, prefill before decode."""
+    for one, other in zip(a.prompts, b.prompts, strict=True):
+        for phase in ("prefill", "decode"):
+            position = _first_position(one, one.run(0), other.run(0), phase)
+            if position is not None:
+                return f"prompt {one.header.id} {phase} {_at(phase, position)}"
+    return ""
+
+
 def _gap(a: Block, b: Block) -> Distance:
     return distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs)
 
@@ -331,7 +341,11 @@ def _same(a: Observation, b: Observation) -> str:
 
 
 def _size(result: Pair) -> str:
-    return f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+    text = f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+    if result.p is None:
+        return text
+    p = f"p = {result.p:.3g} by permuting repeats, smallest possible {result.p_smallest:.3g}"
+    return f"{text}; within {result.within:.3g}, {p}"
 
 
 @qualified
@@ -344,6 +358,9 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
         return Judgement(Verdict.INVALID, f"INVALID {cell} restart: needs 2 lifetimes, have {len(observations)}", False)
     row = expectations.noise(cell, "decode") or expectations.noise(cell, "prefill")
     seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
+    warm = [group for group, o in zip(seen, observations, strict=True) if o.header.caches == "warm"]
+    if row is None and len(set(warm)) <= 1:  # only a lifetime with cold caches may differ
+        row = expectations.recompiles(cell)
     flips = len(seen) - max(Counter(seen).values())
     bound = stats.flip_rate_upper(flips, len(seen))
     figures: dict[str, object] = {
@@ -352,5 +369,13 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
         "flip_rate_upper95": round(bound, 6),
     }
     share = f"{flips} of {len(seen)} lifetimes differ, flip rate < {bound:.3g} per lifetime at 95 %"
+    figures["caches"] = ",".join(o.header.caches for o in observations)
+    if len(warm) < len(seen):
+        share += "; the last one with cold caches"
+    if flips:
+        other = next(o for group, o in zip(seen, observations, strict=True) if group != seen[0])
+        where = first_position_between(observations[0], other)
+        figures["first_divergence"] = where
+        share += f"; lifetime {other.header.lifetime} differs from the first at {where}"
     verdict = Verdict.NOISY if flips else Verdict.BIT_EXACT
     return Judgement(verdict, f"{verdict} {cell} restart: {share}", not flips or row is not None, figures)

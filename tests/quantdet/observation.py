@@ -9,7 +9,6 @@ import json
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +58,17 @@ class Observation:
         return self.header.evidence == "reported"
 
     @cached_property
+    def prefill_gaps(self) -> NDArray[np.float64]:
+        """(repeats, repeats): mean over the prompts of the L2 distance of two repeats' prefill, nats, content positions."""
+        total = np.zeros((self.header.repeats, self.header.repeats))
+        for prompt in self.prompts:
+            total += prefill_gaps(prompt, prompt) / len(self.prompts)
+        return total
+
+    @property
     def prefill_spread(self) -> float:
-        """Largest mean L2 distance (nats, content positions) between two repeats' prefill; 0 if all are equal."""
-        largest = 0.0
-        seen: dict[tuple[int, ...], list[Output]] = {}
-        for repeat in range(self.header.repeats):
-            runs = tuple(prompt.header.runs[repeat] for prompt in self.prompts)
-            seen.setdefault(runs, [prompt.run(repeat) for prompt in self.prompts])
-        for one, other in combinations(seen.values(), 2):
-            gaps = []
-            for prompt, x, y in zip(self.prompts, one, other, strict=True):
-                content = np.arange(len(x.prefill.digests)) + 1 >= prompt.header.content_start
-                a, b = x.prefill, y.prefill
-                gaps.append(distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs, content).l2)
-            largest = max(largest, float(np.mean(gaps)))
-        return largest
+        """The largest of `prefill_gaps`; 0 if all repeats are equal."""
+        return float(self.prefill_gaps.max())
 
     def logits_sha256(self, phase: Phase) -> str:
         """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits.
@@ -84,6 +79,19 @@ class Observation:
         for prompt in self.prompts:
             digest.update(prompt.run(0).block(phase).digests.tobytes())
         return digest.hexdigest()
+
+
+def prefill_gaps(one: PromptRecord, other: PromptRecord) -> NDArray[np.float64]:
+    """(repeats of `one`, repeats of `other`): L2 distance of the prefill of each two, nats, content positions."""
+    content = np.arange(len(one.outputs[0].prefill.digests)) + 1 >= one.header.content_start
+    gaps = np.zeros((len(one.outputs), len(other.outputs)))
+    for i, j in np.ndindex(gaps.shape):
+        if one is other and j <= i:  # symmetric, and nothing is far from itself
+            gaps[i, j] = gaps[j, i]
+            continue
+        a, b = one.outputs[i].prefill, other.outputs[j].prefill
+        gaps[i, j] = distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs, content).l2
+    return gaps[np.ix_(one.header.runs, other.header.runs)]
 
 
 def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], claims: tuple[PromptRecord, ...] = ()) -> None:

@@ -119,19 +119,22 @@ class Reported(_Part):
 class Header(_Part):
     """Everything of an observation but its arrays.
 
+    `caches`: whether kernels that an earlier process compiled or chose were at hand ("cold": none).
+    `max_flip_rate`: the bound that decided the number of repeats; 0 where it was given.
     `evidence`: "logits", taken from the engine in full; or "reported", logprobs that somebody published, of the rows that
     `reported` names for each prompt. Then no executed kernel is known, and digests are over a row's ids and logprobs.
     """
 
     schema_: Literal[1] = Field(alias="schema")
     kind: Literal["observation", "refusal"]
-    role: Literal["measure", "verify"] = "measure"
+    role: Literal["measure", "verify", "control"] = "measure"
     key: Sha256
     created: str
     model: Id
     format: Id
     hardware: Id
     lifetime: int = Field(ge=0)
+    caches: Literal["warm", "cold"] = "warm"
     checkpoint_sha256: Sha256
     checkpoint_source: str = ""
     checkpoint_files_sha256: str = ""
@@ -142,6 +145,7 @@ class Header(_Part):
     workload: str = ""
     workload_sha256: Sha256
     repeats: int = Field(ge=1)
+    max_flip_rate: float = Field(0.0, ge=0, lt=1)
     decode_tokens: int = Field(ge=1)
     top_k: int = Field(ge=1)
     inject: str = ""
@@ -176,10 +180,11 @@ class Header(_Part):
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
 _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
+    "caches", "max_flip_rate",
 }  # fmt: skip
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
-    "key", "created", "lifetime", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
+    "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
     "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.
@@ -190,8 +195,13 @@ _UNIT = ("gpu_uuid", "device_uuid")
 
 def different(a: Header, b: Header) -> list[str]:
     """Names of the fields in which two lifetimes are not of the same run."""
-    one, other = a.model_dump(exclude=_OUTCOME), b.model_dump(exclude=_OUTCOME)
+    left_out = {*_OUTCOME, "environment", *(("repeats",) if a.max_flip_rate and b.max_flip_rate else ())}
+    one, other = ({**h.model_dump(exclude=left_out), "environment": _lifetime_environment(h)} for h in (a, b))
     return [name for name in one if one[name] != other[name]]
+
+
+def _lifetime_environment(header: Header) -> dict[str, Any]:
+    return {name: fact for name, fact in header.environment.items() if name != "start"}  # a cold lifetime is spawned
 
 
 def environment_differences(a: Header, b: Header) -> list[str]:

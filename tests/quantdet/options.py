@@ -11,7 +11,7 @@ from quantdet.engines import faults
 from quantdet.schema import Cell
 
 # `bitflip` is a defect of the numbers, the others are faults of the engine's process.
-INJECTIONS = ("bitflip", *faults.KINDS)
+INJECTIONS = ("bitflip", "noise", *faults.KINDS)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Options:
     ignore_native: bool = False
     fresh: bool = False
     inject: str = ""
+    no_controls: bool = False
+    max_flip_rate: float | None = None
+    report: Path | None = None
 
 
 def add(parser: pytest.Parser) -> None:
@@ -46,7 +49,14 @@ def add(parser: pytest.Parser) -> None:
         "what executes is reported",
     )  # fmt: skip
     group.addoption("--repeats", type=int, metavar="N", help="Calls of each request in an engine lifetime")
-    group.addoption("--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell")
+    group.addoption(
+        "--max-flip-rate", type=float, metavar="P",
+        help="Repeat until no flip bounds the flip rate by P at 95 %% (0.05: 59 repeats, 0.01: 299), or until one is found",
+    )  # fmt: skip
+    group.addoption(
+        "--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell; on CUDA the last one starts with cold caches"
+    )
+    group.addoption("--no-controls", action="store_true", help="Seed no defect; the report says that it is uncontrolled")
     group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
     group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
     group.addoption("--replay", metavar="DIR", help="Judge the observations in this folder; start no engine")
@@ -55,6 +65,7 @@ def add(parser: pytest.Parser) -> None:
         "--reference", metavar="DIR", action="append",
         help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
     )  # fmt: skip
+    group.addoption("--report", metavar="DIR", help="Write a bug bundle for every NOISY or INVALID cell into DIR/bundles")
     group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
 
 
@@ -74,10 +85,15 @@ def parse(config: pytest.Config) -> Options:
         least = 2 if name == "--repeats" else 1
         if value is not None and value < least:
             raise pytest.UsageError(f"{name}: needs at least {least}, is {value}")
+    rate = config.getoption("--max-flip-rate")
+    if rate is not None and not 0.001 <= rate < 1:
+        raise pytest.UsageError(f"--max-flip-rate: needs 0.001 to 1 (1 excluded), is {rate:g}")
+    if rate is not None and config.getoption("--repeats") is not None:
+        raise pytest.UsageError("--max-flip-rate decides the number of repeats: --repeats does not go with it")
     replay = path("--replay")
     if replay is not None and not replay.is_dir():
         raise pytest.UsageError(f"--replay: no such folder: {replay}")
-    for other in ("--record", "--fresh", "--allow-download"):
+    for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate"):
         if replay is not None and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
     record, kept_in = path("--record"), path("--store")
@@ -93,6 +109,9 @@ def parse(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
     if kept_in is not None and kept_in.exists() and not kept_in.is_dir():
         raise pytest.UsageError(f"--store: {kept_in} is not a folder")
+    report = path("--report")
+    if report is not None and report.exists() and not report.is_dir():
+        raise pytest.UsageError(f"--report: {report} is not a folder")
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(
@@ -110,6 +129,9 @@ def parse(config: pytest.Config) -> Options:
         ignore_native=config.getoption("--ignore-native"),
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
+        no_controls=config.getoption("--no-controls"),
+        max_flip_rate=rate,
+        report=report,
     )
 
 

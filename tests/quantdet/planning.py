@@ -1,12 +1,13 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
 import hashlib
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from quantdet import __version__, store, workload
-from quantdet.checkpoints import Checkpoint
+from quantdet import __version__, stats, store, workload
+from quantdet.checkpoints import Checkpoint, altered
 from quantdet.engines import Plan, PlannedPrompt
 from quantdet.matrix import Matrix
 from quantdet.pins import filled
@@ -30,7 +31,7 @@ def key_of(plan: Plan, lifetime: int) -> str:
 
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
-    vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None,
+    vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
     device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
 ) -> Plan | str:  # fmt: skip
     """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
@@ -70,7 +71,8 @@ def plan_for(
         "max_num_batched_tokens": max(2048, length),
         "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
     }
-    repeats = repeats or run.repeats
+    least = repeats or run.repeats
+    repeats = least if max_flip_rate is None else max(least, stats.runs_needed(max_flip_rate))
     defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
     env = {**matrix.engine.env, **own}
     identity: dict[str, Any] = {
@@ -81,6 +83,8 @@ def plan_for(
         "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
         "environment": {**environment, **settings, "suite": __version__},
     }  # fmt: skip
+    if max_flip_rate is not None:
+        identity |= {"max_flip_rate": max_flip_rate}
     if claims is not None and claimed is not None:
         identity |= {
             "claims_workload": claimed.id, "claims_workload_sha256": claimed.sha256,
@@ -95,8 +99,40 @@ def plan_for(
         extra={
             "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
             **({"hide": list(row.hides)} if row.hides else {}),
+            **({} if max_flip_rate is None else {"least_repeats": least}),
             **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
         },
+    )  # fmt: skip
+
+
+def cold(plan: Plan, matrix: Matrix) -> Plan:
+    """`plan` in a process that finds no kernel compiled or chosen by an earlier one."""
+    extra = {**plan.extra, "cold": list(matrix.engine.caches), "spawn": True}
+    return replace(plan, identity={**plan.identity, "caches": "cold"}, extra=extra)
+
+
+def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
+    """`plan` with a seeded defect: see `Session.control`.
+
+    Raises:
+        Unavailable, OSError, ValueError: see `checkpoints.altered`.
+    """
+    folder, source = Path(plan.checkpoint), plan.identity["checkpoint_source"]
+    if kind == "control":
+        path, sha256 = altered.renamed(folder, cache)
+    else:
+        path, sha256, tensor = altered.one_integer(folder, cache)
+        source = f"{source}: {tensor}"
+    least = plan.extra.get("least_repeats", plan.repeats)
+    changes = {
+        "role": "control", "inject": kind, "checkpoint_sha256": sha256, "checkpoint_source": source, "repeats": least,
+        "max_flip_rate": 0.0,
+    }  # fmt: skip
+    identity = {name: value for name, value in plan.identity.items() if not name.startswith("claim")} | changes
+    extra = {name: value for name, value in plan.extra.items() if name != "least_repeats"}
+    return replace(
+        plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, extra=extra, claims=(), claim_tokens=0,
+        claim_top_k=0,
     )  # fmt: skip
 
 

@@ -32,10 +32,11 @@ class Replay:
         found = store.Store(folder).all()
         if not found:
             raise ObservationError(f"{folder}: no observation in this folder")
-        self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]
-        found = [observation for observation in found if observation.header.role != ROLE]
         for observation in found:
             _check_version(observation)
+        self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]
+        self._controls = [one for one in found if one.header.role == "control"]
+        found = [observation for observation in found if observation.header.role == "measure"]
         self._versions: dict[str, list[str]] = {}
         for observation in found:
             known = self._versions.setdefault(observation.header.hardware, [])
@@ -88,6 +89,14 @@ class Replay:
         # A copy of an observation is not another one; a second run of the same lifetime is, and none is left out.
         once = {o.header.header_sha256: o for o in observations}
         return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
+
+    def control(self, cell: Cell, kind: str) -> Result:
+        """The recorded control of `cell` with this seeded defect."""
+        for one in self._controls:
+            version = vllm_of(one) if cell.vllm else ""
+            if one.header.inject == kind and replace(one.header.cell, vllm=version) == cell:
+                return Measured((replace(one, vllm=version),), reused=True)
+        return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.folder}")
 
     def verifiers(self) -> list[str]:
         """Hardware rows on which claims were re-executed."""

@@ -134,12 +134,14 @@ class Engine(Row):
     """Arguments and environment that every engine lifetime gets; a pin adds to them.
 
     `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
-    preloaded server may still set them; a cell that sets any other one gets a fresh interpreter.
+    preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
+    name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
     """
 
     args: Args = {}
     env: Environment = {}
     env_at_start: tuple[str, ...] = ()
+    caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     max_text_tokens: PositiveInt = 1024
 
 
@@ -320,11 +322,14 @@ class Expect(Row):
     layers that meet this condition; a model without any has to be exact. `fires_not`: the formats are the same where no
     layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
     the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
-    two vLLM versions may differ although the same kernels ran; the row is about the newer version.
+    two vLLM versions may differ although the same kernels ran; the row is about the newer version. `may_recompile`: an
+    engine lifetime with cold caches may give other bits, since kernels are chosen anew.
     """
 
     when: When = When()
-    outcome: Literal["noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift"]
+    outcome: Literal[
+        "noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift", "may_recompile"
+    ]
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
@@ -352,7 +357,7 @@ class Expect(Row):
             raise ValueError("'same_kernel' belongs to the outcome 'identical_to'")
         if self.match and self.outcome != "unsupported":
             raise ValueError("'match' belongs to the outcome 'unsupported'")
-        if self.when.phase is not None and (same or self.outcome in ("unsupported", "may_drift")):
+        if self.when.phase is not None and (same or self.outcome in ("unsupported", "may_drift", "may_recompile")):
             raise ValueError(f"outcome {self.outcome!r} cannot depend on a phase")
         return self
 

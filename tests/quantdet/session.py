@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantdet import checkpoints, planning, store, verification, workload
 from quantdet.checkpoints.unchanged import changed
@@ -28,6 +28,9 @@ from quantdet.replay import Replay
 from quantdet.results import Measured, Missing, Refusal, Result
 from quantdet.schema import Cell, matches_any
 from quantdet.verdicts import Pair, Verdict
+
+if TYPE_CHECKING:
+    from quantdet.controls import Status
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Session:
     _expectations: dict[str | None, Expectations] = field(default_factory=dict)
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
+    _controls: dict[tuple[Cell, str], Result] = field(default_factory=dict)
+    controls: "dict[tuple[str, str], Status]" = field(default_factory=dict)
     _sequences: dict[tuple[str, str], verification.Sequences] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
@@ -155,6 +160,8 @@ class Session:
         observations: list[Observation] = []
         reused = True
         for lifetime in range(lifetimes):
+            if lifetime and lifetime == lifetimes - 1 and self.matrix.hardware[cell.hardware_id].kind == "cuda":
+                plan = planning.cold(plan, self.matrix)
             outcome, was_there = self._lifetime(cell, plan, lifetime)
             if not isinstance(outcome, Observation):
                 return outcome
@@ -202,6 +209,37 @@ class Session:
         self._record([outcome])
         return Measured((outcome,), was_there)
 
+    def control(self, cell: Cell, kind: str) -> Result:
+        """A lifetime of `cell` with a seeded defect, measured on the first call.
+
+        `kind`: "control", the same weights under another name, with bits turned over in the last repeat; "integer", weights
+        of which one integer is another by 1.
+        """
+        if (cell, kind) not in self._controls:
+            replay = self.replay
+            self._controls[cell, kind] = self._control(cell, kind) if replay is None else replay.control(cell, kind)
+        return self._controls[cell, kind]
+
+    def _control(self, cell: Cell, kind: str) -> Result:
+        plan = self._prepare(cell)
+        if isinstance(plan, Missing):
+            return plan
+        try:
+            plan = planning.controlling(plan, kind, self.options.checkpoints)
+        except (checkpoints.Unavailable, OSError, ValueError) as error:
+            return Missing(Verdict.UNAVAILABLE, f"control: {error}")
+        outcome, was_there = self._lifetime(cell, plan, 0)
+        if not isinstance(outcome, Observation):
+            return outcome
+        if outcome.header.kind == "refusal":
+            return Refusal(outcome.header.refusal, outcome)
+        self._record([outcome])
+        return Measured((outcome,), was_there)
+
+    def plan_of(self, cell: Cell) -> Plan | Missing:
+        """What an engine would be asked of `cell`; starts none."""
+        return self._prepare(cell)
+
     def weights(self, model_id: str, format_id: str) -> checkpoints.Checkpoint:
         """The weights of a format, whether or not it can run here.
 
@@ -239,7 +277,7 @@ class Session:
             cell, self.matrix, work, checkpoint, self.environment_on(cell),
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
-            repeats=self.options.repeats, inject=self.inject,
+            repeats=self.options.repeats, max_flip_rate=self.options.max_flip_rate, inject=self.inject,
             claimed=self._claims(cell) if given is None else None,
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)

@@ -11,17 +11,18 @@ from selftest.inner import Run, Suite, read_junit
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """Runs the measured tests with the fake engine; `apart=True` in a process of its own."""
+    """Runs the measured tests with the fake engine; `apart=True` in a process of its own, `controls=True` with
+    seeded controls beside what the test is about."""
     for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*args: str, matrix: str = MATRIX, apart: bool = False, machine: str = "") -> Run:
+    def run(*args: str, matrix: str = MATRIX, apart: bool = False, machine: str = "", controls: bool = False) -> Run:
         make_suite(pytester.path, matrix, machine)
         # Inner runs need no plugin but the suite's, and xdist where there are workers: a quarter of a second each.
         with monkeypatch.context() as patch:
             if not apart:
                 patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-            return started(args, apart)
+            return started(args if controls else (*args, "--no-controls"), apart)
 
     def started(args: tuple[str, ...], apart: bool) -> Run:
         report = pytester.path / "report.xml"

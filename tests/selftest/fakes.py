@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdet import diagnosis
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
+from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
 from quantdet.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
 from quantdet.store import Store
+from selftest import fake_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -45,6 +47,7 @@ class FakeEngine:
 
     numerics: formats with the same value have the same logits (default: the format's id);
     executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
+    only_not: while this file exists the engine dies;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
@@ -58,11 +61,16 @@ class FakeEngine:
         behaviour = args.get("behaviour", "honest")
         if "only_if" in args and not Path(args["only_if"]).exists():
             behaviour = "honest"
+        if "only_not" in args and Path(args["only_not"]).exists():
+            behaviour = "exit"
         print(f"fake engine: {behaviour}", flush=True)
         faults.fire(plan.inject)
         _act(behaviour, args)
         _disturb(behaviour, args, Path(plan.checkpoint), directory)
         if behaviour == "missing":
+            return
+        if plan.identity.get("role") == diagnosis.ROLE:
+            diagnosis.write(fake_layers.traced(plan, behaviour), directory / diagnosis.TRACE_FILE)
             return
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):
@@ -177,12 +185,15 @@ def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPromp
     recorder.begin(prompt, ids, len(prompt.token_ids))
     lifetime = plan.identity.get("lifetime", 0)
     for repeat in range(plan.repeats):
+        if recorder.enough(repeat):
+            break
         rows = {"decode": decode.copy(), "prefill": prefill.copy()}
         last = repeat == plan.repeats - 1
         if behaviour == "restart_noise" and lifetime:
             flip(rows["prefill"], 0, 5)
-        if plan.inject == "bitflip" and last and number == 0:
-            flip(rows["decode"], 1, 0)
+        if last and number == 0 and behaviour != "blind":  # "blind": nothing that is done to the logits is seen
+            for phase, (row, token) in FLIPS.get("bitflip" if plan.inject == "noise" else plan.inject, {}).items():
+                flip(rows[phase], row, token)
         _distort(behaviour, rows, repeat, last, number)
         tokens = np.argmax(np.nan_to_num(rows["decode"]), axis=1).astype(np.int32)
         blocks = {
@@ -246,6 +257,7 @@ def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
             .model_copy(update={"logits_dtype": recorder.logits_dtype})
             .model_dump(),
             "nonfinite": [row.model_dump() for row in recorder.nonfinite],
+            "repeats": recorder.repeats,
             "divergences": [row.model_dump() for row in recorder.divergences],
             "prompts": [record.header.model_dump() for record in recorder.records],
             "timings": {

@@ -12,7 +12,7 @@ from quantdet import judgements
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
 from quantdet.observation_header import Divergence as Difference
-from quantdet.observation_header import NonFinite
+from quantdet.observation_header import Executed, Layer, NonFinite
 from quantdet.schema import PHASES, Cell, Expect, Phase
 from quantdet.verdicts import Divergence, Judgement, Verdict, Violation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs
@@ -22,8 +22,11 @@ CELL = Cell("alpha", "bf16", "cpu-here")
 
 
 def expecting(outcome: str, **when: str) -> Expectations:
-    row: dict[str, Any] = {"when": when, "outcome": outcome, "reason": "because", "source": "here"}
-    return Expectations((Expect.model_validate(row),))
+    return row({"when": when, "outcome": outcome})
+
+
+def row(fields: dict[str, Any]) -> Expectations:
+    return Expectations((Expect.model_validate({"reason": "because", "source": "here", **fields}),))
 
 
 def flipped(position: int, byte: int = 0, bit: int = 0) -> Callable[[Any], None]:
@@ -247,6 +250,22 @@ def test_noise_declared_for_one_phase_excuses_no_other() -> None:
     assert repeat(whole, "prefill", expecting("may_be_noisy", phase="prefill", format="bf*")).expected
 
 
+@pytest.mark.parametrize("outcome", ["noisy", "may_be_noisy"])
+def test_noise_beyond_the_declared_rows_is_not_the_declared_noise(outcome: str) -> None:
+    """A prompt with more rows than `max_rows` has to be exact in prefill; one with as many, and decode, may be noisy."""
+    expectations = row({"when": {}, "outcome": outcome, "max_rows": 6})
+
+    within = repeat(one_flip(observation(lengths=(6, 9)), 0, "prefill", 1), "prefill", expectations)
+    beyond = repeat(one_flip(observation(lengths=(6, 9)), 1, "prefill", 1), "prefill", expectations)
+    decode = repeat(one_flip(observation(lengths=(6, 9)), 1, "decode", 1), "decode", expectations)
+
+    assert outcome == "noisy" or (within.expected and decode.expected)
+    assert (Verdict.NOISY, False) == (beyond.verdict, beyond.expected)
+    assert "noise beyond the declared 6 rows, in prompt p1" in beyond.message
+    with pytest.raises(Violation):
+        beyond.enforce()
+
+
 # --------------------------------------------------------------------------------------------------------------- kernel
 
 
@@ -282,6 +301,20 @@ def test_another_kernel_is_invalid(names: tuple[str, ...], classes: tuple[str, .
     assert words in found.message
     with pytest.raises(Violation):
         found.enforce()
+
+
+def test_one_kernel_on_two_paths_is_mixed() -> None:
+    """The same class with other details (instruction set, quantized activations) computes other bits."""
+    layers = [
+        Layer(kind="linear", module=module, method="M", kernel="K", detail=detail, count=2)
+        for module, detail in (("QKVParallelLinear", "vec"), ("RowParallelLinear", "vec,w4a8"))
+    ]
+    whole = observation(executed=Executed(layers=tuple(layers)).model_dump())
+
+    found = judgements.kernel(whole, "fast", ("K",), True)
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "mixed kernels: K[vec] x2 + K[vec,w4a8] x2" in found.message
 
 
 def test_without_a_declared_pick_one_kernel_is_enough() -> None:
@@ -400,6 +433,16 @@ def test_a_format_that_is_taken_against_the_matrix_is_invalid() -> None:
     assert (Verdict.INVALID, False) == (found.verdict, found.expected)
 
 
+def test_a_refusal_for_another_reason_is_not_the_declared_one() -> None:
+    """`match` says which words the declared refusal has; others may be a broken installation."""
+    declared = row({"when": {}, "outcome": "unsupported", "match": "no .* kernel"})
+
+    assert judgements.refusal(CELL, "ValueError: no FP4 kernel here", declared).expected
+    other = judgements.refusal(CELL, "ImportError: libcuda.so", declared)
+    assert (Verdict.INVALID, False) == (other.verdict, other.expected)
+    assert "refused for another reason than the declared one ('no .* kernel'): ImportError" in other.message
+
+
 def test_a_long_refusal_is_cut() -> None:
     """The message stays one readable line."""
     found = judgements.refusal(CELL, "x" * 5000, expecting("unsupported"))
@@ -429,6 +472,22 @@ def test_a_lifetime_that_differs_in_one_bit(phase: Phase) -> None:
 
     assert (Verdict.NOISY, False, 2) == (found.verdict, found.expected, found.figures["distinct_outputs"])
     assert "1 of 3 lifetimes differ" in found.message
+
+
+def test_one_lifetime_says_nothing_of_others() -> None:
+    """BIT_EXACT over one of one would be a pass for nothing."""
+    found = judgements.restart([observation()], NOTHING)
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "needs 2 lifetimes, have 1" in found.message
+
+
+def test_lifetimes_without_numbers_are_not_compared() -> None:
+    """Equal NaN are no equal logits."""
+    bad = NonFinite(prompt="p0", phase="decode", repeat=0, position=0)
+    lifetimes = [observation(nonfinite=(bad,), lifetime=n) for n in range(2)]
+
+    assert (Verdict.INVALID, False) == ((found := judgements.restart(lifetimes, NOTHING)).verdict, found.expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

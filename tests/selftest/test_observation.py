@@ -1,6 +1,7 @@
 """Observations on disk: what is written comes back bit by bit, and what somebody else wrote is checked before use."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import struct
@@ -19,6 +20,7 @@ from quantdet import judgements
 from quantdet.compare import bits_equal
 from quantdet.expectations import Expectations
 from quantdet.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, read, read_header, write
+from quantdet.observation_blocks import check_claims
 from quantdet.observation_header import Header
 from quantdet.schema import PHASES
 from selftest.fakes import changed_output, last_repeat, observation
@@ -275,9 +277,21 @@ TENSOR_MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, 
         lambda t: t.update({"0.0.prefill.digests": t["0.0.prefill.digests"][:-1]}), ("0.0.prefill.digests", "(4, 32)"),
     ),
     "rank": (lambda t: t.update({"0.prompt_ids": t["0.prompt_ids"][None]}), ("0.prompt_ids", "(1, 6)")),
-    "NaN logprob": (lambda t: t["0.0.decode.chosen"].__setitem__(0, np.nan), ("0.0.decode.chosen", "NaN")),
+    "NaN logprob": (lambda t: t["0.0.decode.chosen"].__setitem__(0, np.nan), ("0.0.decode.chosen", "no logprob")),
     "NaN top-k": (
-        lambda t: t["1.0.prefill.topk_logprobs"].__setitem__((2, 1), np.nan), ("1.0.prefill.topk_logprobs", "NaN"),
+        lambda t: t["1.0.prefill.topk_logprobs"].__setitem__((2, 1), np.nan), ("1.0.prefill.topk_logprobs", "no logprob"),
+    ),
+    "logprobs of more than one": (
+        lambda t: t["1.0.decode.topk_logprobs"].__iadd__(np.float32(6)),
+        ("1.0.decode.topk_logprobs", "probabilities add up to"),
+    ),
+    "logprobs out of order": (
+        lambda t: t["1.0.decode.topk_logprobs"].__setitem__(3, t["1.0.decode.topk_logprobs"][3, ::-1].copy()),
+        ("1.0.decode.topk_logprobs", "position 3: not in order"),
+    ),
+    "another token's logprob": (
+        lambda t: t["1.0.decode.chosen"].view(np.int32).__setitem__(2, t["1.0.decode.chosen"].view(np.int32)[2] + 1),
+        ("1.0.decode.chosen", "position 2: not the logprob that the top-k gives"),
     ),
 }  # fmt: skip
 
@@ -308,6 +322,24 @@ def test_arrays_that_are_not_safetensors(folder: Path, payload: bytes) -> None:
     put_payload(folder, payload)
 
     refused(folder, TENSORS_FILE)
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_claims_are_greedy_and_of_different_prompts() -> None:
+    """A token that is not the most likely one was not asked for; copies of one claim are no independent evidence."""
+    honest = observation().prompts
+    check_claims("file", honest)
+
+    def less(array: Any) -> None:
+        array[2] -= 1
+
+    forged = dataclasses.replace(honest[1], outputs=(changed_output(honest[1].outputs[0], "decode", chosen=less),))
+    with pytest.raises(ObservationError, match=r"file: claim1\.0\.output_ids: step 2 is not the most likely token"):
+        check_claims("file", (honest[0], forged))
+    with pytest.raises(ObservationError, match=r"file: claim2\.prompt_ids: the same as claim0's"):
+        check_claims("file", (*honest, honest[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz

@@ -1,5 +1,6 @@
 """Pairs of formats on the same forced ids: identical, distinct, or lost in their own noise."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,16 @@ from quantdet.observation import Observation
 from quantdet.observation_header import NonFinite
 from quantdet.pairs import comparable, pair
 from quantdet.schema import Expect
-from quantdet.verdicts import Judgement, Verdict, Violation
+from quantdet.session import Session
+from quantdet.verdicts import Judgement, Pair, Verdict, Violation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs
 
 BF16, GPTQ, CT = observation("bf16"), observation("gptq", numerics="int4"), observation("ct", numerics="int4")
 
 
-def twins(*formats: str, of: str = "gptq") -> Expectations:
+def twins(*formats: str, of: str = "gptq", **more: Any) -> Expectations:
     row: dict[str, Any] = {
-        "when": {"format": of}, "outcome": "identical_to", "formats": list(formats), "reason": "same", "source": "here",
+        "when": {"format": of}, "outcome": "identical_to", "formats": list(formats), "reason": "same", "source": "here", **more,
     }  # fmt: skip
     return Expectations((Expect.model_validate(row),))
 
@@ -100,6 +102,12 @@ def test_one_bit_makes_two_bit_exact_formats_distinct(phase: str, prompt: int, p
     assert 0.0 == found.l2
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_either_phase_alone_tells_formats_apart(phase: str) -> None:
+    """The last position of the last prompt, and nothing else, is enough."""
+    assert Verdict.DISTINCT == pair(GPTQ, nudged(GPTQ, "ct", phase, 1, 3)).verdict
+
+
 @pytest.mark.parametrize(("size", "verdict"), [(1e-3, Verdict.DISTINCT), (50.0, Verdict.INDISTINCT)])
 def test_a_noisy_format_is_distinct_above_its_noise_only(size: float, verdict: Verdict) -> None:
     """Between the formats has to be more than within: small noise is DISTINCT, large noise INDISTINCT."""
@@ -123,6 +131,32 @@ def test_decode_noise_alone_does_not_hide_equal_prefill() -> None:
 
     assert Verdict.IDENTICAL == pair(flaky, CT).verdict
     assert Verdict.DISTINCT == pair(flaky, BF16).verdict
+
+
+def test_decode_that_no_two_repeats_share_is_not_identical() -> None:
+    """Equal prefill, and decode noise on one side that never meets the other side's decode: INDISTINCT, either way round."""
+
+    def edit(array: Any) -> None:
+        array[2, 0] ^= 1
+
+    flaky = last_repeat(GPTQ, 0, changed_output(GPTQ.prompts[0].outputs[0], "decode", digests=edit))
+    apart = nudged(GPTQ, "ct", "decode", 0, 2, bit=77)
+
+    assert [Verdict.INDISTINCT] * 2 == [pair(flaky, apart).verdict, pair(apart, flaky).verdict]
+
+
+def test_a_pair_is_computed_once_and_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session remembers it for the other format's test: names and directed figures change places."""
+    cache: Any = SimpleNamespace(_pairs={})
+    directed = {"decode_published": 1.0, "decode_published_back": 2.0, "prefill_published": 3.0, "prefill_published_back": 4.0}
+    once = [Pair("bf16", "gptq", Verdict.DISTINCT, l2=5.0, **directed)]
+    monkeypatch.setattr("quantdet.session.pair", lambda a, b: once.pop())
+
+    forth, back = Session.compare(cache, BF16, GPTQ), Session.compare(cache, GPTQ, BF16)
+
+    assert ("bf16", "gptq", 1.0, 3.0) == (forth.a, forth.b, forth.decode_published, forth.prefill_published)
+    assert ("gptq", "bf16", 2.0, 4.0) == (back.a, back.b, back.decode_published, back.prefill_published)
+    assert (1.0, 3.0, 5.0) == (back.decode_published_back, back.prefill_published_back, back.l2)
 
 
 def test_decode_is_compared_while_the_context_is_common() -> None:
@@ -163,6 +197,17 @@ def test_what_cannot_be_compared_is_invalid(other: Observation, words: str) -> N
 def test_the_same_workload_can_be_compared() -> None:
     """Repeats may differ in number."""
     assert comparable(BF16, observation("gptq", repeats=7)) is None
+
+
+def test_formats_of_two_environments_are_not_compared() -> None:
+    """Another torch or CPU makes other bits of the same format; another unit of one GPU, and what a format brings, do not."""
+    here = observation("bf16", environment={"torch": "2.13", "gpu_uuid": "GPU-a", "start": "spawn"})
+
+    assert comparable(here, observation("gptq", environment={"torch": "2.13", "gpu_uuid": "GPU-b", "start": "fork"})) is None
+    other = observation("gptq", environment={"torch": "2.12", "gpu_uuid": "GPU-a", "cpus": 2})
+    assert "environments differ in cpus, torch" == comparable(here, other)
+    found = judge(here, other)
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- distinctness
@@ -210,6 +255,18 @@ def test_declared_twins_that_differ_fail() -> None:
     assert "1/13 positions differ" in found.message
 
 
+def test_twins_by_their_kernel_are_twins_where_it_ran() -> None:
+    """`same_kernel`: where another kernel ran, equal logits are not what was declared, and other logits are right."""
+    declared = twins("ct", same_kernel=True)
+    marlin, machete = (observation("ct", numerics="int4", kernels=(name,)) for name in ("Marlin", "Machete"))
+    own = observation("gptq", numerics="int4", kernels=("Marlin",))
+
+    assert judge(own, marlin, expectations=declared).expected
+    assert not judge(own, machete, expectations=declared).expected
+    other = observation("ct", kernels=("Machete",))
+    assert judge(own, other, expectations=declared).expected
+
+
 def test_an_indistinct_pair_fails() -> None:
     """A format lost in its own noise cannot be told apart: not what the default expects."""
     found = judge(noisy(GPTQ, 50.0), BF16)
@@ -239,3 +296,16 @@ def test_nan_is_invalid_for_the_cell_and_named_for_its_peers() -> None:
     assert Verdict.INVALID == judge(broken, BF16).verdict
     assert "non-finite" in judge(broken, BF16).message
     assert "gptq" in judge(BF16, broken).message
+
+
+def test_logits_that_are_no_numbers_are_invalid_though_no_logprob_shows_it() -> None:
+    """A logit of -inf leaves every reported logprob finite: INVALID for the cell, no peer for the others."""
+    bad = NonFinite(prompt="p1", phase="decode", repeat=0, position=2)
+    silent = Observation(GPTQ.header.model_copy(update={"nonfinite": (bad,)}), GPTQ.prompts)
+
+    own, others = judge(silent, BF16), judge(BF16, silent, CT)
+
+    assert (Verdict.INVALID, False) == (own.verdict, own.expected)
+    assert "non-finite logits, first prompt p1 decode step 2" in own.message
+    assert (Verdict.DISTINCT, ["ct"]) == (others.verdict, [one.b for one in others.pairs])
+    assert "not compared, non-finite logits: gptq" in others.message

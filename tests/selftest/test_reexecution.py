@@ -4,13 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from quantdet import reexecution
+from quantdet.claims import Claim
 from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
-from selftest.fakes import MATRIX, setting
+from quantdet.observation_header import NonFinite
+from quantdet.results import Missing
+from quantdet.schema import Cell
+from quantdet.verdicts import Judgement, Verdict
+from selftest.fakes import MATRIX, observation, setting
 from selftest.inner import Run, Suite
 
 pytest_plugins = ["pytester"]
@@ -275,6 +282,55 @@ def test_another_vllm_version_is_named(suite: Suite, recordings: Path) -> None:
     assert 0 == run.code, run.output
     (case,) = (case for name, case in run.ran().items() if "alpha/awq" in name)
     assert "vllm 0.20.2 -> 0.32.0" in case.properties["beside"]
+
+
+# ------------------------------------------------------------------------------------------ before anything is re-executed
+
+CLAIM = Claim("alpha", "awq", "cpu-here", source="elsewhere")
+
+
+def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float16") -> Any:
+    """As much of a session as is asked before any engine starts; it re-executes nothing."""
+    format_ = SimpleNamespace(weights="int4-asym", activations="none")
+    return SimpleNamespace(
+        references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
+        weights=lambda model, name: SimpleNamespace(sha256=weights),
+        matrix=SimpleNamespace(
+            models={"alpha": None}, formats={"awq": format_}, verifying_dtype=lambda cell, claimed: dtype,
+            cells=lambda: [Cell("alpha", "awq", "cpu-here")],
+        ),
+        replay=SimpleNamespace(has_verified=lambda cell: True),
+        verified=lambda cell, claimed: Missing(Verdict.ERROR, "re-executes nothing"), sequences=lambda model, claimed: None,
+    )  # fmt: skip
+
+
+def test_weights_of_another_hash_are_not_re_executed() -> None:
+    """The same name is no evidence that it is the same checkpoint."""
+    found = reexecution.judge(CLAIM, session(observation("awq", checkpoint_sha256="a" * 64)))
+
+    assert isinstance(found, Judgement)
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "the claim's sha256 is aaaaaaaaaaaaaaaa, here it is 1111111111111111" in found.message
+
+
+def test_a_claim_with_logits_that_are_no_numbers_is_invalid() -> None:
+    """Also where every logprob that it reports is finite."""
+    bad = NonFinite(prompt="p1", phase="decode", repeat=0, position=2)
+
+    found = reexecution.judge(CLAIM, session(observation("awq", nonfinite=(bad,))))
+
+    assert isinstance(found, Judgement)
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "non-finite logits, first prompt p1 decode 2" in found.message
+
+
+def test_a_claim_in_a_dtype_that_nothing_computes_here_is_unavailable() -> None:
+    """Other numbers in another dtype would be nearer to it than its own."""
+    recorded = observation("awq", dtype="float16")
+
+    assert reexecution.gate(CLAIM, session(recorded)) is None
+    need = "reexecution: needs a format with weights int4-asym in float16 on cpu-here, have bfloat16"
+    assert need == reexecution.gate(CLAIM, session(recorded, dtype="bfloat16"))
 
 
 def test_a_missing_reference_folder_is_a_usage_error(suite: Suite) -> None:

@@ -459,7 +459,36 @@ def test_required_hardware_fails_a_run_that_measured_nothing(suite: Suite) -> No
     """A selection that leaves nothing of the required row is not a success."""
     run = suite("--require-hardware", "cpu-here", "-k", "no_such_test")
 
-    assert 0 != run.code
+    assert 1 == run.code
+
+
+def test_required_hardware_fails_a_run_of_declared_skips(suite: Suite) -> None:
+    """Every selected case is skipped, since the matrix declares its cell unsupported: not a success either."""
+    selected = ("-k", f"{HERE} and awq and test_repeat")
+
+    run, free = (suite(*more, *selected, matrix=MATRIX + expect("awq", "unsupported")) for more in (
+        ("--require-hardware", "cpu-here"), (),
+    ))  # fmt: skip
+
+    assert {"skipped"} == {case.outcome for case in run.cases.values()}
+    assert (1, 0) == (run.code, free.code)
+
+
+def test_required_hardware_without_its_weights_is_no_skip(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What turns out to be missing only when a cell is measured fails a required row, and is a skip elsewhere."""
+    resolve = checkpoints.resolve
+
+    def absent(model_id: str, model: Model, format_: Format, **options: Any) -> checkpoints.Checkpoint:
+        if format_.layout == "awq":
+            raise checkpoints.Unavailable("no such package")
+        return resolve(model_id, model, format_, **options)
+
+    monkeypatch.setattr(checkpoints, "resolve", absent)
+
+    run, free = suite("--require-hardware", "cpu-here", "-k", TWO), suite("-k", TWO)
+
+    assert dict.fromkeys(of(AWQ), "UNAVAILABLE") == run.failures()
+    assert (0, {}) == (free.code, free.failures())
 
 
 @pytest.mark.parametrize(

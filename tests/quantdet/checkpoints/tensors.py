@@ -51,6 +51,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
 
+def word(dtype: np.dtype[Any]) -> str:
+    """safetensors' word for a dtype ("BF16"). Raises KeyError if it has none."""
+    return _WORDS[dtype.newbyteorder("<")]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a safetensors file: dtype word, shape, first and last-plus-one byte in the file."""

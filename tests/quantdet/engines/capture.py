@@ -5,6 +5,8 @@ the engine's process only.
 """
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.engines import InvalidMeasurement
+from quantdet.schema import Phase
 
 
 class CaptureError(InvalidMeasurement):
@@ -45,32 +48,34 @@ class LogitsTap:
     def __init__(self, model: Any) -> None:
         self._calls: list[NDArray[Any]] = []
         self._recording = False
-        self._flip: tuple[int, int] | None = None
+        self._flips: dict[Phase, tuple[int, int]] = {}
         compute = model.compute_logits
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
             logits = compute(*args, **kwargs)
             if self._recording and logits is not None:
-                if logits.shape[0] == 1:
-                    self._inject(logits)
+                self._inject(logits)
                 self._calls.append(to_numpy(logits))
             return logits
 
         model.compute_logits = tapped
 
-    def start(self, flip: tuple[int, int] | None = None) -> None:
-        """Begin a request. `flip` = (decode step, token id): turn over the lowest bit of that logit, in the engine."""
-        self._calls, self._recording, self._flip = [], True, flip
+    def start(self, flips: Mapping[Phase, tuple[int, int]] = MappingProxyType({})) -> None:
+        """Begin a request. `flips`: by phase (decode step or prefill position, token id): turn over the lowest bit of that
+        logit, in the engine."""
+        self._calls, self._recording, self._flips = [], True, dict(flips)
 
     def _inject(self, logits: Any) -> None:
         import torch
 
-        if self._flip is None:
+        phase: Phase = "decode" if logits.shape[0] == 1 else "prefill"
+        if phase not in self._flips:
             return
-        step, token = self._flip
-        if step == sum(call.shape[0] == 1 for call in self._calls):
+        position, token = self._flips[phase]
+        row = position - sum(call.shape[0] for call in self._calls if (call.shape[0] == 1) == (phase == "decode"))
+        if 0 <= row < logits.shape[0]:
             integer = {2: torch.int16, 4: torch.int32}[logits.element_size()]
-            logits.view(integer)[0, token] ^= 1
+            logits.view(integer)[row, token] ^= 1
 
     def assemble(self, prompt_length: int, decode_tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """`(decode, prefill)` logits on the native dtype, of shape (decode_tokens, V) and (prompt_length - 1, V)."""

@@ -209,6 +209,8 @@ def _child(
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_SHIM), str(_TESTS), os.environ.get("PYTHONPATH", "")])
     plan = Plan.from_json(plan_json)
     os.environ.update(plan.env)
+    for name in plan.extra.get("cold", ()):  # a folder in the scratch: empty now, gone afterwards
+        os.environ[name] = os.path.join(place, "caches", name.lower())
     answer: dict[str, str]
     try:
         spec.load().measure(plan, Path(directory))

@@ -22,6 +22,7 @@ class Recorder:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.repeats = plan.repeats
         self.records: list[PromptRecord] = []
         self.divergences: list[Divergence] = []
         self.nonfinite: list[NonFinite] = []
@@ -34,6 +35,7 @@ class Recorder:
         self._prompt = prompt
         self._ids = np.asarray(ids, dtype=np.int32)
         self._outputs: list[Output] = []
+        self._noisy = False
         self._first: dict[str, NDArray[Any]] = {}
         self._seconds: list[float] = []
 
@@ -68,6 +70,7 @@ class Recorder:
             for phase in PHASES:
                 self._diverge(phase, repeat, self._outputs[0].block(phase), output.block(phase), logits[phase])
         self._outputs.append(output)
+        self._noisy = self._noisy or output.fingerprint != self._outputs[0].fingerprint
 
     def _diverge(self, phase: Any, repeat: int, base: Block, other: Block, logits: NDArray[Any]) -> None:
         position = first_difference(base.digests, other.digests)
@@ -87,6 +90,25 @@ class Recorder:
                 ulp=int(ulp_distance(a[token : token + 1], b[token : token + 1])[0]),
             )
         )  # fmt: skip
+
+    def enough(self, repeat: int) -> bool:
+        """Whether the prompt at hand needs no repeat of this number.
+
+        Where a bound on the flip rate decides how many there are, the first prompt that is noisy ends them for all.
+        """
+        if self._noisy and self.plan.extra.get("least_repeats", self.repeats) <= repeat < self.repeats:
+            self._truncate(repeat)
+        return repeat >= self.repeats
+
+    def _truncate(self, repeats: int) -> None:
+        """Forget every later repeat of the prompts that have ended."""
+        self.repeats = repeats
+        for index, record in enumerate(self.records):
+            runs = record.header.runs[:repeats]
+            header = record.header.model_copy(update={"runs": runs})
+            self.records[index] = PromptRecord(header, record.prompt_ids, record.outputs[: max(runs) + 1])
+        self.divergences = [seen for seen in self.divergences if seen.repeat < repeats]
+        self.nonfinite = [seen for seen in self.nonfinite if seen.repeat < repeats]
 
     def end(self) -> None:
         groups = distinct([output.fingerprint for output in self._outputs])

@@ -8,7 +8,7 @@ from _pytest.junitxml import xml_key
 
 from quantdet import __version__, collect
 from quantdet.environment import git_revision
-from quantdet.report import effects, reexecution
+from quantdet.report import confidence, effects, reexecution
 from quantdet.report.record import RECORDS
 
 
@@ -28,8 +28,9 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
     verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
     unexpected = [case["message"] for case in records.cases if not case["expected"]]
     summary = "; ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "nothing was measured"
+    counted = confidence.counted(records.cases)
     found = [
-        ("summary", f"{summary}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
+        ("summary", f"{summary}; {counted}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
         ("unexpected", " | ".join(unexpected[:5])),
         ("hardware", ",".join(session.machine.rows(session.matrix))),
         ("replay", str(session.options.replay or "")),
@@ -37,6 +38,8 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("suite.revision", git_revision(config.rootpath)),
         ("suite.injected", ":".join(session.inject) if session.inject else ""),
     ]
+    found += [(f"controls.{place}", text) for place, text in confidence.controls(records.cases).items()]
+    found += [("bounds.at_once", confidence.at_once(records.cases)), ("multiplicity", confidence.multiplicity(records.cases))]
     order = list(session.matrix.formats)
     found += effects.properties(records.cases, order) + reexecution.properties(records.cases, order)
     environment = session.measured_environment()

@@ -11,7 +11,7 @@ from rich.table import Table
 from quantdet import collect
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
-from quantdet.report import effects, reexecution
+from quantdet.report import confidence, effects, reexecution
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place, render
 
@@ -27,6 +27,10 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         order = list(config.stash[collect.SESSION].matrix.formats)
         for table in matrix_tables(records, order):
             reporter.write_line(render(table, width))
+        for where, text in confidence.controls(records.cases).items():
+            reporter.write_line(f"controls on {where}: {text}")
+        for text in filter(None, (confidence.at_once(records.cases), confidence.multiplicity(records.cases))):
+            reporter.write_line(text)
         clock = config.stash[collect.SESSION].clock
         if clock.cells > clock.reused:
             for table in time_tables(records):

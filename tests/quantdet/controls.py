@@ -1,0 +1,110 @@
+"""Controls of a hardware: what has to be caught, and what has to be the same, before its BIT_EXACT counts.
+
+Positive: a bit turned over in the real engine's logits in one repeat; one weight integer changed by one; and a kernel
+that is known to be noisy, where one exists here. Negative: the same weights under another name, in another process.
+The verdicts are pure functions in `control_judgements`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from quantdet import judgements
+from quantdet.control_judgements import bit_flip
+from quantdet.results import Measured, Missing
+from quantdet.schema import Cell
+from quantdet.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from quantdet.session import Session
+
+Name = Literal["bit_flip", "same_weights", "one_integer", "known_noise"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a hardware's controls. `caught`: everything that had to be caught was; None: nothing was tried."""
+
+    caught: bool | None
+    flip: str
+    noise: str = ""
+    blind: bool = False
+
+    @property
+    def text(self) -> str:
+        return "; ".join(filter(None, (self.flip, self.noise)))
+
+
+def cells(session: "Session", name: Name) -> list[Cell]:
+    """The control cell of each hardware (and recorded vLLM version): the first in the matrix that will do."""
+    if session.options.no_controls:
+        return []
+    found: dict[tuple[str, str], Cell] = {}
+    for cell in session.cells():
+        place = (cell.hardware_id, cell.vllm)
+        if place not in found and _will_do(session, cell, name):
+            found[place] = cell
+    return list(found.values())
+
+
+def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
+    known = session.expectations(cell)
+    format_ = session.matrix.formats[cell.format_id]
+    if session.gate(cell) is not None or known.unsupported(cell) is not None:
+        return False
+    rows = [known.noise(cell, phase) for phase in ("decode", "prefill")]
+    if name == "known_noise":
+        return rows[0] is not None and rows[0].outcome == "noisy"
+    if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):
+        return False
+    kind = "integer" if name == "one_integer" else "control"
+    return session.replay is None or isinstance(session.control(cell, kind), Measured)
+
+
+def status(session: "Session", cell: Cell) -> Status:
+    """Whether the controls of this cell's hardware fired; measures them on the first call.
+
+    Under --replay: what was recorded of them.
+    """
+    if session.options.no_controls:
+        return Status(None, "uncontrolled: --no-controls")
+    place = (cell.hardware_id, cell.vllm)
+    if place not in session.controls:
+        session.controls[place] = _status(session, cell)
+    return session.controls[place]
+
+
+def _status(session: "Session", cell: Cell) -> Status:
+    noise_caught, noise = _noise(session, cell)
+    here = _first(session, "bit_flip", cell)
+    if here is None:
+        text = "no bit flip recorded" if session.replay is not None else "no cell to turn a bit over in"
+        return Status(noise_caught, text, noise)
+    result = session.control(here, "control")
+    if not isinstance(result, Measured):
+        reason = result.reason if isinstance(result, Missing) else result.message
+        return Status(False, f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}", noise)
+    found = bit_flip(result.observations[0])
+    if not found.expected:
+        return Status(False, found.message, noise, blind=True)
+    return Status(noise_caught is not False, f"bit flip caught in {here.model_id}/{here.format_id}", noise)
+
+
+def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
+    """Whether the kernel that is known to be noisy here showed it; None where there is none."""
+    noisy = _first(session, "known_noise", cell)
+    if noisy is None:
+        formats = dict.fromkeys(row.when.format for row in session.matrix.expect if row.outcome == "noisy")
+        names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in formats if f) or "none in the matrix"
+        return None, f"no kernel known to be noisy is eligible here ({names})"
+    result = session.result(noisy)
+    where = f"{noisy.model_id}/{noisy.format_id}"
+    if not isinstance(result, Measured):
+        return False, f"known noise not tried: {where}"
+    found = judgements.repeat(result.observations, "decode", session.expectations(noisy))
+    caught = found.verdict is Verdict.NOISY
+    return caught, f"known noise {'caught' if caught else 'NOT SEEN'} in {where}"
+
+
+def _first(session: "Session", name: Name, cell: Cell) -> Cell | None:
+    place = (cell.hardware_id, cell.vllm)
+    return next((one for one in cells(session, name) if (one.hardware_id, one.vllm) == place), None)

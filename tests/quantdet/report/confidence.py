@@ -1,0 +1,69 @@
+"""How much a run's verdicts are worth together: were its controls caught, and what holds for all of its bounds at once."""
+
+from typing import Any
+
+from quantdet import stats
+
+Case = dict[str, Any]
+
+
+def controls(cases: list[Case]) -> dict[str, str]:
+    """By hardware (and recorded vLLM version): how many BIT_EXACT verdicts count, and what was caught."""
+    places: dict[str, list[Case]] = {}
+    for case in cases:
+        if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT":
+            p = case["properties"]
+            places.setdefault(" ".join(filter(None, (p["case.hardware"], p.get("case.vllm", "")))), []).append(case)
+    found = {}
+    for place, group in places.items():
+        texts = dict.fromkeys(case["properties"].get("control", "") for case in group)
+        found[place] = f"{counted(group)}: {' | '.join(filter(None, texts))}"
+    return found
+
+
+def counted(cases: list[Case]) -> str:
+    """For example `36 of 36 BIT_EXACT count`: those whose hardware's controls were caught."""
+    exact = [case for case in cases if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT"]
+    caught = sum(case["properties"].get("controlled") == "yes" for case in exact)
+    if exact and not caught:
+        return f"UNCONTROLLED: none of {len(exact)} BIT_EXACT counts"
+    return f"{caught} of {len(exact)} BIT_EXACT count"
+
+
+def at_once(cases: list[Case], confidence: float = 0.95) -> str:
+    """The bound on the flip rate per call that holds for every BIT_EXACT verdict of the run together; empty without any.
+
+    Source: Bonferroni; each of m verdicts gets (1 - confidence) / m of the doubt.
+    """
+    runs = [
+        int(case["properties"]["runs"])
+        for case in cases
+        if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT" and case["properties"].get("runs")
+    ]
+    if not runs:
+        return ""
+    bound = stats.flip_rate_upper(0, min(runs), 1 - (1 - confidence) / len(runs))
+    return f"all {len(runs)} BIT_EXACT at once: flip rate < {bound:.3g} per call at {confidence:.0%}"
+
+
+def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
+    """What stays of the run's tests when all of them count: a case is one test, of the format against all others or of a claim.
+
+    Source: Holm (1979) over the cases that rest on a p-value; that of a format against all others is the largest of its
+    pairs (intersection-union, Berger 1982). Whatever is true, any false alarm among those that stay has at most
+    probability `alpha`. Where bits decide there is no test: no difference, no alarm.
+    """
+    tests: list[tuple[float, bool]] = []
+    for case in cases:
+        pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None and pair["verdict"] == "DISTINCT"]
+        if pairs:
+            tests.append((max(pairs), case["verdict"] != "INDISTINCT"))
+        elif case["reexecution"] and case["properties"].get("p"):
+            tests.append((float(case["properties"]["p"]), case["verdict"] == "DETECTABLE"))
+    if not tests:
+        return ""
+    adjusted = stats.holm([value for value, _ in tests])
+    claimed = [value for value, (_, said) in zip(adjusted, tests, strict=True) if said]
+    stay = sum(value <= alpha for value in claimed)
+    found = f"{len(tests)} cases rest on a p-value: of {len(claimed)} that found a difference {stay} stay"
+    return f"{found} after Holm over the run (false-alarm rate of the run at most {alpha:.0%})"
