@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from quantdet import hardware, matrix
 from quantdet.store import Store
 from selftest.fakes import ROOT, TESTS, alive, left_behind
 from selftest.inner import Run, read_junit
+from selftest.whole import temporary as temporary
 
 pytest_plugins = ["pytester"]
 
@@ -62,19 +62,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.delenv("QUANTDET_INJECT", raising=False)
-    return folder
-
-
-@pytest.fixture
-def vllm(prepared: Path, pytester: pytest.Pytester) -> Vllm:
+def vllm(prepared: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Vllm:
     """Runs the measured tests in this process, whose forkserver has vLLM imported, in a copy of what was prepared."""
     shutil.copytree(prepared, pytester.path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.delenv("QUANTDET_INJECT", raising=False)
 
     def run(*args: str, text: str = SHIPPED) -> Run:
         make(pytester.path, text)

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,9 @@ def _disturb(behaviour: str, args: dict[str, Any], checkpoint: Path, directory: 
             (directory / "tensors.safetensors").symlink_to("/dev/full")
         case "full_header":
             (directory / ".observation.json").symlink_to("/dev/full")
+        case "full_log_late":  # what was said waits in a buffer
+            sys.stdout = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+            print("a line")
         case "full_log":
             full = os.open("/dev/full", os.O_WRONLY)
             os.dup2(full, 1)

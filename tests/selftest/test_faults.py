@@ -204,7 +204,7 @@ def test_each_run_has_its_own_log(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_keeps_the_interpreter_dies_with_its_run(tmp_path: Path) -> None:
-    """A hang in C leaves its process no thread that could notice: the kernel ends it when its parent is gone."""
+    """A hang in C leaves its process no thread that could notice: another process ends it when its run is gone."""
     code = (
         "import sys; from pathlib import Path; from quantdet.engines.process import run\n"
         "from selftest.fakes import SPAWNED; from selftest.test_process import plan\n"

@@ -212,6 +212,7 @@ MATRICES: dict[str, str] = {
     "mx-bits": replaced("repeats = 3", "repeats = 0x" + "f" * 50_000),
     "mx-dotted": ".".join(["a"] * 100_000) + " = 1",
     "mx-dotted-table": "[" + " . ".join(['"a"'] * 3000) + "]",
+    "mx-long": "a" * 900_000 + " = 1",
     "mx-large": "#" * (1 << 21),
     "mx-control": replaced('title = "AWQ"', 'title = "A\\u001b[2J"'),
     "mx-bidi": replaced('title = "AWQ"', 'title = "A\\u202e"'),

@@ -121,6 +121,14 @@ def test_a_log_that_is_not_text(tmp_path: Path) -> None:
     assert "not UTF-8" in outcome.message
 
 
+def test_a_log_that_is_lost_costs_nothing_else(tmp_path: Path) -> None:
+    """A disk that is full when the last lines of the log are written: what was measured is measured."""
+    outcome = run(FAKE, plan("full_log_late"), tmp_path, tmp_path / "log", 60)
+
+    assert isinstance(outcome, Completed), outcome
+    assert "alpha" == read(tmp_path).header.model
+
+
 def test_an_engine_that_cannot_be_imported(tmp_path: Path) -> None:
     """A missing module is a crash that names it."""
     outcome = run(EngineSpec("no_such_module:Engine"), plan(), tmp_path, tmp_path / "log", 60)

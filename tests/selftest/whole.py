@@ -1,11 +1,13 @@
 """Whole runs of the measured tests with the fake engine, as processes of their own, and what they may not leave behind."""
 
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,11 +93,14 @@ def ended(
     poison.touch()
     make_suite(folder, matrix + setting("awq", "sleep", only_if=str(poison)))
     run = started(folder, "-k", TWO, *args, environment={"TMPDIR": str(temporary)})
-    engines(tmp_path / "pids", 4)  # bf16's, awq's and two that this one started
-    time.sleep(0.2)
-
-    run.send_signal(number)
-    said, _ = run.communicate(timeout=30)
+    try:
+        engines(tmp_path / "pids", 4)  # bf16's, awq's and two that this one started
+        time.sleep(0.2)
+        run.send_signal(number)
+        said, _ = run.communicate(timeout=30)
+    finally:
+        run.kill()
+        print(run.communicate()[0])
 
     shows(id_, f"exit {run.returncode}", said)
     killed = number is signal.SIGKILL  # then nobody can report, and half of an observation waits to be swept
@@ -110,10 +115,10 @@ def ended(
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where engines' temporary files go."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where engines' temporary files go. Its path is short: a forkserver's socket has to fit into 108 characters."""
+    multiprocessing.util.get_temp_dir()  # this process's own stays where it is, since it outlives the test
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)

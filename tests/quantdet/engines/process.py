@@ -6,7 +6,6 @@ process), that group is killed, so that no worker of an engine stays behind.
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import multiprocessing
@@ -23,13 +22,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, scratch
+from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, reaper, scratch
 from quantdet.interrupts import Held, held
 from quantdet.untrusted import plain
 
 _TESTS = Path(__file__).resolve().parents[2]
 _SHIM = Path(__file__).resolve().parent / "shim"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
             # may come yet ends by its lifeline.
             with pending.allowed(), _environment(plan.env):
                 child.start()
+            reaper.watch(child.pid, place)
             theirs.close()
             lifeline_theirs.close()
             _wait([ours, child.sentinel], pending, started + time_limit_s)
@@ -133,6 +132,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
             if child.pid is not None:
                 _kill_group(child.pid)
                 child.join(timeout=10)
+                reaper.forget(child.pid)
             ours.close()
             lifeline_ours.close()
     message = plain(record.get("message", ""))
@@ -201,9 +201,7 @@ def _child(
     spec: EngineSpec, plan_json: str, directory: str, log: str, place: str, record: Connection, lifeline: Connection
 ) -> None:
     os.setsid()
-    if sys.platform == "linux":  # a call that keeps the interpreter's lock would keep the thread below from running
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_die_with_parent, args=(lifeline, Path(place)), daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -236,10 +234,9 @@ def _child(
     os._exit(0)  # a normal exit would run the engine's teardown, which says nothing about the cell and takes a second
 
 
-def _die_with_parent(lifeline: Connection, place: Path) -> None:
+def _die_with_parent(lifeline: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv_bytes()
-    scratch.remove(place, within_s=0)  # nobody is left to do it
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
