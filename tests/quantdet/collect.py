@@ -11,6 +11,7 @@ from quantdet.expectations import Expectations, describe
 from quantdet.observation import ObservationError
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
+from quantdet.untrusted import plain
 from quantdet.verdicts import Divergence, Verdict
 
 SESSION = pytest.StashKey[Session]()
@@ -151,7 +152,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             try:
                 check(session.references.observation(cell), session.matrix.models[cell.model_id])
             except ObservationError as error:  # before any engine starts; nothing of a bad recording is judged
-                raise pytest.UsageError(f"--reference: {error}") from None
+                raise pytest.UsageError(plain(f"--reference: {error}")) from None
             claimed.append(cell)
         elif (row := session.expectations(cell).unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"

@@ -9,6 +9,7 @@ from quantdet import control_judgements, controls, drift, judgements, reexecutio
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
+from quantdet.report import bundle
 from quantdet.report.record import JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
@@ -177,6 +178,7 @@ class Judge:
 
     def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
         __tracebackhide__ = True
+        judgement = bundle.added(self.session, self.item, judgement, observations)
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
         if observations and observations[0].header.kind == "observation":
             known = self.session.expectations(observations[0].cell)
@@ -200,6 +202,7 @@ class Judge:
                 f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
                 f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
                 f"decode_published_back={pair.decode_published_back:.6g} within={pair.within:.6g}"
+                + ("" if pair.p is None else f" p={pair.p:.6g} p_smallest={pair.p_smallest:.6g}")
             )
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there

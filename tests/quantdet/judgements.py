@@ -346,7 +346,11 @@ def _same(a: Observation, b: Observation) -> str:
 
 
 def _size(result: Pair) -> str:
-    return f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+    text = f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+    if result.p is None:
+        return text
+    p = f"p = {result.p:.3g} by permuting repeats, smallest possible {result.p_smallest:.3g}"
+    return f"{text}; within {result.within:.3g}, {p}"
 
 
 @qualified

@@ -38,6 +38,17 @@ def describe(model: Any) -> Executed:
     return Executed(layers=layers, attention=tuple(sorted(attention)))
 
 
+def of_layer(path: str, module: Any) -> tuple[str, str]:
+    """`(kind, what it executes)` of one module: attention, or a kind of `Layer`; ("", "") of any other module."""
+    if hasattr(module, "attn_backend"):
+        return "attention", _attention(module)
+    method = getattr(module, "quant_method", None)
+    if method is None:
+        return "", ""
+    scheme, kernel, detail = _kernel(module, method)
+    return _kind(path, module), (kernel or scheme or _name(method)) + (f"[{detail}]" if detail else "")
+
+
 def _name(thing: Any) -> str:
     return "" if thing is None else type(thing).__name__
 

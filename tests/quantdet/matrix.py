@@ -30,13 +30,19 @@ from quantdet.schema import (
     matches_any,
 )
 from quantdet.shapes import Layers, layers_of
+from quantdet.untrusted import flaw, plain
+
+MAX_BYTES = 1 << 20
+_LONGEST = 500  # characters of one mistake
+# tomllib's memory grows with the square of a dotted key's parts: 200 KB of them take 40 GiB.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
 class MatrixError(Exception):
     """The matrix file cannot be used; `str()` lists every mistake, one a line, by TOML path."""
 
     def __init__(self, path: Path | str, mistakes: list[str]) -> None:
-        self.mistakes = mistakes
+        self.mistakes = mistakes = [plain(mistake)[:_LONGEST] for mistake in mistakes]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         super().__init__("\n".join([f"{path}: {count}", *(f"  {mistake}" for mistake in mistakes)]))
 
@@ -139,12 +145,15 @@ def load(path: Path) -> Matrix:
         MatrixError: the file is missing, not TOML, or wrong; all mistakes at once.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = _toml(path)
     except FileNotFoundError:
         raise MatrixError(path, ["no such file"]) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MatrixError(path, [f"not readable as TOML: {error}"]) from None
+    found = flaw(raw)
     mistakes = _id_mistakes(raw)
+    if found is not None:
+        raise MatrixError(path, mistakes or [f"{found[0]}: {found[1]}"])
     try:
         matrix = Matrix.model_validate(raw)
     except ValidationError as error:
@@ -157,6 +166,17 @@ def load(path: Path) -> Matrix:
     if mistakes:
         raise MatrixError(path, mistakes)
     return matrix
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        payload = file.read(MAX_BYTES + 1)
+    if len(payload) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES} bytes")
+    text = payload.decode("utf-8")
+    if _LONG_KEY.search(text):
+        raise ValueError("a dotted key of more than 32 parts")
+    return tomllib.loads(text)
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:

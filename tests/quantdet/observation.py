@@ -6,9 +6,9 @@ shapes, finiteness and the SHA-256 of the arrays are checked, and `ObservationEr
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from quantdet.observation_blocks import PromptRecord as PromptRecord
 from quantdet.observation_blocks import check_claims, check_prompt, check_reported, prompt_record
 from quantdet.observation_header import SCHEMA, Header
 from quantdet.schema import Cell, Phase
+from quantdet.untrusted import flaw, parse_json, read_bounded
 
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -57,21 +58,17 @@ class Observation:
         return self.header.evidence == "reported"
 
     @cached_property
+    def prefill_gaps(self) -> NDArray[np.float64]:
+        """(repeats, repeats): mean over the prompts of the L2 distance of two repeats' prefill, nats, content positions."""
+        total = np.zeros((self.header.repeats, self.header.repeats))
+        for prompt in self.prompts:
+            total += prefill_gaps(prompt, prompt) / len(self.prompts)
+        return total
+
+    @property
     def prefill_spread(self) -> float:
-        """Largest mean L2 distance (nats, content positions) between two repeats' prefill; 0 if all are equal."""
-        largest = 0.0
-        seen: dict[tuple[int, ...], list[Output]] = {}
-        for repeat in range(self.header.repeats):
-            runs = tuple(prompt.header.runs[repeat] for prompt in self.prompts)
-            seen.setdefault(runs, [prompt.run(repeat) for prompt in self.prompts])
-        for one, other in combinations(seen.values(), 2):
-            gaps = []
-            for prompt, x, y in zip(self.prompts, one, other, strict=True):
-                content = np.arange(len(x.prefill.digests)) + 1 >= prompt.header.content_start
-                a, b = x.prefill, y.prefill
-                gaps.append(distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs, content).l2)
-            largest = max(largest, float(np.mean(gaps)))
-        return largest
+        """The largest of `prefill_gaps`; 0 if all repeats are equal."""
+        return float(self.prefill_gaps.max())
 
     def logits_sha256(self, phase: Phase) -> str:
         """SHA-256 over the logits digests of repeat 0, all prompts: equal on two machines means equal logits.
@@ -82,6 +79,19 @@ class Observation:
         for prompt in self.prompts:
             digest.update(prompt.run(0).block(phase).digests.tobytes())
         return digest.hexdigest()
+
+
+def prefill_gaps(one: PromptRecord, other: PromptRecord) -> NDArray[np.float64]:
+    """(repeats of `one`, repeats of `other`): L2 distance of the prefill of each two, nats, content positions."""
+    content = np.arange(len(one.outputs[0].prefill.digests)) + 1 >= one.header.content_start
+    gaps = np.zeros((len(one.outputs), len(other.outputs)))
+    for i, j in np.ndindex(gaps.shape):
+        if one is other and j <= i:  # symmetric, and nothing is far from itself
+            gaps[i, j] = gaps[j, i]
+            continue
+        a, b = one.outputs[i].prefill, other.outputs[j].prefill
+        gaps[i, j] = distance(a.topk_ids, a.topk_logprobs, b.topk_ids, b.topk_logprobs, content).l2
+    return gaps[np.ix_(one.header.runs, other.header.runs)]
 
 
 def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], claims: tuple[PromptRecord, ...] = ()) -> None:
@@ -100,7 +110,10 @@ def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], cl
         header = header.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
     header = header.model_copy(update={"header_sha256": header.digest()})
     text = json.dumps(header.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True)
-    (directory / HEADER_FILE).write_text(text + "\n", encoding="utf-8")
+    # Whole under its name or not there: a full disk, or a kill, leaves no half of one.
+    unfinished = directory / f".{HEADER_FILE}"
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / HEADER_FILE)
 
 
 def read(directory: Path) -> Observation:
@@ -113,12 +126,7 @@ def read(directory: Path) -> Observation:
     if header.kind == "refusal":
         return Observation(header, (), directory)
     path = directory / TENSORS_FILE
-    try:
-        if path.stat().st_size > MAX_TENSORS_BYTES:
-            raise ObservationError(f"{path}: larger than {MAX_TENSORS_BYTES} bytes")
-        payload = path.read_bytes()
-    except OSError as error:
-        raise ObservationError(f"{path}: {error.strerror}") from None
+    payload = _payload(path, MAX_TENSORS_BYTES)
     if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
         raise ObservationError(f"{path}: SHA-256 differs from {HEADER_FILE}: tensors_sha256 (damaged or edited)")
     try:
@@ -143,15 +151,14 @@ def read_header(directory: Path) -> Header:
     """Read and check the JSON part only."""
     path = directory / HEADER_FILE
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise ObservationError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ObservationError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(_payload(path, MAX_HEADER_BYTES))
+    except ValueError as error:
         raise ObservationError(f"{path}: not JSON: {error}") from None
     if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
-        raise ObservationError(f"{path}: schema: is {raw.get('schema')!r}, this suite reads {SCHEMA}")
+        raise ObservationError(f"{path}: schema: is {ascii(raw.get('schema'))[:40]}, this suite reads {SCHEMA}")
+    found = flaw({name: value for name, value in raw.items() if name != "refusal"} if isinstance(raw, dict) else raw)
+    if found is not None:
+        raise ObservationError(f"{path}: {found[0]}: {found[1]}")
     try:
         header = Header.model_validate(raw)
     except ValidationError as error:
@@ -177,3 +184,12 @@ def read_header(directory: Path) -> Header:
     if header.header_sha256 != header.digest():
         raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
+
+
+def _payload(path: Path, most: int) -> bytes:
+    try:
+        return read_bounded(path, most)
+    except OSError as error:
+        raise ObservationError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ObservationError(f"{path}: {error}") from None

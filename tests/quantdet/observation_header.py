@@ -4,13 +4,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from quantdet.schema import ID_PATTERN, Cell, Phase
+from quantdet.untrusted import plain
 
 SCHEMA = 1
 
 Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
+Words = Annotated[str, AfterValidator(lambda text: plain(text, keep="\n"))]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -148,7 +150,7 @@ class Header(_Part):
     top_k: int = Field(ge=1)
     inject: str = ""
     environment: dict[str, Any] = {}
-    refusal: str = ""
+    refusal: Words = ""
     executed: Executed | None = None
     nonfinite: tuple[NonFinite, ...] = ()
     divergences: tuple[Divergence, ...] = ()

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from quantdet.engines import faults
 from quantdet.schema import Cell
+
+# `bitflip` is a defect of the numbers, the others are faults of the engine's process.
+INJECTIONS = ("bitflip", "noise", *faults.KINDS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Options:
     inject: str = ""
     no_controls: bool = False
     max_flip_rate: float | None = None
+    report: Path | None = None
 
 
 def add(parser: pytest.Parser) -> None:
@@ -60,6 +65,7 @@ def add(parser: pytest.Parser) -> None:
         "--reference", metavar="DIR", action="append",
         help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
     )  # fmt: skip
+    group.addoption("--report", metavar="DIR", help="Write a bug bundle for every NOISY or INVALID cell into DIR/bundles")
     group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
 
 
@@ -103,6 +109,9 @@ def parse(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
     if kept_in is not None and kept_in.exists() and not kept_in.is_dir():
         raise pytest.UsageError(f"--store: {kept_in} is not a folder")
+    report = path("--report")
+    if report is not None and report.exists() and not report.is_dir():
+        raise pytest.UsageError(f"--report: {report} is not a folder")
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(
@@ -122,11 +131,12 @@ def parse(config: pytest.Config) -> Options:
         inject=os.environ.get("QUANTDET_INJECT", ""),
         no_controls=config.getoption("--no-controls"),
         max_flip_rate=rate,
+        report=report,
     )
 
 
 def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
-    """`bitflip:GLOB` as (kind, glob over formats or cell ids); None if empty.
+    """`KIND:GLOB` as (kind, glob over formats or cell ids); None if empty.
 
     Raises:
         pytest.UsageError: an unknown kind of defect, or a format that is not in the matrix.
@@ -134,8 +144,9 @@ def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:
     if not text:
         return None
     kind, _, target = text.partition(":")
-    if kind != "bitflip" or not target:
-        raise pytest.UsageError(f"QUANTDET_INJECT: needs bitflip:FORMAT (or bitflip:MODEL/FORMAT/HARDWARE), is {text!r}")
+    if kind not in INJECTIONS or not target:
+        need = "KIND:FORMAT or KIND:MODEL/FORMAT/HARDWARE"
+        raise pytest.UsageError(f"QUANTDET_INJECT: needs {need} with KIND one of {', '.join(INJECTIONS)}, is {text!r}")
     if not any(fnmatchcase(name, target) for cell in cells for name in (cell.format_id, cell.id)):
         raise pytest.UsageError(f"QUANTDET_INJECT: {target!r} is no format and no cell of this matrix")
     return kind, target

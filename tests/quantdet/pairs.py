@@ -6,13 +6,17 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import reported
+from quantdet import permutation, reported
 from quantdet.compare import bits_equal
 from quantdet.distance import Distance, decode_distance, distance, published_topk
-from quantdet.observation import Block, Observation, Output
+from quantdet.observation import Block, Observation, Output, prefill_gaps
 from quantdet.observation_header import environment_differences
 from quantdet.schema import Phase
 from quantdet.verdicts import Pair, Verdict
+
+# A format is called DISTINCT when it is so from every other one, which needs no correction for their number
+# (intersection-union test, Berger 1982); the report corrects over the run.
+ALPHA = 0.05
 
 _EVERY = slice(None)
 
@@ -23,20 +27,23 @@ def pair(a: Observation, b: Observation) -> Pair:
     Formats that are bit-exact in prefill are IDENTICAL if every logit is equal, prefill and, while the context is
     common, decode; one that is noisy in decode only has to have a repeat whose decode the other has too, and is
     INDISTINCT otherwise. Formats that are noisy in prefill are DISTINCT only if the smallest distance between them exceeds
-    the largest within either of them. Of reported evidence: `reported.pair`.
+    the largest within either of them, and an exact permutation test over their repeats gives at most `ALPHA`. Of reported
+    evidence: `reported.pair`.
     """
     if a.reported:
         return reported.pair(a, b)
     differing = positions = steps = decode_differs = 0
-    cross: list[float] = []
+    cross: list[NDArray[np.float64]] = []
     prefill: list[Distance] = []
     decode: list[Distance] = []
     published: list[tuple[float, float]] = []
     prefill_published: list[tuple[float, float]] = []
+    p: float | None = None
+    p_smallest: float | None = None
     single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
     decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
     within = max(a.prefill_spread, b.prefill_spread) if not single else 0.0
-    for p, (one, other) in enumerate(zip(a.prompts, b.prompts, strict=True)):
+    for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
         content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
         differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
@@ -53,15 +60,16 @@ def pair(a: Observation, b: Observation) -> Pair:
         published.append((value, math.inf if parted else _published(y.decode, x.decode)))
         decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
         if not single:
-            variants = product(_variants(a, p, "prefill"), _variants(b, p, "prefill"))
-            cross.append(min(_forced(i, j, content).l2 for i, j in variants))
+            cross.append(prefill_gaps(one, other))
     if single:
         if differing or (decode_single and decode_differs):
             verdict = Verdict.DISTINCT
         else:
             verdict = Verdict.IDENTICAL if _decode_meets(a, b) else Verdict.INDISTINCT
     else:
-        verdict = Verdict.DISTINCT if float(np.mean(cross)) > within else Verdict.INDISTINCT
+        p, p_smallest = found = _permuted(a, b, np.mean(cross, axis=0))
+        apart = float(np.mean([gaps.min() for gaps in cross])) > within
+        verdict = Verdict.DISTINCT if apart and found[0] <= ALPHA else Verdict.INDISTINCT
     weights = [gap.positions for gap in prefill]
     return Pair(
         a.header.format, b.header.format, verdict,
@@ -72,8 +80,16 @@ def pair(a: Observation, b: Observation) -> Pair:
         decode_published=float(np.mean([forth for forth, _ in published])),
         decode_published_back=float(np.mean([back for _, back in published])), within=within,
         prefill_published=float(np.mean([forth for forth, _ in prefill_published])),
-        prefill_published_back=float(np.mean([back for _, back in prefill_published])),
+        prefill_published_back=float(np.mean([back for _, back in prefill_published])), p=p, p_smallest=p_smallest,
     )  # fmt: skip
+
+
+def _permuted(a: Observation, b: Observation, cross: NDArray[np.float64]) -> tuple[float, float]:
+    """Exact permutation test over the first repeats of both; `cross` is (repeats of a, repeats of b), mean of prompts."""
+    n, m = (min(o.header.repeats, permutation.MOST_REPEATS) for o in (a, b))
+    between = cross[:n, :m]
+    distances = np.block([[a.prefill_gaps[:n, :n], between], [between.T, b.prefill_gaps[:m, :m]]])
+    return permutation.two_samples(distances, n), permutation.smallest(n, m)
 
 
 def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:

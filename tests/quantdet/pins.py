@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
-from quantdet.schema import Args, Format, Layout, Row, Specifier, Weights
+from quantdet.schema import Args, Environment, Format, Layout, Row, Specifier, Weights
 
 # Where a cell's quantized numbers come from: a checkpoint, or the engine itself, out of plain weights.
 Source = Literal["any", "checkpoint", "online"]
@@ -28,7 +28,7 @@ class Pin(Row):
     source: Source = "any"
     vllm: Specifier = ""
     args: Args = Field(default_factory=dict)
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Environment = Field(default_factory=dict)
     unsupported: str = ""
 
     @model_validator(mode="after")

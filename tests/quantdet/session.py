@@ -5,17 +5,20 @@ Tests ask for results and judge them; this module starts engines, fills the stor
 
 import datetime
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantdet import checkpoints, planning, store, verification, workload
+from quantdet.checkpoints.unchanged import changed
 from quantdet.claims import Claim, References
-from quantdet.engines import Plan, process
+from quantdet.engines import Plan, process, scratch
 from quantdet.environment import environment_of, environment_on, slug
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate, variables_for
+from quantdet.interrupts import held
 from quantdet.matrix import Matrix
 from quantdet.observation import HEADER_FILE, Observation, write
 from quantdet.observation_header import SCHEMA, Header
@@ -143,7 +146,7 @@ class Session:
     def result(self, cell: Cell) -> Result:
         """The cell's result; measured on the first call."""
         if cell not in self._results:
-            self._results[cell] = self._measure(cell) if self.replay is None else self.replay.result(cell)
+            self._results[cell] = _safely(self._measure, cell) if self.replay is None else self.replay.result(cell)
         return self._results[cell]
 
     def _measure(self, cell: Cell) -> Result:
@@ -190,7 +193,7 @@ class Session:
             if self.replay is not None:
                 self._verified[cell, dtype] = self.replay.verified(cell, sequences.workload.sha256)
             else:
-                self._verified[cell, dtype] = self._verify(cell, dtype, sequences)
+                self._verified[cell, dtype] = _safely(self._verify, cell, dtype, sequences)
         return self._verified[cell, dtype]
 
     def _verify(self, cell: Cell, dtype: str, sequences: verification.Sequences) -> Result:
@@ -233,6 +236,10 @@ class Session:
         self._record([outcome])
         return Measured((outcome,), was_there)
 
+    def plan_of(self, cell: Cell) -> Plan | Missing:
+        """What an engine would be asked of `cell`; starts none."""
+        return self._prepare(cell)
+
     def weights(self, model_id: str, format_id: str) -> checkpoints.Checkpoint:
         """The weights of a format, whether or not it can run here.
 
@@ -262,7 +269,7 @@ class Session:
             return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
         except workload.WorkloadError as error:
             return Missing(Verdict.INVALID, str(error))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             return Missing(Verdict.ERROR, f"checkpoint: {error}")
         finally:
             self.clock.checkpoints += time.monotonic() - began
@@ -316,10 +323,15 @@ class Session:
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
         log = self.store.log(cell, f"{plan.identity.get('role', '')}{lifetime}")
-        log.unlink(missing_ok=True)
         limit = self.matrix.run_for(cell).time_limit_s
-        with self.store.writing(cell, place, key) as folder:
+        with held(), self.store.writing(cell, place, key) as folder:
             outcome = process.run(self.engine, plan, folder, log, limit)
+            identity = plan.identity
+            what = changed(Path(plan.checkpoint), identity["checkpoint_sha256"], identity["checkpoint_files_sha256"])
+            if what is not None:
+                outcome = process.Invalid(f"the checkpoint changed while it was measured: {what}", log, 0.0)
+            if not isinstance(outcome, process.Completed):  # what a failed engine left is not taken for measured
+                (folder / HEADER_FILE).unlink(missing_ok=True)
             if isinstance(outcome, process.Refused) and self.expectations(cell).unsupported(cell) is not None:
                 # Kept only where the matrix expects it: another refusal may be gone the next time.
                 header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
@@ -359,3 +371,12 @@ class Session:
         if self._builder is not None:
             self._builder.shutdown(wait=False, cancel_futures=True)
         self.store.sweep()
+        scratch.sweep()
+
+
+def _safely(measure: Callable[..., Result], *args: Any) -> Result:
+    """A full disk, or a store that cannot be written, costs the cell and is said."""
+    try:
+        return measure(*args)
+    except OSError as error:
+        return Missing(Verdict.ERROR, f"{type(error).__name__}: {error}")

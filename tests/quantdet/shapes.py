@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Dimension = Annotated[int, Field(gt=0, le=1 << 20)]
 
 
 class _Row(BaseModel):  # as schema.Row, which is made of these
@@ -21,16 +22,16 @@ class Synthetic(_Row):
 
     architecture: Literal["qwen3", "qwen3_moe"]
     seed: int = Field(0, ge=0)
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    experts: PositiveInt | None = None
-    experts_per_token: PositiveInt | None = None
-    expert_intermediate_size: PositiveInt | None = None
+    vocab_size: Dimension
+    hidden_size: Dimension
+    intermediate_size: Dimension
+    layers: Annotated[int, Field(gt=0, le=1000)]
+    heads: Dimension
+    kv_heads: Dimension
+    head_dim: Dimension
+    experts: Dimension | None = None
+    experts_per_token: Dimension | None = None
+    expert_intermediate_size: Dimension | None = None
 
     @model_validator(mode="after")
     def _experts(self) -> "Synthetic":

@@ -25,6 +25,7 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+_ATTEMPTS = 5  # two runs that replace the same damaged one may be in each other's way
 # A key's beginning and what tempfile appends.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.[a-z0-9_]{8}")
 
@@ -60,20 +61,29 @@ class Store:
         try:
             yield temporary
             if (temporary / HEADER_FILE).is_file():
-                try:
-                    os.rename(temporary, place)
-                except OSError:  # another run finished the same one first, or a damaged one is in the way
-                    if self.find(cell, environment, key) is None:
-                        shutil.rmtree(place, ignore_errors=True)
+                for _ in range(_ATTEMPTS):
+                    with contextlib.suppress(OSError):
                         os.rename(temporary, place)
+                        return
+                    # Another run finished the same one first, or one that is damaged, or of another key, is in the way.
+                    if self.find(cell, environment, key) is not None:
+                        return
+                    shutil.rmtree(place, ignore_errors=True)
+                os.rename(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def log(self, cell: Cell, lifetime: str) -> Path:
-        """Where the engine's output of a lifetime goes."""
+        """Where the engine's output of a lifetime goes: an empty file of this run; those of runs that are over are removed."""
         folder = self.root / "logs" / cell.hardware_id / cell.model_id
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{cell.format_id}.{lifetime}.log"
+        for old in folder.glob(f"{cell.format_id}.{lifetime}.*.log"):
+            run = old.name.split(".")[-2]
+            if not run.isdecimal() or int(run) == os.getpid() or not Path("/proc", run).exists():
+                old.unlink(missing_ok=True)
+        path = folder / f"{cell.format_id}.{lifetime}.{os.getpid()}.log"
+        path.touch()
+        return path
 
     def all(self) -> list[Observation]:
         """Every observation below the folder, sorted by path. Raises ObservationError at the first bad one."""
@@ -93,9 +103,12 @@ class Store:
 
     def _set_aside(self, place: Path) -> None:
         with contextlib.suppress(OSError):
-            aside = place.with_name(f".damaged-{place.name}-{os.getpid()}")
-            os.rename(place, aside)
-            self.set_aside.append(aside)
+            aside = Path(tempfile.mkdtemp(prefix=f".damaged-{place.name}-", dir=place.parent))
+            try:
+                os.rename(place, aside)
+                self.set_aside.append(aside)
+            except OSError:
+                aside.rmdir()
 
 
 def copy_into(observation: Observation, root: Path) -> None:
@@ -105,7 +118,13 @@ def copy_into(observation: Observation, root: Path) -> None:
     target = root / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".recording.", dir=target.parent))
-    shutil.copytree(observation.path, temporary, dirs_exist_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(temporary, target)
+    try:
+        shutil.copytree(observation.path, temporary, dirs_exist_ok=True)
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(OSError):
+                os.rename(temporary, target)
+                return
+            shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

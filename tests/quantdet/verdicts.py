@@ -46,7 +46,9 @@ class Pair:
     positions; decode_steps: steps whose context is common; decode_l2: the suite's L2 over these; decode_published: the
     published decode metric, `inf` where tokens part. The published metric takes the ids of its first side, so it has a
     direction: `a` to `b`, and back;
-    differing: positions with different full-vocabulary logits, of `positions`.
+    differing: positions with different full-vocabulary logits, of `positions`;
+    p: of the exact permutation test over repeats, where one of the formats is noisy in prefill, and p_smallest, what these
+    numbers of repeats could reach; None where bits decide.
     """
 
     a: str
@@ -63,6 +65,8 @@ class Pair:
     within: float = 0.0
     prefill_published: float = 0.0
     prefill_published_back: float = 0.0
+    p: float | None = None
+    p_smallest: float | None = None
 
     @property
     def swapped(self) -> "Pair":

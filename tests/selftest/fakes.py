@@ -4,6 +4,7 @@ Nothing here is used outside the self-tests. Importing this module imports neith
 forkserver may preload it.
 """
 
+import ctypes
 import hashlib
 import multiprocessing.forkserver  # noqa: F401  # before pytester notes which modules are there, so that it stays
 import os
@@ -18,14 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdet import diagnosis
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
 from quantdet.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
 from quantdet.store import Store
+from selftest import fake_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -43,6 +46,7 @@ class FakeEngine:
 
     numerics: formats with the same value have the same logits (default: the format's id);
     executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
+    only_not: while this file exists the engine dies;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
@@ -56,9 +60,16 @@ class FakeEngine:
         behaviour = args.get("behaviour", "honest")
         if "only_if" in args and not Path(args["only_if"]).exists():
             behaviour = "honest"
+        if "only_not" in args and Path(args["only_not"]).exists():
+            behaviour = "exit"
         print(f"fake engine: {behaviour}", flush=True)
+        faults.fire(plan.inject)
         _act(behaviour, args)
+        _disturb(behaviour, args, Path(plan.checkpoint), directory)
         if behaviour == "missing":
+            return
+        if plan.identity.get("role") == diagnosis.ROLE:
+            diagnosis.write(fake_layers.traced(plan, behaviour), directory / diagnosis.TRACE_FILE)
             return
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):
@@ -73,6 +84,8 @@ class FakeEngine:
         if behaviour == "damaged":
             path = directory / "tensors.safetensors"
             path.write_bytes(path.read_bytes()[:-1])
+        if behaviour == "kill_late":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _note_pid(args: dict[str, Any], pid: int) -> None:
@@ -106,6 +119,36 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
                 time.sleep(300)
             elif behaviour == "kill_with_children":
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _disturb(behaviour: str, args: dict[str, Any], checkpoint: Path, directory: Path) -> None:
+    """What happens around an engine; on /dev/full the kernel says what it says on a full disk."""
+    match behaviour:
+        case "full_arrays":
+            (directory / "tensors.safetensors").symlink_to("/dev/full")
+        case "full_header":
+            (directory / ".observation.json").symlink_to("/dev/full")
+        case "full_log":
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+            print("a line", flush=True)
+        case "scribble":
+            path = checkpoint / args["file"]
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        case "remove":
+            (checkpoint / args["file"]).unlink()
+        case "meet":  # the engine of another run
+            end = time.monotonic() + 20
+            while len(Path(args["starts"]).read_text(encoding="utf-8").splitlines()) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+        case "oom_killed":
+            Path(args["count"]).write_text("nr_free_pages 0\noom_kill 4\n", encoding="utf-8")
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hold_interpreter":  # a call into C that keeps the interpreter's lock
+            ctypes.PyDLL(None).sleep(300)
 
 
 def pseudo_logits(numerics: str, ids: list[int], name: str, rows: int) -> NDArray[np.float32]:
@@ -149,7 +192,7 @@ def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPromp
         if behaviour == "restart_noise" and lifetime:
             flip(rows["prefill"], 0, 5)
         if last and number == 0 and behaviour != "blind":  # "blind": nothing that is done to the logits is seen
-            for phase, (row, token) in FLIPS.get(plan.inject, {}).items():
+            for phase, (row, token) in FLIPS.get("bitflip" if plan.inject == "noise" else plan.inject, {}).items():
                 flip(rows[phase], row, token)
         _distort(behaviour, rows, repeat, last, number)
         tokens = np.argmax(np.nan_to_num(rows["decode"]), axis=1).astype(np.int32)
@@ -234,6 +277,16 @@ def executed(*names: str, experts: tuple[str, ...] = ()) -> Executed:
         for name in found
     )  # fmt: skip
     return Executed(layers=layers, attention=("FAKE_ATTENTION",), logits_dtype="float32")
+
+
+def left_behind(folder: Path, within_s: float = 5.0) -> list[Path]:
+    """What is in a folder of temporary files after at most `within_s` seconds, but for pytest's own."""
+    end = time.monotonic() + within_s
+    while True:
+        found = [path for path in folder.iterdir() if path.name.startswith("quantdet")]
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.02)
 
 
 def alive(pids: list[int], within_s: float = 5.0) -> list[int]:

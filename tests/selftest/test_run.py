@@ -561,7 +561,7 @@ def test_a_bad_option_is_a_usage_error(suite: Suite, args: tuple[str, ...], word
     assert words in run.output
 
 
-@pytest.mark.parametrize("value", ["bitflip:nosuch", "bitflip", "bitflip:", "melt:awq"])
+@pytest.mark.parametrize("value", ["bitflip:nosuch", "bitflip", "bitflip:", "melt:awq", "sigkill:nosuch"])
 def test_a_bad_defect_is_a_usage_error(suite: Suite, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """QUANTDET_INJECT with an unknown kind or format exits 4, so that no defect is thought to be seeded."""
     monkeypatch.setenv("QUANTDET_INJECT", value)
@@ -677,13 +677,14 @@ def test_deselected_cells_are_not_measured(suite: Suite, tmp_path: Path) -> None
     assert ["alpha/awq"] == starts.read_text().splitlines()
 
 
-def test_a_damaged_weight_file_costs_its_cell(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ValueError from the checkpoints (a damaged source file) is an ERROR verdict, not a traceback."""
+@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
+def test_a_damaged_weight_file_costs_its_cell(suite: Suite, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """ValueError from the checkpoints (a damaged source file) is an ERROR verdict, not a traceback; no room for them too."""
     resolve = checkpoints.resolve
 
     def damaged(model_id: str, model: Model, format_: Format, **options: Any) -> checkpoints.Checkpoint:
         if format_.layout == "awq":
-            raise ValueError("model.safetensors: cut short")
+            raise error("model.safetensors: cut short")
         return resolve(model_id, model, format_, **options)
 
     monkeypatch.setattr(checkpoints, "resolve", damaged)

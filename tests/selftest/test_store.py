@@ -1,6 +1,7 @@
 """The store: only whole observations are found, by their key; two runs may write at once; damage costs a measurement."""
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,37 @@ def test_a_recording_has_the_shape_of_the_store(tmp_path: Path) -> None:
     copy_into(found, tmp_path / "recordings")
 
     assert Store(tmp_path / "recordings").find(CELL, ENVIRONMENT, KEY) is not None
+
+
+def test_a_copy_that_fails_leaves_the_recording_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the one that is there stays whole, and half of another does not."""
+    store, recordings = Store(tmp_path / "store"), Store(tmp_path / "recordings")
+    fill(store, keyed())
+    (found,) = store.all()
+    copy_into(found, recordings.root)
+
+    def full(source: Path, target: Path, **options: object) -> None:
+        (Path(target) / TENSORS_FILE).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        copy_into(found, recordings.root)
+
+    assert [KEY] == [one.header.key for one in recordings.all()]
+    assert [] == list(recordings.root.rglob(".*"))
+
+
+def test_one_place_may_be_damaged_twice(tmp_path: Path) -> None:
+    """Each time what was damaged is kept aside, and its place is free."""
+    store = Store(tmp_path)
+    for _ in range(2):
+        place = fill(store, keyed())
+        (place / TENSORS_FILE).write_bytes(b"")
+        assert store.find(CELL, ENVIRONMENT, KEY) is None
+        assert not place.exists()
+
+    assert 2 == len(store.set_aside) == len(list(place.parent.glob(".damaged-*/observation.json")))
 
 
 @given(

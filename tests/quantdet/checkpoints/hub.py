@@ -1,6 +1,5 @@
 """Weights that exist as Hugging Face folders: on the hub (or its local cache) and at a path."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from quantdet.checkpoints.base import Base
 from quantdet.checkpoints.cache import digest
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import by_layer, load_folder
+from quantdet.untrusted import parse_json, read_bounded
 
-# No *.bin, no *.pt: pickles run code when they are read.
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+# No *.bin, no *.pt, no *.py: pickles run code when they are read, modules when a checkpoint is trusted.
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model*", "tokenizer*.txt", "*.model", "merges.txt", "vocab.txt"]
+_MAX_CONFIG_BYTES = 16 << 20
 _EXTRA = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -59,7 +60,7 @@ class FolderSource:
             Unavailable: no such folder, no or bad config.json, no safetensors, weights that are already quantized.
         """
         try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            config = parse_json(read_bounded(self.folder / "config.json", _MAX_CONFIG_BYTES))
         except (OSError, ValueError) as error:
             raise Unavailable(f"{self.folder}: need a readable config.json, have {type(error).__name__}") from None
         if not isinstance(config, dict):

@@ -8,6 +8,7 @@ on that package's version, and so that bfloat16 and float8 need no torch.
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from quantdet.untrusted import parse_json, read_bounded
+
 Array = npt.NDArray[Any]
 Load = Callable[[], Array]  # makes or reads one tensor, in whatever thread calls it
 T = TypeVar("T")
 
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD_BYTES = 2**30
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors package has it
+_MAX_INDEX_BYTES = 64 << 20
 
 # safetensors' dtype words.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -46,6 +51,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
 
+def word(dtype: np.dtype[Any]) -> str:
+    """safetensors' word for a dtype ("BF16"). Raises KeyError if it has none."""
+    return _WORDS[dtype.newbyteorder("<")]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a safetensors file: dtype word, shape, first and last-plus-one byte in the file."""
@@ -67,13 +77,18 @@ def read_header(path: Path) -> dict[str, Entry]:
     def bad(what: str) -> ValueError:
         return ValueError(f"{path}: not a valid safetensors file: {what}")
 
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block
+        raise bad("not a regular file")
+    size = status.st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise bad(f"header of {length} bytes in a file of {size} bytes")
+        if length > _MAX_HEADER_BYTES:
+            raise bad(f"header of {length} bytes, at most {_MAX_HEADER_BYTES}")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         except ValueError as error:
             raise bad(f"header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -128,10 +143,12 @@ def files(directory: Path) -> list[Path]:
             raise ValueError(f"{directory}: no *.safetensors file")
         return found
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(read_bounded(index, _MAX_INDEX_BYTES))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error})") from None
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{index}: not a safetensors index (a file's name is no text)")
         if Path(name).name != name or not (directory / name).is_file():
             raise ValueError(f"{index}: names {name!r}, which is no file of this folder")
     return [directory / name for name in names]

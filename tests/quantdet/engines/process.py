@@ -6,12 +6,12 @@ process), that group is killed, so that no worker of an engine stays behind.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,11 +23,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan
+from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, scratch
+from quantdet.interrupts import Held, held
+from quantdet.untrusted import plain
 
 _TESTS = Path(__file__).resolve().parents[2]
 _SHIM = Path(__file__).resolve().parent / "shim"
-_LOG_TAIL_LINES = 12
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -101,48 +103,62 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
     """
     started = time.monotonic()
     context = _context(spec, plan)
-    ours, theirs = context.Pipe(duplex=False)
-    lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
-    # Engines leave rendezvous files behind when they are killed: give each its own place, and remove that.
-    scratch = Path(tempfile.mkdtemp(prefix="quantdet-"))
-    child = context.Process(
-        target=_child,
-        args=(spec, plan.to_json(), str(directory), str(log), str(scratch), theirs, lifeline_theirs),
-        name=f"engine {plan.identity.get('model')}/{plan.identity.get('format')}",
-    )
-    try:
-        with _environment(plan.env):  # a spawned child reads it at import; a forked one sets it itself
-            child.start()
-        theirs.close()
-        lifeline_theirs.close()
-        wait([ours, child.sentinel], timeout=max(0.0, time_limit_s - (time.monotonic() - started)))
-        record = _receive(ours)
-        if record is not None:
+    kills = ended.oom_kills()
+    # Engines leave rendezvous files behind when they are killed: each has a place of its own, and that is removed.
+    with held() as pending, scratch.folder() as place:
+        ours, theirs = context.Pipe(duplex=False)
+        lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
+        child = context.Process(
+            target=_child,
+            args=(spec, plan.to_json(), str(directory), str(log), str(place), theirs, lifeline_theirs),
+            name=f"engine {plan.identity.get('model')}/{plan.identity.get('format')}",
+        )
+        try:
+            # A spawned child reads the environment at import; a forked one sets it itself. Cut off here, the child that
+            # may come yet ends by its lifeline.
+            with pending.allowed(), _environment(plan.env):
+                child.start()
+            theirs.close()
+            lifeline_theirs.close()
+            _wait([ours, child.sentinel], pending, started + time_limit_s)
+            record = _receive(ours)
+            if record is None and child.is_alive() and time.monotonic() - started >= time_limit_s:
+                return TimedOut(time_limit_s, log)
             child.join(timeout=10)
-        elif child.is_alive() and time.monotonic() - started >= time_limit_s:
-            return TimedOut(time_limit_s, log)
-        else:
-            child.join(timeout=10)
-        seconds = time.monotonic() - started
-        if record is not None and record["status"] == "needs spawn":
+            seconds = time.monotonic() - started
+            if record is None:
+                how = ended.words(child.exitcode, kills)
+                return Crashed(f"engine process {how}, no completion record{ended.tail(log)}", log, seconds)
+        finally:
+            if child.pid is not None:
+                _kill_group(child.pid)
+                child.join(timeout=10)
+            ours.close()
+            lifeline_ours.close()
+    message = plain(record.get("message", ""))
+    match record["status"]:
+        case "needs spawn":
             again = replace(plan, extra={**plan.extra, "spawn": True})
             return run(spec, again, directory, log, time_limit_s - seconds)
-        if record is None:
-            return Crashed(f"engine process {_ended(child.exitcode)}, no completion record{_tail(log)}", log, seconds)
-        if record["status"] == "completed":
+        case "completed":
             return Completed(seconds)
-        if record["status"] == "refused":
-            return Refused(record["message"], seconds)
-        if record["status"] == "invalid":
-            return Invalid(record["message"], log, seconds)
-        return Crashed(f"{record['message']}{_tail(log)}", log, seconds)
-    finally:
-        if child.pid is not None:
-            _kill_group(child.pid)
-            child.join(timeout=10)
-        ours.close()
-        lifeline_ours.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+        case "refused":
+            return Refused(message, seconds)
+        case "invalid":
+            return Invalid(message, log, seconds)
+    return Crashed(f"{message}{ended.tail(log)}", log, seconds)
+
+
+def _wait(ready: list[Any], pending: Held, end: float) -> None:
+    """Until something is ready or the time is over.
+
+    Raises:
+        KeyboardInterrupt: a signal that ends the run came.
+    """
+    while not wait([*ready, pending.fileno()], timeout=max(0.0, end - time.monotonic())) or pending.caught:
+        pending.let()
+        if time.monotonic() >= end:
+            return
 
 
 def _context(spec: EngineSpec, plan: Plan) -> Any:
@@ -182,19 +198,21 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def _child(
-    spec: EngineSpec, plan_json: str, directory: str, log: str, scratch: str, record: Connection, lifeline: Connection
+    spec: EngineSpec, plan_json: str, directory: str, log: str, place: str, record: Connection, lifeline: Connection
 ) -> None:
     os.setsid()
-    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
+    if sys.platform == "linux":  # a call that keeps the interpreter's lock would keep the thread below from running
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, args=(lifeline, Path(place)), daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    os.environ["TMPDIR"] = tempfile.tempdir = place
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_SHIM), str(_TESTS), os.environ.get("PYTHONPATH", "")])
     plan = Plan.from_json(plan_json)
     os.environ.update(plan.env)
     for name in plan.extra.get("cold", ()):  # a folder in the scratch: empty now, gone afterwards
-        os.environ[name] = os.path.join(scratch, "caches", name.lower())
+        os.environ[name] = os.path.join(place, "caches", name.lower())
         os.makedirs(os.environ[name], exist_ok=True)
     answer: dict[str, str]
     try:
@@ -207,19 +225,22 @@ def _child(
     except InvalidMeasurement as error:
         answer = {"status": "invalid", "message": str(error)}
     except BaseException as error:
-        import traceback
+        with contextlib.suppress(Exception):  # on a full disk, or without memory, the record has to do
+            import traceback
 
-        traceback.print_exc()
+            traceback.print_exc()
         answer = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     record.send_bytes(json.dumps(answer).encode())
     os._exit(0)  # a normal exit would run the engine's teardown, which says nothing about the cell and takes a second
 
 
-def _die_with_parent(lifeline: Connection) -> None:
+def _die_with_parent(lifeline: Connection, place: Path) -> None:
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv_bytes()
+    scratch.remove(place, within_s=0)  # nobody is left to do it
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -239,23 +260,3 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _ended(exitcode: int | None) -> str:
-    if exitcode is None:
-        return "closed its pipe but did not end"
-    if exitcode < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-exitcode).name}"
-        return f"killed by signal {-exitcode}"
-    return f"ended with exit code {exitcode}"
-
-
-def _tail(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 16384))
-            lines = file.read().decode("utf-8", "replace").splitlines()[-_LOG_TAIL_LINES:]
-    except OSError:
-        lines = []
-    return "".join(f"\n    | {line}" for line in lines) + f"\n  log: {log}"

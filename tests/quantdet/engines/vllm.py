@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import kernels
+from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, masks
+from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, faults, layers, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -58,7 +58,11 @@ class VllmEngine:
         finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
             device.check(plan)
         loaded = time.monotonic()
+        if plan.identity.get("role") == diagnosis.ROLE:
+            self._trace(vllm, llm, plan, directory)
+            return
         executed = self._executed(llm)
+        faults.fire(plan.inject)
         tap = LogitsTap(_model(llm))
         recorder = self._run(vllm, llm, tap, plan)
         measured = time.monotonic()
@@ -94,6 +98,7 @@ class VllmEngine:
     def _run(self, vllm: Any, llm: Any, tap: LogitsTap, plan: Plan) -> Recorder:
         """Every prompt of the plan, each repeat of one before the next."""
         recorder = Recorder(plan)
+        noise = layers.Noise(_model(llm)) if plan.inject == "noise" else None
         for prompt in plan.prompts:
             given, forced_from = self._ids(llm, prompt)
             recorder.begin(prompt, given, forced_from)
@@ -101,9 +106,25 @@ class VllmEngine:
                 if recorder.enough(repeat):
                     break
                 last = prompt is plan.prompts[0] and repeat == plan.repeats - 1
+                if noise is not None:
+                    noise.arm(last)
                 self._request(vllm, llm, tap, recorder, plan, given, FLIPS.get(plan.inject, {}) if last else {})
             recorder.end()
         return recorder
+
+    def _trace(self, vllm: Any, llm: Any, plan: Plan, directory: Path) -> None:
+        """One prompt with hooks on every layer; the numbers are those of `_run`, the time is not."""
+        noise = layers.Noise(_model(llm)) if plan.inject == "noise" else None  # before the hooks that have to see it
+        tap = layers.LayerTap(_model(llm))
+        (prompt,) = plan.prompts
+        given, _ = self._ids(llm, prompt)
+        for repeat in range(plan.repeats):
+            if noise is not None:
+                noise.arm(repeat == plan.repeats - 1)
+            tap.start()
+            _answer(vllm, llm, plan, given)
+            tap.stop()
+        diagnosis.write(tap.trace(prompt.id), directory / diagnosis.TRACE_FILE)
 
     @staticmethod
     def _load(vllm: Any, plan: Plan) -> Any:
@@ -138,13 +159,9 @@ class VllmEngine:
         ids: list[int],
         flips: Mapping[Phase, tuple[int, int]],
     ) -> None:
-        parameters = vllm.SamplingParams(
-            temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,
-            logprobs=plan.top_k, prompt_logprobs=plan.top_k,
-        )  # fmt: skip
         tap.start(flips)
         began = time.monotonic()
-        (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+        answer = _answer(vllm, llm, plan, ids)
         recorder.seconds(time.monotonic() - began)
         decode, prefill = tap.assemble(len(ids), plan.decode_tokens)
         output = answer.outputs[0]
@@ -163,6 +180,15 @@ class VllmEngine:
         eager = bool(config.model_config.enforce_eager)
         runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
         return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
+
+
+def _answer(vllm: Any, llm: Any, plan: Plan, ids: list[int]) -> Any:
+    parameters = vllm.SamplingParams(
+        temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,
+        logprobs=plan.top_k, prompt_logprobs=plan.top_k,
+    )  # fmt: skip
+    (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+    return answer
 
 
 def _watched() -> Stopwatch:

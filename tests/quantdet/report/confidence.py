@@ -44,3 +44,26 @@ def at_once(cases: list[Case], confidence: float = 0.95) -> str:
         return ""
     bound = stats.flip_rate_upper(0, min(runs), 1 - (1 - confidence) / len(runs))
     return f"all {len(runs)} BIT_EXACT at once: flip rate < {bound:.3g} per call at {confidence:.0%}"
+
+
+def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
+    """What stays of the run's tests when all of them count: a case is one test, of the format against all others or of a claim.
+
+    Source: Holm (1979) over the cases that rest on a p-value; that of a format against all others is the largest of its
+    pairs (intersection-union, Berger 1982). Whatever is true, any false alarm among those that stay has at most
+    probability `alpha`. Where bits decide there is no test: no difference, no alarm.
+    """
+    tests: list[tuple[float, bool]] = []
+    for case in cases:
+        pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None and pair["verdict"] == "DISTINCT"]
+        if pairs:
+            tests.append((max(pairs), case["verdict"] != "INDISTINCT"))
+        elif case["reexecution"] and case["properties"].get("p"):
+            tests.append((float(case["properties"]["p"]), case["verdict"] == "DETECTABLE"))
+    if not tests:
+        return ""
+    adjusted = stats.holm([value for value, _ in tests])
+    claimed = [value for value, (_, said) in zip(adjusted, tests, strict=True) if said]
+    stay = sum(value <= alpha for value in claimed)
+    found = f"{len(tests)} cases rest on a p-value: of {len(claimed)} that found a difference {stay} stay"
+    return f"{found} after Holm over the run (false-alarm rate of the run at most {alpha:.0%})"

@@ -39,7 +39,7 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("suite.injected", ":".join(session.inject) if session.inject else ""),
     ]
     found += [(f"controls.{place}", text) for place, text in confidence.controls(records.cases).items()]
-    found += [("bounds.at_once", confidence.at_once(records.cases))]
+    found += [("bounds.at_once", confidence.at_once(records.cases)), ("multiplicity", confidence.multiplicity(records.cases))]
     order = list(session.matrix.formats)
     found += effects.properties(records.cases, order) + reexecution.properties(records.cases, order)
     environment = session.measured_environment()

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from rich.markup import escape
 from rich.table import Table
 
 from quantdet import collect
@@ -28,8 +29,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(render(table, width))
         for where, text in confidence.controls(records.cases).items():
             reporter.write_line(f"controls on {where}: {text}")
-        if bound := confidence.at_once(records.cases):
-            reporter.write_line(bound)
+        for text in filter(None, (confidence.at_once(records.cases), confidence.multiplicity(records.cases))):
+            reporter.write_line(text)
         clock = config.stash[collect.SESSION].clock
         if clock.cells > clock.reused:
             for table in time_tables(records):
@@ -162,7 +163,7 @@ def _word(case: dict[str, Any] | None) -> str:
 def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
-    text = executed.replace("[", "\\[")
+    text = escape(executed)  # a recording's word
     if case is not None and case["properties"].get("kernel.weight_only") == "True":
         text += " weight-only"
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
