@@ -233,6 +233,9 @@ class Known:
     def gate(self, cell: Cell) -> str | None:
         return None if cell.hardware_id == "cpu-here" else "elsewhere"
 
+    def pinned(self, cell: Cell) -> bool:
+        return True
+
     def expectations(self, cell: Cell) -> Expectations:
         return Expectations.of(self.matrix, None)
 
