@@ -143,7 +143,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         item.user_properties.extend(case_properties(item, cell, session))
         if cell not in reasons:
             reasons[cell] = reexecution.gate(cell, session) if isinstance(cell, Claim) else session.gate(cell)
-        reason = reasons[cell]
+        reason = reasons[cell] if item.get_closest_marker("control") is None else None  # `controls.cells` has asked already
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
