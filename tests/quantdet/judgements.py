@@ -357,8 +357,7 @@ def _size(result: Pair) -> str:
 def restart(observations: Sequence[Observation], expectations: Expectations) -> Judgement:
     """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases.
 
-    Declared noise excuses a difference in its own phase only, and in prefill up to its rows; `may_recompile` a difference
-    between a lifetime with cold caches and the others, where these agree.
+    Declared noise excuses a difference in its own phase only, and in prefill up to its rows; `may_recompile` any.
     """
     cell = observations[0].cell
     if any(observation.header.nonfinite for observation in observations):
@@ -370,9 +369,7 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     recompiles = expectations.recompiles(cell)
     wrong: list[Phase] = []
     for phase, row in noise.items():
-        groups = distinct([_exact_rows(o, phase, row) for o in observations])
-        warm = {group for group, o in zip(groups, observations, strict=True) if o.header.caches == "warm"}
-        if max(groups) and (recompiles is None or len(warm) > 1):  # only a lifetime with cold caches may differ
+        if recompiles is None and max(distinct([_exact_rows(o, phase, row) for o in observations])):
             wrong.append(phase)
     flips = len(seen) - max(Counter(seen).values())
     bound = stats.flip_rate_upper(flips, len(seen))
