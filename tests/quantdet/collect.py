@@ -50,7 +50,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("several_lifetimes"):
-        cells = [cell for cell in cells if (session.options.lifetimes or session.matrix.run_for(cell).lifetimes) > 1]
+        cells = [cell for cell in cells if session.lifetimes(cell) > 1]
     if metafunc.definition.get_closest_marker("several_versions"):
         cells = list(dict.fromkeys(replace(cell, vllm="") for cell in cells if cell.vllm))
     if "phase" in metafunc.fixturenames:
@@ -143,7 +143,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         item.user_properties.extend(case_properties(item, cell, session))
         if cell not in reasons:
             reasons[cell] = reexecution.gate(cell, session) if isinstance(cell, Claim) else session.gate(cell)
-        reason = reasons[cell]
+        reason = reasons[cell] if item.get_closest_marker("control") is None else None  # `controls.cells` has asked already
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:

@@ -4,8 +4,8 @@ from quantdet import judgements
 from quantdet.engines import FLIPS
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
-from quantdet.pairs import comparable_requests
-from quantdet.schema import PHASES
+from quantdet.pairs import comparable
+from quantdet.schema import PHASES, Phase
 from quantdet.verdicts import Judgement, Verdict
 
 _NOTHING = Expectations(())
@@ -19,13 +19,15 @@ def bit_flip(observation: Observation) -> Judgement:
         found = judgements.repeat((observation,), phase, _NOTHING)
         where = f"prompt {header.prompts[0].id} {'step' if phase == 'decode' else 'position'} {position}"
         place = f"{where} in repeat {header.repeats - 1}"
-        flips = round(sum(len(set(p.runs)) - 1 for p in header.prompts))
+        others = sum(len(set(p.runs)) - 1 for p in header.prompts)
         seen = [d for d in header.divergences if d.phase == phase]
         exact = len(seen) == 1 and (seen[0].token, seen[0].ulp, seen[0].differing) == (token, 1, 1)
-        if found.verdict is Verdict.NOISY and found.figures["first_divergence"] == place and exact and flips == 1:
+        alone = others == 1 and _differing(observation, phase) == 1
+        if found.verdict is Verdict.NOISY and found.figures["first_divergence"] == place and exact and alone:
             words.append(f"{phase} {where}")
         else:
-            wrong.append(f"{phase}: one bit turned over at {place}, found: {found.message}")
+            more = "" if alone else f"; {_differing(observation, phase)} positions differ, in {others} outputs"
+            wrong.append(f"{phase}: one bit turned over at {place}, found: {found.message}{more}")
     if wrong:
         text = f"INVALID {cell} control: {wrong[0]}"
         return Judgement(Verdict.INVALID, text, False, {}, "\n".join(wrong[1:]))
@@ -33,12 +35,23 @@ def bit_flip(observation: Observation) -> Judgement:
     return Judgement(Verdict.NOISY, f"NOISY {cell} control: {text}", True, {"expectation": "noisy: seeded in the engine"})
 
 
+def _differing(observation: Observation, phase: Phase) -> int:
+    """Positions at which the logits of any prompt's other outputs differ from those of its first."""
+    return sum(
+        int((output.block(phase).digests != prompt.outputs[0].block(phase).digests).any(axis=1).sum())
+        for prompt in observation.prompts
+        for output in prompt.outputs[1:]
+    )
+
+
 def same_weights(own: Observation, renamed: Observation) -> Judgement:
     """Does the same checkpoint under another name, in another process, give the same bits? Repeat 0 of each."""
     cell, figures = own.cell, {"expectation": "identical: the same weights under another name, in another process"}
     if own.header.checkpoint_sha256 != renamed.header.checkpoint_sha256:
         return Judgement(Verdict.INVALID, f"INVALID {cell} control: the copy has other weights", False, figures)
-    where = _first_difference(own, renamed)
+    if why := _cannot_compare(own, renamed):
+        return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
+    where = judgements.first_position_between(own, renamed)
     if where:
         return Judgement(
             Verdict.DISTINCT, f"DISTINCT {cell} control: the same weights give other bits at {where}", False, figures
@@ -55,7 +68,9 @@ def one_integer(own: Observation, altered: Observation) -> Judgement:
         return Judgement(
             Verdict.INVALID, f"INVALID {cell} control: the altered checkpoint has the same weights", False, figures
         )
-    where = _first_difference(own, altered)
+    if why := _cannot_compare(own, altered):
+        return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
+    where = judgements.first_position_between(own, altered)
     changed = f"one integer of {altered.header.checkpoint_source} changed by 1"
     if not where:
         text = f"IDENTICAL {cell} control: {changed}, no bit of any logit differs"
@@ -68,8 +83,9 @@ def one_integer(own: Observation, altered: Observation) -> Judgement:
     return Judgement(Verdict.DISTINCT, f"DISTINCT {cell} control: {text}", True, {**figures, "first_divergence": where})
 
 
-def _first_difference(own: Observation, other: Observation) -> str:
-    why = comparable_requests(own, other)
-    if why is not None:
-        return f"other requests: {why}"
-    return judgements.first_position_between(own, other)
+def _cannot_compare(own: Observation, seeded: Observation) -> str:
+    """Why a difference, or none, would say nothing of the weights; empty if it does."""
+    if own.header.nonfinite or seeded.header.nonfinite:
+        return "non-finite logits"
+    why = comparable(own, seeded)
+    return "" if why is None else f"cannot be compared with the cell's own measurement: {why}"

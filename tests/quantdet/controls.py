@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from quantdet import judgements
 from quantdet.control_judgements import bit_flip
 from quantdet.results import Measured, Missing
-from quantdet.schema import Cell
+from quantdet.schema import PHASES, Cell
 from quantdet.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -47,11 +47,16 @@ def cells(session: "Session", name: Name) -> list[Cell]:
 
 
 def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
+    if session.replay is not None and name == "bit_flip":
+        # A recorded one is whole by itself: the cell that it was seeded in may not have been measured beside it.
+        exact = not any(session.expectations(cell).noise(cell, phase) for phase in PHASES)
+        return exact and isinstance(session.control(cell, "control"), Measured)
+
     known = session.expectations(cell)
     format_ = session.matrix.formats[cell.format_id]
-    if session.gate(cell) is not None or known.unsupported(cell) is not None:
+    if session.gate(cell) is not None or known.unsupported(cell) is not None or not session.pinned(cell):
         return False
-    rows = [known.noise(cell, phase) for phase in ("decode", "prefill")]
+    rows = [known.noise(cell, phase) for phase in PHASES]
     if name == "known_noise":
         return rows[0] is not None and rows[0].outcome == "noisy"
     if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):

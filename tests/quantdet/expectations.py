@@ -34,7 +34,7 @@ class Expectations:
         return self._first(cell, None, "may_drift")
 
     def recompiles(self, cell: Cell) -> Expect | None:
-        """The row that lets an engine lifetime with cold caches give other bits."""
+        """The row that lets an engine lifetime give other bits than another."""
         return self._first(cell, None, "may_recompile")
 
     def twins(self, a: Cell, b: Cell) -> Expect | None:

@@ -13,7 +13,7 @@ from quantdet.expectations import Expectations, describe
 from quantdet.observation import Block, Observation, Output, PromptRecord
 from quantdet.pairs import comparable, pair
 from quantdet.reported import NOTE, cannot_repeat, qualified
-from quantdet.schema import Cell, Expect, Phase
+from quantdet.schema import PHASES, Cell, Expect, Phase
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 
@@ -67,12 +67,12 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
 
 def _noisy_beyond(observations: Sequence[Observation], phase: Phase, row: Expect | None) -> str:
     """A prompt with more rows than the declared noise reaches, whose repeats differ all the same; else empty."""
-    if phase == "decode" or row is None or row.max_rows is None:  # decode is one row at a time
+    if row is None:
         return ""
     for observation in observations:
         for prompt in observation.prompts:
-            bits = {output.prefill.fingerprint for output in prompt.outputs}
-            if len(bits) > 1 and prompt.header.length > row.max_rows:
+            bits = {output.block(phase).fingerprint for output in prompt.outputs}
+            if len(bits) > 1 and _has_to_be_exact(prompt, phase, row):
                 return prompt.header.id
     return ""
 
@@ -139,10 +139,15 @@ def _first_position(prompt: PromptRecord, a: Output, b: Output, phase: Phase) ->
     return min((p for p in positions if p is not None), default=None)
 
 
-def first_position_between(a: Observation, b: Observation) -> str:
+def first_position_between(
+    a: Observation, b: Observation, looked_at: Callable[[PromptRecord, Phase], bool] = lambda prompt, phase: True
+) -> str:
     """Where repeat 0 of two observations of the same requests differs first, in reading order, prefill before decode."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
     for one, other in zip(a.prompts, b.prompts, strict=True):
-        for phase in ("prefill", "decode"):
+        for phase in phases:
+            if not looked_at(one, phase):
+                continue
             position = _first_position(one, one.run(0), other.run(0), phase)
             if position is not None:
                 return f"prompt {one.header.id} {phase} {_at(phase, position)}"
@@ -350,32 +355,53 @@ def _size(result: Pair) -> str:
 
 @qualified
 def restart(observations: Sequence[Observation], expectations: Expectations) -> Judgement:
-    """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases."""
+    """Do separate engine lifetimes give the same bits? Compared is repeat 0 of each, both phases.
+
+    Declared noise excuses a difference in its own phase only, and in prefill up to its rows; `may_recompile` any.
+    """
     cell = observations[0].cell
     if any(observation.header.nonfinite for observation in observations):
         return Judgement(Verdict.INVALID, f"INVALID {cell} restart: non-finite logits", False)
     if len(observations) < 2:
         return Judgement(Verdict.INVALID, f"INVALID {cell} restart: needs 2 lifetimes, have {len(observations)}", False)
-    row = expectations.noise(cell, "decode") or expectations.noise(cell, "prefill")
     seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
-    warm = [group for group, o in zip(seen, observations, strict=True) if o.header.caches == "warm"]
-    if row is None and len(set(warm)) <= 1:  # only a lifetime with cold caches may differ
-        row = expectations.recompiles(cell)
+    noise: dict[Phase, Expect | None] = {phase: expectations.noise(cell, phase) for phase in PHASES}
+    recompiles = expectations.recompiles(cell)
+    wrong: list[Phase] = []
+    for phase, row in noise.items():
+        if recompiles is None and max(distinct([_exact_rows(o, phase, row) for o in observations])):
+            wrong.append(phase)
     flips = len(seen) - max(Counter(seen).values())
     bound = stats.flip_rate_upper(flips, len(seen))
+    rows = dict.fromkeys(describe(row, "") for row in (*noise.values(), recompiles) if row is not None)
     figures: dict[str, object] = {
-        "expectation": describe(row, "bit-exact across lifetimes"),
+        "expectation": "; ".join(rows) or "bit-exact across lifetimes",
         "distinct_outputs": max(seen) + 1,
         "flip_rate_upper95": round(bound, 6),
     }
     share = f"{flips} of {len(seen)} lifetimes differ, flip rate < {bound:.3g} per lifetime at 95 %"
     figures["caches"] = ",".join(o.header.caches for o in observations)
-    if len(warm) < len(seen):
+    if any(o.header.caches == "cold" for o in observations):
         share += "; the last one with cold caches"
     if flips:
-        other = next(o for group, o in zip(seen, observations, strict=True) if group != seen[0])
-        where = first_position_between(observations[0], other)
+
+        def named(prompt: PromptRecord, phase: Phase) -> bool:  # what no row excuses, if there is any
+            return not wrong or (phase in wrong and _has_to_be_exact(prompt, phase, noise[phase]))
+
+        places = ((o, first_position_between(observations[0], o, named)) for o in observations[1:])
+        other, where = next((o, place) for o, place in places if place)
         figures["first_divergence"] = where
         share += f"; lifetime {other.header.lifetime} differs from the first at {where}"
     verdict = Verdict.NOISY if flips else Verdict.BIT_EXACT
-    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not flips or row is not None, figures)
+    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not wrong, figures)
+
+
+def _exact_rows(observation: Observation, phase: Phase, row: Expect | None) -> bytes:
+    """Digests of repeat 0 of every prompt that the declared noise leaves to be exact."""
+    exact = (prompt for prompt in observation.prompts if _has_to_be_exact(prompt, phase, row))
+    return b"".join(prompt.run(0).block(phase).digests.tobytes() for prompt in exact)
+
+
+def _has_to_be_exact(prompt: PromptRecord, phase: Phase, row: Expect | None) -> bool:
+    """Whether the declared noise does not reach `prompt`; decode is one row at a time."""
+    return row is None or (phase == "prefill" and row.max_rows is not None and prompt.header.length > row.max_rows)

@@ -201,7 +201,8 @@ def different(a: Header, b: Header) -> list[str]:
 
 
 def _lifetime_environment(header: Header) -> dict[str, Any]:
-    return {name: fact for name, fact in header.environment.items() if name != "start"}  # a cold lifetime is spawned
+    # A lifetime with cold caches is spawned, and a spawned process hides nothing from vLLM.
+    return {name: fact for name, fact in header.environment.items() if name not in ("start", "masked")}
 
 
 def environment_differences(a: Header, b: Header) -> list[str]:

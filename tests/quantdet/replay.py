@@ -90,6 +90,10 @@ class Replay:
         once = {o.header.header_sha256: o for o in observations}
         return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
 
+    def lifetimes(self, cell: Cell) -> int:
+        """How many engine lifetimes of `cell` were recorded."""
+        return len({one.header.lifetime for one in self._cells.get(cell, ()) if not one.header.inject})
+
     def control(self, cell: Cell, kind: str) -> Result:
         """The recorded control of `cell` with this seeded defect."""
         for one in self._controls:

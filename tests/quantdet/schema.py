@@ -323,7 +323,7 @@ class Expect(Row):
     layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
     the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
     two vLLM versions may differ although the same kernels ran; the row is about the newer version. `may_recompile`: an
-    engine lifetime with cold caches may give other bits, since kernels are chosen anew.
+    engine lifetime may give other bits than another, since kernels are compiled and chosen anew.
     """
 
     when: When = When()

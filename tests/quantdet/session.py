@@ -105,6 +105,20 @@ class Session:
             return self.replay.gate(cell)
         return gate(self.matrix, cell, self.machine, self.software, ignore_native=self.options.ignore_native)
 
+    def lifetimes(self, cell: Cell) -> int:
+        """Engine lifetimes that are asked for, or that were recorded if they are more."""
+        asked = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
+        return asked if self.replay is None else max(asked, self.replay.lifetimes(cell))
+
+    def pinned(self, cell: Cell) -> bool:
+        """Whether the installed vLLM can be told to use the cell's kernel, or needs not be told."""
+        if self.replay is not None or self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
+            return True
+        pin = self.matrix.pin_for(
+            self.matrix.formats[cell.format_id], self.software.vllm or "0", self.matrix.models[cell.model_id]
+        )
+        return pin is not None and not pin.unsupported
+
     def environment_on(self, cell: Cell) -> dict[str, Any]:
         """The environment, with the GPU that `cell` runs on."""
         return environment_on(self.environment, self.machine, self.matrix.hardware[cell.hardware_id])
@@ -156,7 +170,7 @@ class Session:
         plan = self._prepare(cell)
         if isinstance(plan, Missing):
             return plan
-        lifetimes = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
+        lifetimes = self.lifetimes(cell)
         observations: list[Observation] = []
         reused = True
         for lifetime in range(lifetimes):

@@ -51,4 +51,8 @@ def verifying(plan: Plan, dtype: str, top_k: int) -> Plan:
     changes = {"repeats": 1, "decode_tokens": 1, "top_k": top_k, "role": ROLE, "dtype": dtype}
     args = {**plan.args, "max_logprobs": max(top_k, int(plan.args.get("max_logprobs", 0)))}
     identity = {**plan.identity, **changes, "engine_args": args}
-    return replace(plan, identity=identity, args=args, dtype=dtype, repeats=1, decode_tokens=1, top_k=top_k, claims=())
+    identity.pop("max_flip_rate", None)  # decides repeats, of which there are none here
+    extra = {name: value for name, value in plan.extra.items() if name != "least_repeats"}
+    return replace(
+        plan, identity=identity, args=args, dtype=dtype, repeats=1, decode_tokens=1, top_k=top_k, claims=(), extra=extra
+    )

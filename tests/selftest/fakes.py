@@ -176,6 +176,10 @@ def causal_logits(numerics: str, ids: list[int], first: int) -> NDArray[np.float
 def _prompt(plan: Plan, behaviour: str, recorder: Recorder, prompt: PlannedPrompt, number: int) -> None:
     ids = [*prompt.token_ids, *prompt.forced_ids]
     numerics = str(plan.args.get("numerics", plan.identity["format"]))
+    if plan.inject == "integer" and behaviour != "blind":
+        numerics += ", one integer changed"
+    if behaviour == "path":  # the weights' place is in the numbers
+        numerics += plan.checkpoint
     answer = causal_logits(numerics, ids, 0)
     prefill, decode = answer[:-1], answer[-1:]
     generated: list[int] = []

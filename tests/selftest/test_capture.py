@@ -121,6 +121,25 @@ def test_a_seeded_flip_is_one_bit_of_one_logit_of_one_step(model: Any, dtype: An
     assert decode[1].tolist() == answers[1].array[0].tolist()
 
 
+@pytest.mark.parametrize("position", range(5))
+def test_a_seeded_flip_of_the_prompt_is_at_its_position(model: Any, position: int) -> None:
+    """Whichever of several blocks has it; the sampled steps are not touched, nor is a request without a defect."""
+    tap = LogitsTap(model)
+    answered = []
+    for flips in ({"prefill": (position, 3)}, {}):
+        tap.start(flips)
+        for part in (rows(1, 200.0), rows(3), rows(1, 300.0), rows(2, 100.0)):
+            model.compute_logits(part)
+        answered.append(tap.assemble(prompt_length=6, decode_tokens=2))
+
+    (decode, prefill), (untouched, honest) = answered
+    changed = prefill.view(np.int32) ^ honest.view(np.int32)
+    assert [(position, 3)] == list(zip(*map(list, np.nonzero(changed)), strict=True))
+    assert 1 == changed[position, 3]
+    assert untouched.tolist() == decode.tolist()
+    assert np.concatenate([rows(3), rows(2, 100.0)]).tolist() == honest.tolist()
+
+
 # -------------------------------------------------------------------------------------------------------------- digests
 
 

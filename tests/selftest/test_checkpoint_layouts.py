@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quantdet.checkpoints import resolve, rounding
+from quantdet.checkpoints import Unavailable, altered, resolve, rounding
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
-from quantdet.checkpoints.tensors import load_folder
+from quantdet.checkpoints.tensors import load_folder, tensors_sha256
 from quantdet.schema import Format, Model
 
 TINY = {
@@ -388,3 +388,57 @@ def test_awq_order_round_trip(codes: np.ndarray) -> None:
     read_back, _, zeros, _ = read_awq(awq.encode(q, "none"), {"group_size": 8})
     np.testing.assert_array_equal(read_back, codes)
     assert (zeros == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------ altered, for controls
+
+INTEGERS = [case[:3] for case in CASES if case[1].startswith("int")]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(("layout", "weights", "activations"), INTEGERS)
+def test_one_integer_is_another_by_one(folder: Any, tmp_path: Path, layout: str, weights: str, activations: str) -> None:
+    """Exactly one weight of one projection, unpacked; scales, zeros and every other tensor stay, and so does the original."""
+    path = folder(layout, weights, activations)
+    before, sha256 = contents(path), tensors_sha256(path)
+
+    altered_path, altered_sha256, name = altered.one_integer(path, tmp_path)
+
+    config = json.loads((altered_path / "config.json").read_text())["quantization_config"]
+    changed = []
+    for linear, tensors in modules(altered_path).items():
+        own, other = (READERS[layout](t, config) for t in (modules(path)[linear], tensors))
+        apart = np.flatnonzero(own[0].astype(np.int64) != other[0].astype(np.int64))
+        changed += [(linear, abs(int(own[0].flat[at]) - int(other[0].flat[at]))) for at in apart]
+        for one, another in zip(own[1:3], other[1:3], strict=True):
+            assert (one is None and another is None) or np.array_equal(np.asarray(one), np.asarray(another))
+    assert [(name.removeprefix("model.layers.0.").rpartition(".")[0], 1)] == changed
+    untouched = {key: array.tobytes() for key, array in load_folder(path).items() if key != name}
+    assert untouched == {key: array.tobytes() for key, array in load_folder(altered_path).items() if key != name}
+    assert altered_sha256 == tensors_sha256(altered_path) != sha256
+    assert before == contents(path)
+    assert (altered_path, altered_sha256, name) == altered.one_integer(path, tmp_path)
+
+
+@pytest.mark.parametrize("words", [("plain", "bf16"), ("ct", "fp8-channel", "fp8"), ("ct", "mxfp4"), ("bnb", "nf4")])
+def test_without_integers_none_can_be_changed(folder: Any, tmp_path: Path, words: Any) -> None:
+    """Codes of narrow floats are bytes too, and one more of a code is no 1 more."""
+    with pytest.raises(Unavailable, match="one integer: need a projection of stored integers, have none in"):
+        altered.one_integer(folder(*words), tmp_path)
+
+
+def test_the_same_weights_under_another_name(folder: Any, tmp_path: Path) -> None:
+    """Another folder with the same files and the same hash; the original keeps its record."""
+    path = folder("gptq", "int4-sym")
+    before = contents(path)
+
+    copy, sha256 = altered.renamed(path, tmp_path)
+
+    assert (copy.parent, tensors_sha256(path)) == (tmp_path, sha256)
+    assert {name for name in before if name != "checkpoint.json"} <= set(contents(copy))
+    assert before == contents(path)
+    assert all(contents(copy)[name] == text for name, text in before.items() if name != "checkpoint.json")
+    assert (copy, sha256) == altered.renamed(path, tmp_path)

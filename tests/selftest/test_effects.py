@@ -22,10 +22,10 @@ H100 = "qwen3-8b on sm90, vLLM 0.11.2"
 
 
 def a_pair(a: str, b: str, verdict: str = "DISTINCT", **figures: float) -> dict[str, Any]:
-    made = {
+    made: dict[str, Any] = {
         "a": a, "b": b, "verdict": verdict, "l2": 1.0, "max_abs": 2.0, "differing": 12, "positions": 12, "decode_steps": 8,
         "decode_l2": 0.5, "decode_published": 0.25, "decode_published_back": 0.25, "within": 0.0, "prefill_published": 0.75,
-        "prefill_published_back": 0.75,
+        "prefill_published_back": 0.75, "p": None, "p_smallest": None,
     }  # fmt: skip
     assert set(figures) <= set(made)
     return made | figures

@@ -490,6 +490,64 @@ def test_lifetimes_without_numbers_are_not_compared() -> None:
     assert (Verdict.INVALID, False) == ((found := judgements.restart(lifetimes, NOTHING)).verdict, found.expected)
 
 
+def lifetimes(*edits: tuple[int, Phase] | None, caches: str = "warm") -> list[Observation]:
+    """A lifetime, and one per edit: other logits in every repeat of this prompt and phase; the last one's caches."""
+    found = [observation()]
+    for number, edit in enumerate(edits, 1):
+        one = observation(lifetime=number, caches=caches if number == len(edits) else "warm")
+        if edit is not None:
+            prompt, phase = edit
+            output = changed_output(one.prompts[prompt].outputs[0], phase, digests=flipped(3))
+            one = with_outputs(one, prompt, (output,), (0, 0, 0))
+        found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("outcome", ["noisy", "may_be_noisy"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_noise_of_one_phase_excuses_no_other_between_lifetimes(outcome: str, phase: Phase) -> None:
+    """Declared for decode, a difference of decode is expected and one of prefill is not; and the other way round."""
+    other: Phase = "prefill" if phase == "decode" else "decode"
+    declared = expecting(outcome, phase=phase)
+
+    own = judgements.restart(lifetimes((1, phase)), declared)
+    both = judgements.restart(lifetimes((1, phase), (0, other)), declared)
+
+    assert (Verdict.NOISY, True) == (own.verdict, own.expected)
+    assert f"{outcome}: because [here]" == own.figures["expectation"]
+    assert (Verdict.NOISY, False) == (both.verdict, both.expected)
+    word = "step" if other == "decode" else "position"
+    assert "2 of 3 lifetimes differ" in both.message
+    assert f"lifetime 2 differs from the first at prompt p0 {other} {word} 3" in both.message  # not the excused one
+    assert f"prompt p0 {other} {word} 3" == both.figures["first_divergence"]
+
+
+def test_lifetimes_may_differ_up_to_the_declared_rows() -> None:
+    """Prefill of a prompt with more rows than the noise has to be the same in every lifetime; decode is one row."""
+    declared = row({"when": {}, "outcome": "may_be_noisy", "max_rows": 6})
+
+    assert judgements.restart(lifetimes((0, "prefill")), declared).expected
+    assert judgements.restart(lifetimes((1, "decode")), declared).expected
+    beyond = judgements.restart(lifetimes((0, "prefill"), (1, "prefill")), declared)
+
+    assert not beyond.expected
+    assert "lifetime 2 differs from the first at prompt p1 prefill position 3" in beyond.message
+
+
+def test_lifetimes_that_may_recompile_may_differ() -> None:
+    """The row excuses any lifetime, warm or cold, in both phases; without it none is."""
+    declared = expecting("may_recompile")
+    for phase in PHASES:
+        cold = judgements.restart(lifetimes(None, (1, phase), caches="cold"), declared)
+        warm = judgements.restart(lifetimes((1, phase), None), declared)
+
+        assert (Verdict.NOISY, True, "warm,warm,cold") == (cold.verdict, cold.expected, cold.figures["caches"])
+        assert "1 of 3 lifetimes differ" in cold.message and "; the last one with cold caches; lifetime 2 " in cold.message
+        assert "may_recompile: because [here]" == cold.figures["expectation"]
+        assert warm.expected and "cold caches" not in warm.message
+        assert not judgements.restart(lifetimes((1, phase), caches="cold"), NOTHING).expected
+
+
 # ------------------------------------------------------------------------------------------------------------- messages
 
 

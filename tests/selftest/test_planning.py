@@ -11,8 +11,9 @@ from quantdet import workload
 from quantdet.checkpoints import Checkpoint
 from quantdet.engines import Plan
 from quantdet.matrix import Matrix, load
-from quantdet.planning import key_of, plan_for
+from quantdet.planning import cold, controlling, key_of, plan_for
 from quantdet.schema import Cell
+from quantdet.verification import verifying
 from selftest.fakes import MATRIX, ROOT
 
 Edit = Callable[[dict[str, Any]], object]
@@ -52,6 +53,7 @@ CHANGES: dict[str, Edit] = {
     "configuration": lambda v: (v["checkpoint"].path / "config.json").write_text('{"a": 1}'),
     "workload": lambda v: v.update(work=replace(v["work"], sha256="1" * 64)),
     "repeats": lambda v: v.update(repeats=7),
+    "flip rate": lambda v: v.update(max_flip_rate=0.7),  # with which the three repeats of the matrix are enough
     "decode tokens": edited("decode_tokens = 4", "decode_tokens = 5"),
     "top k": edited("top_k = 4", "top_k = 5"),
     "arguments": edited('args = { executes = "Fake4Kernel", numerics', 'args = { more = 1, executes = "Fake4Kernel", numerics'),
@@ -91,3 +93,56 @@ def test_a_new_way_of_measuring_is_a_new_key(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("quantdet.planning.MEASUREMENT", 0)
 
     assert before != key(values)
+
+
+@pytest.mark.parametrize(("rate", "repeats"), [(0.05, 59), (0.01, 299), (0.7, 3)])
+def test_a_flip_rate_decides_the_repeats(tmp_path: Path, rate: float, repeats: int) -> None:
+    """As many as bound it with no flip, and never fewer than the matrix asks for; these are made even if one is noisy."""
+    made = plan_for(**given(tmp_path), max_flip_rate=rate)
+
+    assert isinstance(made, Plan)
+    assert (repeats, repeats, rate) == (made.repeats, made.identity["repeats"], made.identity["max_flip_rate"])
+    assert 3 == made.extra["least_repeats"]
+
+
+def test_rates_have_keys_of_their_own_and_re_executions_have_none(tmp_path: Path) -> None:
+    """What was stopped at one rate is not what another asks for; what is asked once is the same at every rate."""
+    plans = [plan_for(**given(tmp_path), max_flip_rate=rate) for rate in (None, 0.05, 0.0500001)]
+
+    assert 3 == len({key_of(plan, 0) for plan in plans if isinstance(plan, Plan)})
+    assert 1 == len({key_of(verifying(plan, "float16", 4), 0) for plan in plans if isinstance(plan, Plan)})
+
+
+def test_a_lifetime_with_cold_caches(tmp_path: Path) -> None:
+    """Says so, has a key of its own, starts from nothing and is told which folders have to be empty."""
+    values = given(tmp_path)
+    values["matrix"] = matrix(tmp_path, MATRIX + '\n[engine]\ncaches = ["A_CACHE", "B_CACHE"]\n')
+    plan = plan_for(**values)
+    assert isinstance(plan, Plan)
+
+    found = cold(plan, values["matrix"])
+
+    assert key_of(plan, 1) != key_of(found, 1)
+    assert "cold" == found.identity["caches"]
+    assert (["A_CACHE", "B_CACHE"], True) == (found.extra["cold"], found.extra["spawn"])
+    assert plan.args == found.args and plan.env == found.env
+
+
+@pytest.mark.parametrize("kind", ["control", "integer"])
+def test_a_control_is_its_cells_plan_with_a_defect(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its role and defect are in the header, it has a key of its own, other weights' name, no claims, and no early end."""
+    monkeypatch.setattr("quantdet.checkpoints.altered.renamed", lambda folder, cache: (cache, "1" * 64))
+    monkeypatch.setattr("quantdet.checkpoints.altered.one_integer", lambda folder, cache: (cache, "2" * 64, "x.qweight"))
+    plans = [plan_for(**given(tmp_path), max_flip_rate=rate) for rate in (0.05, None)]
+
+    found, same = (controlling(plan, kind, tmp_path / "cache") for plan in plans if isinstance(plan, Plan))
+
+    assert ("control", kind, kind) == (found.identity["role"], found.identity["inject"], found.inject)
+    assert ({"control": "1", "integer": "2"}[kind] * 64, str(tmp_path / "cache")) == (
+        found.identity["checkpoint_sha256"], found.checkpoint
+    )  # fmt: skip
+    assert ("here: x.qweight" if kind == "integer" else "here") == found.identity["checkpoint_source"]
+    assert (3, 3, ()) == (found.repeats, found.identity["repeats"], found.claims)
+    assert "least_repeats" not in found.extra
+    assert key_of(found, 0) == key_of(same, 0)
+    assert not {key_of(found, 0)} & {key_of(plan, 0) for plan in plans if isinstance(plan, Plan)}

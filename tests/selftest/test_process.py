@@ -1,5 +1,6 @@
 """An engine in a child process: every way in which it may end, and that nothing of it stays behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -74,6 +75,46 @@ class EnvironmentEngine:
         from quantdet.engines import EngineRefused
 
         raise EngineRefused(f"QUANTDET_TEST_VARIABLE={os.environ.get('QUANTDET_TEST_VARIABLE')}")
+
+
+def test_cold_caches_are_empty_folders_that_go_with_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variable names one of its own in the scratch, whatever the plan and this process say; none is left."""
+    monkeypatch.setenv("QUANTDET_CACHE_A", str(tmp_path))
+    spec = EngineSpec("selftest.test_process:CachesEngine")
+    names = ["QUANTDET_CACHE_A", "QUANTDET_CACHE_B"]
+    warm = plan(extra={"spawn": True}, names=names)
+    cold = Plan(**{**vars(warm), "env": {"QUANTDET_CACHE_B": str(tmp_path)}, "extra": {"spawn": True, "cold": names}})
+    said = []
+    for one in (warm, cold, cold):
+        outcome = run(spec, one, tmp_path, tmp_path / "log", 60)
+        assert isinstance(outcome, Refused), outcome
+        said.append(json.loads(outcome.message))
+
+    first, *others = said
+    assert [str(tmp_path), None] == [place for place, _, _ in first]
+    places = [place for one in others for place, _, _ in one]
+    assert 4 == len(set(places))
+    assert {(True, True)} == {(empty, inside) for one in others for _, empty, inside in one}
+    assert not any(Path(place).exists() for place in places)
+
+
+class CachesEngine:
+    """Answers, by variable, with the folder that it names, whether that is empty, and in the scratch; and writes to it."""
+
+    def measure(self, plan: Plan, directory: Path) -> None:
+        import tempfile
+
+        from quantdet.engines import EngineRefused
+
+        found = []
+        for name in plan.args["names"]:
+            place = os.environ.get(name)
+            folder = Path(place or ".")
+            inside = folder.is_relative_to(tempfile.gettempdir())
+            found.append((place, folder.is_dir() and not any(folder.iterdir()), inside))
+            if inside:
+                (folder / "kernel").touch()
+        raise EngineRefused(json.dumps(found))
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -56,6 +56,74 @@ def test_equal_repeats_are_one_output() -> None:
     assert ((0, 0, 0), 1, []) == (found.records[0].header.runs, len(found.records[0].outputs), found.divergences)
 
 
+def stopping(
+    flips: list[dict[int, Phase]], planned: int = 12, least: int | None = 3, first: Edit = lambda rows: None
+) -> Recorder:
+    """One prompt per entry: the phase of which one bit is turned over, by repeat; ended as an engine is to end it.
+
+    `first`: edits every repeat of the first prompt.
+    """
+    extra = {} if least is None else {"least_repeats": least}
+    plan = Plan({}, "", "float32", {}, {}, (), repeats=planned, decode_tokens=STEPS, top_k=4, extra=extra)
+    recorder = Recorder(plan)
+    for number, phases in enumerate(flips):
+        recorder.begin(PlannedPrompt(f"p{number}", tuple(IDS)), IDS, len(IDS))
+        for repeat in range(planned):
+            if recorder.enough(repeat):
+                break
+            rows = {
+                "decode": pseudo_logits("f", IDS, "decode", STEPS), "prefill": pseudo_logits("f", IDS, "prefill", len(IDS) - 1)
+            }  # fmt: skip
+            tokens = np.argmax(rows["decode"], axis=1).astype(np.int32)
+            if number == 0:
+                first(rows)
+            if repeat in phases:
+                flip(rows[phases[repeat]], 1, 7)
+            decode, prefill = block_of(rows["decode"], tokens, 4), block_of(rows["prefill"], np.asarray(IDS[1:]), 4)
+            recorder.add(tokens, rows["decode"], rows["prefill"], decode, prefill)
+        recorder.end()
+    return recorder
+
+
+def test_without_noise_every_planned_repeat_is_made() -> None:
+    """And where no bound decides their number, with noise too."""
+    assert [(0,) * 12] * 2 == [record.header.runs for record in stopping([{}, {}]).records]
+    assert [(0, 1) + (0,) * 10, (0,) * 12] == [r.header.runs for r in stopping([{1: "decode"}, {}], least=None).records]
+
+
+@pytest.mark.parametrize(("noisy", "kept"), [(1, 3), (2, 3), (3, 4), (7, 8), (10, 11), (11, 12)])
+def test_noise_ends_the_repeats_of_every_prompt(noisy: int, kept: int) -> None:
+    """With the repeat that differed, but after no fewer than were asked for; of earlier prompts the later ones are dropped."""
+    found = stopping([{}, {noisy: "decode"}, {}])
+
+    assert kept == found.repeats
+    quiet, flipped = (0,) * kept, tuple(int(repeat == noisy) for repeat in range(kept))
+    assert [quiet, flipped, quiet] == [record.header.runs for record in found.records]
+    assert [1, 2, 1] == [len(record.outputs) for record in found.records]
+    assert [("p1", noisy)] == [(seen.prompt, seen.repeat) for seen in found.divergences]
+
+
+@pytest.mark.parametrize("last", [5, 11])
+def test_noise_that_was_seen_is_not_dropped_for_earlier_noise_of_another_prompt(last: int) -> None:
+    """Prefill noise in a late repeat of one prompt stays, though a later prompt's decode is noisy before that."""
+    found = stopping([{}, {last: "prefill"}, {4: "decode"}])
+
+    assert last + 1 == found.repeats
+    assert {last + 1} == {len(record.header.runs) for record in found.records}
+    assert [("p1", "prefill", last), ("p2", "decode", 4)] == [(s.prompt, s.phase, s.repeat) for s in found.divergences]
+    assert [1, 2, 2] == [len(record.outputs) for record in found.records]
+
+
+def test_what_is_no_number_is_noted_of_the_repeats_that_are_kept() -> None:
+    def spoil(rows: dict[str, Any]) -> None:
+        rows["decode"][2, 9] = np.nan
+
+    with np.errstate(invalid="ignore"):
+        found = stopping([{}, {4: "decode"}], first=spoil)
+
+    assert [("p0", repeat) for repeat in range(5)] == [(one.prompt, one.repeat) for one in found.nonfinite]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_logit_that_is_no_number_is_noted(phase: Phase, bad: float) -> None:

@@ -1,5 +1,6 @@
 """Recordings in place of an engine: what belongs together, and what is not taken for a measurement of the cell."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from quantdet.replay import Replay
 from quantdet.results import Measured, Missing
 from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
-from selftest.fakes import MATRIX, observation
+from selftest.fakes import MATRIX, changed_output, expect, last_repeat, observation
 from selftest.inner import Suite
 
 pytest_plugins = ["pytester"]
@@ -51,9 +52,21 @@ def test_a_copy_is_no_second_run_and_a_second_run_is_no_copy(tmp_path: Path) -> 
     assert 2 == len({one.logits_sha256("decode") for one in found.observations})
 
 
+def test_lifetimes_that_noise_or_cold_caches_tell_apart_are_of_one_run(tmp_path: Path) -> None:
+    """A bound on the flip rate ended them at different numbers of repeats; the last one was spawned with cold caches."""
+    found = result(
+        tmp_path, observation(max_flip_rate=0.05, repeats=59, environment={"vllm": "1", "start": "forkserver"}),
+        observation(max_flip_rate=0.05, repeats=4, lifetime=1, caches="cold", environment={"vllm": "1", "start": "spawn"}),
+    )  # fmt: skip
+
+    assert isinstance(found, Measured)
+    assert [59, 4] == [one.header.repeats for one in found.observations]
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
+        ({"max_flip_rate": 0.05, "repeats": 4}, "repeats, max_flip_rate"),
         ({"checkpoint_sha256": "9" * 64}, "checkpoint_sha256"),
         ({"engine_args": {"a": 1}}, "engine_args"),
         ({"environment": {"cpu": "another"}}, "environment"),
@@ -81,6 +94,56 @@ def test_a_seeded_defect_is_never_evidence(tmp_path: Path) -> None:
     assert isinstance(alone, Missing) and isinstance(beside, Measured)
     assert Verdict.UNAVAILABLE is alone.verdict
     assert [""] == [one.header.inject for one in beside.observations]
+
+
+def test_a_control_is_told_from_its_cell_and_by_its_defect(tmp_path: Path) -> None:
+    """It is no measurement, and the control of one defect is not that of another, nor of another cell."""
+    put(tmp_path, "c", observation(role="control", inject="control", checkpoint_source="renamed"))
+    put(tmp_path, "i", observation(role="control", inject="integer", checkpoint_source="altered"))
+    replay = Replay(tmp_path)
+
+    sources = {}
+    for kind in ("control", "integer"):
+        found = replay.control(CELL, kind)
+        assert isinstance(found, Measured)
+        sources[kind] = found.observations[0].header.checkpoint_source
+
+    assert {"control": "renamed", "integer": "altered"} == sources
+    assert isinstance(replay.control(replace(CELL, format_id="ct"), "control"), Missing)
+    assert isinstance(replay.result(CELL), Missing)
+    assert [] == replay.versions("cpu-here")
+
+
+def test_the_control_of_another_vllm_is_none_of_this_one(tmp_path: Path) -> None:
+    """Where a row was recorded with two versions, each has its own."""
+    for version in ("0.20.2", "0.26.0"):
+        put(tmp_path, version, observation(environment={"vllm": version}))
+    put(tmp_path, "c", observation(role="control", inject="control", environment={"vllm": "0.26.0"}))
+    replay = Replay(tmp_path)
+
+    kinds = [type(replay.control(replace(CELL, vllm=version), "control")) for version in ("0.20.2", "0.26.0")]
+
+    assert [Missing, Measured] == kinds
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_recording_without_a_bit_flip_says_so(suite: Suite, tmp_path: Path, noisy: bool) -> None:
+    """Known noise that it shows is caught all the same; without that nothing was, and no BIT_EXACT counts."""
+    put(tmp_path, "ct", observation("ct", model="beta"))
+    awq = observation("awq")
+    output = changed_output(awq.prompts[0].outputs[0], "decode", digests=lambda array: array.__setitem__((1, 0), 0))
+    put(tmp_path, "awq", last_repeat(awq, 0, output))
+    matrix = MATRIX + (expect("awq", "noisy", "decode") if noisy else "")
+
+    run = suite(f"--replay={tmp_path}", "-k", "beta/ct and test_repeat or test_controls", matrix=matrix, controls=True)
+
+    assert 0 == run.code, run.output
+    found = run.cases["test_repeat[beta/ct/cpu-here-decode]"].properties
+    noise = "known noise caught in alpha/awq" if noisy else "no kernel known to be noisy is eligible here (none in the matrix)"
+    assert ("yes" if noisy else "no", f"no bit flip recorded; {noise}") == (found["controlled"], found["control"])
+    controls = {name for name in run.cases if name.startswith(("test_bit", "test_same", "test_one", "test_known"))}
+    assert ({"test_known_noise[alpha/awq/cpu-here]"} if noisy else set()) == controls
+    assert ("2 of 2 BIT_EXACT count" if noisy else "UNCONTROLLED: none of 2 BIT_EXACT counts") in run.suite["summary"]
 
 
 def test_one_edited_recording_refuses_the_folder(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_report_carries_the_promised_properties(suite: Suite) -> None:
     assert 1 - 0.05 ** (1 / 3) == pytest.approx(float(case["flip_rate_upper95"]), abs=1e-6)
     assert re.fullmatch(r"[0-9a-f]{64}", case["checkpoint.sha256"])
     assert re.fullmatch(r"[0-9a-f]{64}", case["logits.sha256"])
+    assert ("no", "uncontrolled: --no-controls") == (case["controlled"], case["control"])
+    assert "; UNCONTROLLED: none of 4 BIT_EXACT counts; " in run.suite["summary"]
     assert {"summary", "hardware", "suite.version", "env.vllm", "env.cpu"} <= set(run.suite)
     assert ("0.32.0", "fake cpu", "cpu-here") == (run.suite["env.vllm"], run.suite["env.cpu"], run.suite["hardware"])
 
@@ -109,11 +111,11 @@ def test_terminal_says_verdicts_classes_and_pairs(suite: Suite) -> None:
 # ------------------------------------------------------------------------------------------------------ seeded defects
 
 DEFECTS = {
-    "flip_decode": (("decode",), "NOISY", r"1 of 3 repeats differ, first prompt len44 step 2 in repeat 2 \(token 7: 1 ulp"),
+    "flip_decode": (("decode",), "NOISY", r"1 of 4 repeats differ, first prompt len44 step 2 in repeat 3 \(token 7: 1 ulp"),
     "flip_prefill": (
-        ("prefill",), "NOISY", r"1 of 3 repeats differ, first prompt len96 position 33 in repeat 2 \(token 7: 1 ulp",
+        ("prefill",), "NOISY", r"1 of 4 repeats differ, first prompt len96 position 33 in repeat 3 \(token 7: 1 ulp",
     ),
-    "swap": (("decode",), "NOISY", r"1 of 3 repeats differ, first prompt len20 step 1 in repeat 2"),
+    "swap": (("decode",), "NOISY", r"1 of 4 repeats differ, first prompt len20 step 1 in repeat 3"),
     "wrong_kernel": (("kernel",), "INVALID", r"requested auto -> fake4 \(Fake4Kernel\), executed OtherKernel x4"),
     "mixed_kernels": (("kernel",), "INVALID", r"mixed kernels: Fake4Kernel x4 \+ OtherKernel x4"),
     "ignored": (("kernel",), "INVALID", r"requested auto -> fake4 \(Fake4Kernel\), executed UnquantizedLinearMethod x4"),
@@ -132,7 +134,8 @@ def test_a_seeded_defect_fails_exactly_its_test(suite: Suite, behaviour: str) ->
     """The defect of one cell fails that cell's test (or all of them, if nothing was measured) and no other."""
     tests, verdict, pattern = DEFECTS[behaviour]
 
-    run = suite("-k", TWO, matrix=MATRIX + setting("awq", behaviour))
+    # Four repeats: three of each cannot tell two formats apart of which one is noisy.
+    run = suite("-k", TWO, "--repeats", "4", matrix=MATRIX + setting("awq", behaviour))
 
     names = of(AWQ, *tests)
     if not tests:  # the cell's only peer has nothing to be compared with
@@ -246,6 +249,46 @@ def test_lifetimes_are_compared_when_there_are_several(suite: Suite) -> None:
     assert "1 of 2 lifetimes differ" in run.cases[f"test_restart[{AWQ}]"].message
     assert "BIT_EXACT" == run.cases["test_restart[alpha/bf16/cpu-here]"].verdict
     assert "2" == run.cases[f"test_restart[{AWQ}]"].properties["lifetimes"]
+    assert "warm,warm" == run.cases[f"test_restart[{AWQ}]"].properties["caches"]  # a CPU's engine has none that matter
+
+
+def test_on_a_gpu_the_last_lifetime_has_cold_caches(suite: Suite, pytester: pytest.Pytester) -> None:
+    """It says so, is kept apart from a warm one, and a row may excuse what it recompiles."""
+    row = 'when = { format = "awq" }\noutcome = "may_recompile"\nreason = "compiles"\nsource = "the test"\n'
+    defects = setting("awq", "restart_noise") + setting("bf16", "restart_noise")
+    matrix = f'{MATRIX}{defects}\n[[expect]]\n{row}\n[engine]\ncaches = ["A_CACHE"]\n'
+    select = ("--hardware", "sm90", "-k", "alpha and (awq or bf16) and test_restart")
+
+    run = suite(*select, "--lifetimes", "2", "--store", "s", matrix=matrix, machine=TWO_GPUS)
+
+    assert {"test_restart[alpha/bf16/sm90]": "NOISY"} == run.failures(), run.output
+    words = "; the last one with cold caches; lifetime 1 differs from the first at prompt len20 prefill position 0"
+    assert run.cases["test_restart[alpha/bf16/sm90]"].message.endswith(f"per lifetime at 95 %{words}")
+    excused = run.cases["test_restart[alpha/awq/sm90]"]
+    assert ("passed", "NOISY", "warm,cold") == (excused.outcome, excused.verdict, excused.properties["caches"])
+    headers = [json.loads(path.read_text(encoding="utf-8")) for path in (pytester.path / "s").rglob("observation.json")]
+    assert {(0, "warm"), (1, "cold")} == {(header["lifetime"], header["caches"]) for header in headers}
+    assert 4 == len({header["key"] for header in headers})
+
+
+def test_a_bound_on_the_flip_rate_decides_the_repeats(suite: Suite, tmp_path: Path) -> None:
+    """59 of an exact cell; a noisy one ends as soon as the least number has been made, and the store keeps both."""
+    starts = tmp_path / "starts"
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    args = ("-k", f"{TWO} and test_repeat", "--max-flip-rate", "0.05", "--store", "s")
+    matrix = MATRIX + setting("awq", "noise") + every
+
+    run = suite(*args, matrix=matrix)
+    engines = starts.read_text()
+    again = suite(*args, matrix=matrix)
+
+    assert dict.fromkeys(of(AWQ, "decode", "prefill"), "NOISY") == run.failures(), run.output
+    for name in of("alpha/bf16/cpu-here", "decode", "prefill"):
+        assert ("BIT_EXACT", "59") == (run.cases[name].verdict, run.cases[name].properties["runs"])
+        assert 0.05 >= float(run.cases[name].properties["flip_rate_upper95"])
+    assert "2 of 3 repeats differ" in run.cases[f"test_repeat[{AWQ}-decode]"].message
+    assert re.search(r"rerun the first failure: .* --max-flip-rate=0\.05", run.output)
+    assert (engines, run.ran()) == (starts.read_text(), again.ran())
 
 
 # -------------------------------------------------------------------------------------------------------- expectations
@@ -504,6 +547,10 @@ def test_required_hardware_without_its_weights_is_no_skip(suite: Suite, monkeypa
         (("--replay", "no_such_folder"), "--replay: no such folder"),
         (("--replay", ".", "--record", "x"), "--record does not go with it"),
         (("--replay", ".", "--fresh"), "--fresh does not go with it"),
+        (("--replay", ".", "--max-flip-rate", "0.05"), "--max-flip-rate does not go with it"),
+        (("--repeats", "5", "--max-flip-rate", "0.05"), "--repeats does not go with it"),
+        (("--max-flip-rate", "1"), "--max-flip-rate: needs 0.001 to 1"),
+        (("--max-flip-rate", "0"), "--max-flip-rate: needs 0.001 to 1"),
         (("--reruns", "2"), "unrecognized arguments: --reruns"),
     ],
 )

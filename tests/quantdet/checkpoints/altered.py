@@ -8,9 +8,10 @@ from quantdet.checkpoints import cache as _cache
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import files, read_header
 
-# What a layout calls the tensor of a projection's integers; plain `weight` is one where its dtype is an integer's.
+# What a layout calls the tensor of a projection's integers; plain `weight` is one where its dtype is an integer's. Bytes
+# without a sign hold the codes of narrow floats.
 _PACKED = (".qweight", ".weight_packed")
-_INTEGERS = ("I8", "U8", "I32")
+_INTEGERS = ("I8", "I32")
 
 
 def renamed(folder: Path, root: Path) -> tuple[Path, str]:

@@ -211,6 +211,7 @@ def _child(
     os.environ.update(plan.env)
     for name in plan.extra.get("cold", ()):  # a folder in the scratch: empty now, gone afterwards
         os.environ[name] = os.path.join(place, "caches", name.lower())
+        os.makedirs(os.environ[name], exist_ok=True)
     answer: dict[str, str]
     try:
         spec.load().measure(plan, Path(directory))

@@ -94,20 +94,20 @@ class Recorder:
     def enough(self, repeat: int) -> bool:
         """Whether the prompt at hand needs no repeat of this number.
 
-        Where a bound on the flip rate decides how many there are, the first prompt that is noisy ends them for all.
+        Where a bound on the flip rate decides how many there are, the first prompt that is noisy ends them for all. No
+        later one shortens them again: what has been seen to differ stays, in whichever phase it was.
         """
-        if self._noisy and self.plan.extra.get("least_repeats", self.repeats) <= repeat < self.repeats:
+        first = self._noisy and all(len(record.outputs) == 1 for record in self.records)
+        if first and self.plan.extra.get("least_repeats", self.repeats) <= repeat < self.repeats:
             self._truncate(repeat)
         return repeat >= self.repeats
 
     def _truncate(self, repeats: int) -> None:
-        """Forget every later repeat of the prompts that have ended."""
+        """Forget every later repeat of the prompts that have ended, all of them without a difference."""
         self.repeats = repeats
         for index, record in enumerate(self.records):
-            runs = record.header.runs[:repeats]
-            header = record.header.model_copy(update={"runs": runs})
-            self.records[index] = PromptRecord(header, record.prompt_ids, record.outputs[: max(runs) + 1])
-        self.divergences = [seen for seen in self.divergences if seen.repeat < repeats]
+            header = record.header.model_copy(update={"runs": record.header.runs[:repeats]})
+            self.records[index] = PromptRecord(header, record.prompt_ids, record.outputs)
         self.nonfinite = [seen for seen in self.nonfinite if seen.repeat < repeats]
 
     def end(self) -> None:

@@ -68,7 +68,7 @@ def _command(config: pytest.Config, nodeid: str) -> str:
     """What to paste: the case, and the options and the variable that it depended on."""
     session = config.stash[collect.SESSION]
     words = ["pytest", nodeid]
-    for name in ("--matrix", "--store", "--replay", "--repeats", "--lifetimes"):
+    for name in ("--matrix", "--store", "--replay", "--repeats", "--max-flip-rate", "--lifetimes"):
         value = config.getoption(name)
         if value is not None:
             words.append(f"{name}={value}")
