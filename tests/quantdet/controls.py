@@ -85,6 +85,9 @@ def _status(session: "Session", cell: Cell) -> Status:
         text = "no bit flip recorded" if session.replay is not None else "no cell to turn a bit over in"
         return Status(noise_caught, text, noise)
     result = session.control(here, "control")
+    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE and session.replay is None:
+        here = cell  # whose weights are here: it has been measured
+        result = session.control(here, "control")
     if not isinstance(result, Measured):
         reason = result.reason if isinstance(result, Missing) else result.message
         return Status(False, f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}", noise)
@@ -103,6 +106,8 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
         return None, f"no kernel known to be noisy is eligible here ({names})"
     result = session.result(noisy)
     where = f"{noisy.model_id}/{noisy.format_id}"
+    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE:
+        return None, f"known noise not tried, {where} is UNAVAILABLE"
     if not isinstance(result, Measured):
         return False, f"known noise not tried: {where}"
     found = judgements.repeat(result.observations, "decode", session.expectations(noisy))

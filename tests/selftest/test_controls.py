@@ -280,6 +280,20 @@ def test_everything_that_had_to_be_caught_was(
     assert text in found.text
 
 
+ABSENT = Missing(Verdict.UNAVAILABLE, "weights: none here")
+
+
+def test_where_the_weights_of_the_first_cell_are_missing_the_judged_one_is_its_control(tmp_path: Path) -> None:
+    """A matrix may begin with a model that is not here; noise that cannot be tried is no noise that was not seen."""
+    session: Any = Known(tmp_path, CAUGHT, ABSENT)
+    session.control = lambda cell, kind: ABSENT if cell == BF16 else CAUGHT
+
+    found = controls.status(session, GPTQ)
+
+    assert (True, False) == (found.caught, found.blind)
+    assert "bit flip caught in alpha/gptq; known noise not tried, alpha/awq is UNAVAILABLE" == found.text
+
+
 def test_controls_are_tried_once(tmp_path: Path) -> None:
     """And for their own hardware only."""
     session: Any = Known(tmp_path, CAUGHT, NOISY)
