@@ -1,6 +1,8 @@
 """Distinctness of a format: a pure judgement over its pairs with every other one."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 from quantdet.divergences import at
 from quantdet.expectations import Expectations
@@ -17,10 +19,12 @@ def distinctness(
     peers: Mapping[Cell, Observation],
     expectations: Expectations,
     compare: Callable[[Observation, Observation], Pair] = pair,
+    spreads: Mapping[Cell, float] = MappingProxyType({}),
 ) -> Judgement:
     """Can this format be told from every other format of its model measured on this hardware?
 
-    `compare`: `pair`, or one that remembers what it has compared.
+    `compare`: `pair`, or one that remembers what it has compared. `spreads`: by cell, how far its engine lifetimes are
+    apart (nats); a format that is no farther from another than that is not told from it.
     """
     cell = own.cell
     pairs: list[Pair] = []
@@ -41,6 +45,9 @@ def distinctness(
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
             return Judgement(Verdict.INVALID, message, False)
         result = compare(own, observation)
+        spread = max(spreads.get(cell, 0.0), spreads.get(other, 0.0))
+        if spread and result.verdict is Verdict.DISTINCT and result.l2 <= spread:
+            result = replace(result, verdict=Verdict.INDISTINCT, within=max(result.within, spread))
         row = expectations.twins(cell, other)
         if row is not None and row.same_kernel and not _same_kernel(own, observation):
             row = None
@@ -52,7 +59,7 @@ def distinctness(
         fine = {expected}
         if row is not None and row.outcome == "may_be_identical_to":
             fine.add(Verdict.IDENTICAL)
-        if any(expectations.noise(one, "prefill") for one in (cell, other)):
+        if any(expectations.noise(one, "prefill") or expectations.recompiles(one) for one in (cell, other)):
             fine.add(Verdict.INDISTINCT)
         if result.verdict not in fine:
             hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)

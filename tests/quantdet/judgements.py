@@ -46,6 +46,9 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     }
     if not flips:
         text = f"0 of {calls} repeats differ, flip rate < {bound:.3g} per call at 95 %"
+        asked = observations[0].header.max_flip_rate
+        if asked and bound > asked:
+            text += f" (asked for {asked:g}: noise in the other phase ended the repeats)"
         figures |= {"first_divergence": "", "max_abs_diff": 0.0, "l2": 0.0}
         figures["flip_rate_upper95.lifetime"] = round(stats.flip_rate_upper(0, len(observations)), 6)
         expected = row is None or row.outcome == "may_be_noisy"

@@ -98,13 +98,16 @@ def case(verdict: str, *pairs: tuple[float | None, str], p: str = "") -> dict[st
 def test_multiplicity_is_over_every_case_that_rests_on_a_p_value() -> None:
     """A format's p-value is the largest of its distinct pairs; Holm over formats and claims; none where bits decide."""
     exact = case("DISTINCT", (None, "DISTINCT"))
-    weak = case("DISTINCT", (0.001, "DISTINCT"), (0.03, "DISTINCT"), (0.9, "INDISTINCT"))
-    strong = case("IDENTICAL", (0.001, "DISTINCT"))
+    weak = case("DISTINCT", (0.001, "DISTINCT"), (0.03, "DISTINCT"))
+    lost = case("INDISTINCT", (0.001, "DISTINCT"), (0.5, "INDISTINCT"))
+    strong = case("IDENTICAL", (0.001, "DISTINCT"), (None, "IDENTICAL"))
 
     assert "" == confidence.multiplicity([exact])
     assert "1 cases rest on a p-value: of 1 that found a difference 1 stay after" in confidence.multiplicity([weak, exact])
     both = confidence.multiplicity([weak, strong, case("UNDERPOWERED", p="0.04"), exact])
     assert both.startswith("3 cases rest on a p-value: of 2 that found a difference 1 stay after Holm over the run")
+    assert confidence.multiplicity([lost, strong]).startswith("2 cases rest on a p-value: of 1 that found a difference 1 stay")
+    assert "of 1 that found a difference 0 stay" in confidence.multiplicity([weak, lost, lost])
     assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, case("DETECTABLE", p="0.04")])
 
 
