@@ -93,7 +93,7 @@ def parse(config: pytest.Config) -> Options:
     replay = path("--replay")
     if replay is not None and not replay.is_dir():
         raise pytest.UsageError(f"--replay: no such folder: {replay}")
-    for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate"):
+    for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats"):
         if replay is not None and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
     record, kept_in = path("--record"), path("--store")

@@ -71,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # fmt: skip
     except ObservationError as error:
         raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None
+    recorded = session.replay.hardware() if session.replay is not None else []
+    if session.replay is not None and chosen.hardware not in (None, *recorded):
+        raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {', '.join(recorded)}")
     session.on_start = progress.announcer(config)
     config.stash[collect.SESSION] = session
     config.stash[record.RECORDS] = record.Records()

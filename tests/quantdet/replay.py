@@ -90,6 +90,12 @@ class Replay:
         once = {o.header.header_sha256: o for o in observations}
         return Measured(tuple(sorted(once.values(), key=lambda o: o.header.lifetime)), reused=True)
 
+    def hardware(self) -> list[str]:
+        """Hardware rows that something was recorded on."""
+        return list(
+            dict.fromkeys(one.header.hardware for one in (*self._verified, *(o for v in self._cells.values() for o in v)))
+        )
+
     def lifetimes(self, cell: Cell) -> int:
         """How many engine lifetimes of `cell` were recorded."""
         return len({one.header.lifetime for one in self._cells.get(cell, ()) if not one.header.inject})

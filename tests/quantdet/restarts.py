@@ -39,7 +39,8 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     bound = stats.flip_rate_upper(flips, len(seen))
     rows = dict.fromkeys(describe(row, "") for row in (*noise.values(), recompiles) if row is not None)
     gaps = [gap(observations[0], other) for other in observations[1:]]
-    l2, max_abs = max(one.l2 for one in gaps), max(one.max_abs for one in gaps)
+    l2 = max((one.l2 for one in gaps), default=0.0)
+    max_abs = max((one.max_abs for one in gaps), default=0.0)
     far = recompiles is not None and recompiles.max_l2 is not None and l2 > recompiles.max_l2
     figures: dict[str, object] = {
         "expectation": "; ".join(rows) or "bit-exact across lifetimes",
@@ -59,7 +60,7 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
 
         places = ((o, first_position_between(observations[0], o, named)) for o in observations[1:])
         other, where = next((o, place) for o, place in places if place)
-        figures["first_divergence"] = where
+        figures |= {"first_divergence": where, "phase": "prefill" if " prefill position " in where else "decode"}
         share += f"; lifetime {other.header.lifetime} differs from the first at {where}; L2 {l2:.3g} nats"
     if far:
         assert recompiles is not None

@@ -1,5 +1,6 @@
 """The first divergent layer of made-up traces: each defect is found where it was put, and no other layer is blamed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from quantdet import diagnosis
 from quantdet.diagnosis import Gap, compare
 from selftest.fake_layers import NAMES, digest, rows, trace
+from selftest.fakes import ROOT
 
 CLEAN = rows()
 
@@ -122,3 +124,18 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
         path.write_text(damaged)
         assert diagnosis.read(path) is None
     assert diagnosis.read(tmp_path / "none.json") is None
+
+
+def test_exllama_on_an_h200_diverges_first_in_a_quantized_layer() -> None:
+    """A trace that was made on real hardware: the first quantized layer of the model, in nine of ten repeats."""
+    kept = json.loads((ROOT / "fixtures" / "h200" / "layers-0.26.0-tiny-qwen3-gptq.json").read_text(encoding="utf-8"))
+
+    found = diagnosis.compare(diagnosis.Trace.model_validate(kept["trace"]))
+
+    assert found.layer is not None
+    assert ("model.layers.0.self_attn.qkv_proj", "ExllamaLinearKernel", 9) == (
+        found.layer.name,
+        found.layer.kernel,
+        found.differ,
+    )
+    assert kept["first_divergent_layer"] == found.sentence

@@ -31,14 +31,17 @@ def counted(cases: list[Case]) -> str:
 
 
 def at_once(cases: list[Case], confidence: float = 0.95) -> str:
-    """The bound on the flip rate per call that holds for every BIT_EXACT verdict of the run together; empty without any.
+    """The bound on the flip rate per call that holds for every BIT_EXACT verdict that counts, together; empty without any.
 
     Source: Bonferroni; each of m verdicts gets (1 - confidence) / m of the doubt.
     """
     runs = [
         int(case["properties"]["runs"])
         for case in cases
-        if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT" and case["properties"].get("runs")
+        if case["test"] == "test_repeat"
+        and case["verdict"] == "BIT_EXACT"
+        and case["properties"].get("runs")
+        and case["properties"].get("controlled") == "yes"
     ]
     if not runs:
         return ""

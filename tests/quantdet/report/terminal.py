@@ -99,7 +99,7 @@ def version_tables(records: Records) -> list[Table]:
     tables = []
     for where, cases in places.items():
         versions = max((case["properties"]["versions"].split(",") for case in cases), key=len)
-        title = f"{where}: raw logits, vLLM {' against '.join(versions)}"
+        title = f"{where}: raw logits, vLLM {' against '.join(versions)} (L2 and max: of the reported logprobs, nats)"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("format", "logits", "L2", "max", *(f"kernel in {version}" for version in versions)):
             table.add_column(column, overflow="fold", no_wrap=not column.startswith("kernel"))
@@ -114,14 +114,16 @@ def version_tables(records: Records) -> list[Table]:
 
 def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
     table = Table(title=where, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("format", "decode", "prefill", "distinct", "kernel", "n", "flips <"):
+    restarts = any("restart" in cases for cases in formats.values())
+    for column in ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct", "kernel", "n", "flips <"):
         table.add_column(column, overflow="fold", no_wrap=column != "kernel")
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
-        words = [_word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct")]
+        names = ("repeat decode", "repeat prefill", *(["restart"] if restarts else []), "distinct")
+        words = [_word(cases.get(name)) for name in names]
         if "hardware" in cases:
-            words = [_word(cases["hardware"]), "", ""]
+            words = [_word(cases["hardware"]), *("" for _ in names[1:])]
         executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
         bound = p.get("flip_rate_upper95", "")
         table.add_row(
