@@ -13,7 +13,7 @@ from quantdet import collect, hardware, interrupts, matrix, options, planning, w
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
-from quantdet.report import header, junit, progress, record, terminal
+from quantdet.report import header, html, junit, progress, record, terminal
 from quantdet.session import Session
 from quantdet.untrusted import plain
 
@@ -120,6 +120,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
+    html.finish(session)
     session.config.stash[collect.SESSION].close()
     workers.require(session)
     workers.report_clock(session.config)
@@ -127,6 +128,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminal.summary(terminalreporter, config)
+    html.announce(terminalreporter, config)
 
 
 @pytest.hookimpl(optionalhook=True)
