@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from quantdet.report import confidence
 from quantdet.report.html import coverage, distances, reexecutions, svg, verdicts
@@ -23,9 +24,15 @@ def text(data: Data) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["breakable"] = breakable
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     policy = _POLICY.format(style=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode())
     return environment.get_template("report.html.j2").render(view(data), style=style, policy=policy)
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup(str(escape(name)).replace("_", "_<wbr>"))
 
 
 def view(data: Data) -> dict[str, Any]:

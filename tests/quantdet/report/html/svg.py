@@ -13,16 +13,16 @@ Value = Callable[[str, str], float | None]
 
 @dataclass(frozen=True)
 class Scale:
-    """A logarithmic scale in `STEPS` classes, the same for all maps of a page. Bounds are powers of ten."""
+    """A logarithmic scale in `STEPS` classes, the same for all maps of a page. `low`, `high`: powers of ten."""
 
-    low: int
-    high: int
+    low: float
+    high: float
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Scale":
         logs = [math.log10(value) for value in values if value is not None and 0 < value < math.inf]
-        low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (-4, 0)
-        return cls(low, max(high, low + 1))
+        low, high = (min(logs), max(logs)) if logs else (-4.0, 0.0)
+        return cls(low, max(high, low + 0.5))
 
     def word(self, value: float | None) -> str:
         """The class of a value: `no` there is none, `zero`, `inf`, or c1 to c8."""
@@ -44,7 +44,7 @@ def heat_map(
 ) -> Markup:
     """Rows to columns; `classes` of formats that stand side by side are outlined."""
     n = len(formats)
-    side = 24 if n <= 10 else 18 if n <= 20 else 13
+    side = 24 if n <= 10 else 18 if n <= 20 else 12
     left, top = _margin(formats), _margin(formats)
     width, height = left + n * side + 4, top + n * side + 4
     cells: dict[str, list[str]] = {}
@@ -97,7 +97,7 @@ def forest(name: str, title: str, rows: Sequence[Estimate], unit: str) -> Markup
     logarithmic = bool(bounds) and min(bounds) > 0
     low, high = (min(bounds), max(bounds)) if bounds else (0.0, 1.0)
     if logarithmic:
-        ticks = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        ticks = _log_ticks(low, high)
     else:
         ticks = _linear_ticks(min(low, 0.0), max(high, 0.0))
     first, last = ticks[0], ticks[-1] if ticks[-1] > ticks[0] else ticks[0] + 1
@@ -151,6 +151,17 @@ def grid(name: str, title: str, rows: Sequence[tuple[str, str]], positions: int,
         parts.append(f'<text class="mid" x="{left + column * side + side / 2:g}" y="12">{column * span}</text>')
     text = f"Rows are runs, columns are {positions} positions; marked are those that differ."
     return _svg(name, title, text, left + columns * side + 10, top + len(rows) * tall + 4, parts, "grid")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten around the bounds; 1, 2, 5 where there are few of them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    if len(powers) > 3:
+        return [10.0**n for n in powers]
+    every = [float(f"{m}e{n}") for n in powers for m in (1, 2, 5)]
+    below = [tick for tick in every if tick <= low][-1:]
+    above = [tick for tick in every if tick >= high][:1]
+    return sorted({*below, *above, *(tick for tick in every if low <= tick <= high)})
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
