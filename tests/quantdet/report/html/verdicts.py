@@ -114,10 +114,10 @@ def _entry(cases: dict[str, Case] | None) -> Entry | None:
     executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
     bound = p.get("flip_rate_upper95", "")
     figures = [
-        ("kernel asked for", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
-        ("kernel executed", executed),
+        ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
+        ("executed", executed),
         ("repeats n", p.get("runs", "")),
-        ("flip rate below (95 %)", f"{float(bound):.3g} per call" if bound else ""),
+        ("flip rate below", f"{float(bound):.3g} per call, at 95 %" if bound else ""),
         ("tokens per second", p.get("tokens_per_second", "")),
         ("control", p.get("control", "")),
         ("same numerics as", (cases.get("distinct", some))["properties"].get("identical_to", "")),
