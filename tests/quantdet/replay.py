@@ -35,8 +35,8 @@ class Replay:
             here = store.Store(folder).all()
             if not here:
                 raise ObservationError(f"{folder}: no observation in this folder")
-            known = {observation.header.header_sha256 for observation in found}
-            found += [observation for observation in here if observation.header.header_sha256 not in known]
+            there = {observation.header.header_sha256 for observation in found}
+            found += [observation for observation in here if observation.header.header_sha256 not in there]
         for observation in found:
             _check_version(observation)
         self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]

@@ -57,10 +57,15 @@ def noise(observations: Sequence[Observation], *, restarts: bool, phase: Phase |
                 first = min(len(text) - len(text.lstrip(SAME)) for _, text in rows)
                 found.append(
                     {
-                        "prompt": prompt.header.id, "phase": one, "positions": length, "first": int(prompt.rows(one)[first]),
-                        "span": span, "runs": _runs(observations, restarts), "differing": len(rows),
+                        "prompt": prompt.header.id,
+                        "phase": one,
+                        "positions": length,
+                        "first": int(prompt.rows(one)[first]),
+                        "span": span,
+                        "runs": _runs(observations, restarts),
+                        "differing": len(rows),
                         "rows": [[label, _squeezed(text, span)] for label, text in rows[:MOST_RUNS]],
-                    }  # fmt: skip
+                    }
                 )
     return found
 
@@ -73,9 +78,7 @@ def _rows(observations: Sequence[Observation], number: int, phase: Phase, restar
     """`(which run, a character per position)` of every run but those that the others are compared with."""
     if restarts:
         base = observations[0].prompts[number].run(0)
-        return [
-            (f"lifetime {one.header.lifetime}", _text(base, one.prompts[number].run(0), phase)) for one in observations[1:]
-        ]
+        return [(f"lifetime {one.header.lifetime}", _text(base, one.prompts[number].run(0), phase)) for one in observations[1:]]
     several = len(observations) > 1
     found = []
     for one in observations:
@@ -90,7 +93,9 @@ def _rows(observations: Sequence[Observation], number: int, phase: Phase, restar
 def _text(base: Output, other: Output, phase: Phase) -> str:
     a, b = base.block(phase), other.block(phase)
     differs: NDArray[np.bool_] = (a.digests != b.digests).any(axis=1)
-    differs |= (a.topk_ids != b.topk_ids).any(axis=1) | (a.topk_logprobs.view(np.int32) != b.topk_logprobs.view(np.int32)).any(1)
+    differs |= (a.topk_ids != b.topk_ids).any(axis=1) | (a.topk_logprobs.view(np.int32) != b.topk_logprobs.view(np.int32)).any(
+        1
+    )
     words = np.where(differs, LOGITS, SAME)
     if phase == "decode" and len(words) == len(base.output_ids):
         words = np.where(base.output_ids != other.output_ids, TOKEN, words)

@@ -10,6 +10,7 @@ from quantdet.report import effects
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
 from quantdet.report.html.verdicts import Place, Tag, place, short, tag
+from quantdet.report.tables import nats
 
 # (name, field of a pair, what it is)
 MAPS = (
@@ -57,7 +58,7 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
 
             title = f"{name} distances, {one.where} ({about})"
             picture = svg.heat_map(f"heat-{number}-{name.lower()}", title, formats, value, scale, groups)
-            figures = [["\N{EN DASH}" if a == b else effects.nats(value(a, b)) for b in formats] for a in formats]
+            figures = [["\N{EN DASH}" if a == b else nats(value(a, b)) for b in formats] for a in formats]
             maps.append(Map(name, about, picture, figures, str(one.spread(field))))
         made.append(Heat(one.where, formats, [group for group in groups if len(group) > 1], maps, one.complete()))
     return made, scale
@@ -109,11 +110,14 @@ def equal(cases: Sequence[Case]) -> list[Equal]:
         rows = [[row.get(where, []) for where in places] for row in classes.values() if sum(map(len, row.values())) > 1]
         made.append(
             Equal(
-                model, places, sorted(rows, key=lambda row: -sum(map(bool, row))),
-                sum(len(formats[name]) == 1 for name in several), len(several),
+                model,
+                places,
+                sorted(rows, key=lambda row: -sum(map(bool, row))),
+                sum(len(formats[name]) == 1 for name in several),
+                len(several),
                 [name for name in several if len(formats[name]) > 1],
                 [name for name in several if len(weights[model, name]) > 1],
-            )  # fmt: skip
+            )
         )
     return made
 

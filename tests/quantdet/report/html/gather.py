@@ -13,7 +13,9 @@ from quantdet.matrix import Matrix
 from quantdet.report import junit, terminal
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
 from quantdet.report.record import RECORDS, Records
+from quantdet.schema import Cell
 from quantdet.session import Session
+from quantdet.verdicts import Verdict
 
 # Suite properties that the page makes itself from the cases, or shows in another way.
 _APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware", "replay")
@@ -94,19 +96,26 @@ def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[st
     reasons: dict[str, str] = {}
     for nodeid, reason in sorted(records.skipped):
         reasons.setdefault(_case_id(nodeid).partition("@")[0], reason)
-    wanted = session.options.hardware
     rows = []
     for cell in matrix.cells():
         state, reason = "tested", ""
         if cell.id not in tested:
             state, reason = ("broken", "broke down, see above") if cell.id in broken else ("untested", reasons.get(cell.id, ""))
-            if not reason:
-                other = wanted is not None and cell.hardware_id != wanted
-                reason = f"not asked for: --hardware {wanted}" if other else "not selected in this run"
+            reason = reason or _why_not(session, cell)
         rows.append({"model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id, "state": state} | (
             {"reason": reason} if reason else {}
         ))  # fmt: skip
     return rows
+
+
+def _why_not(session: Session, cell: Cell) -> str:
+    """Why a cell was not collected, or deselected: what it would have needed, if that is not here."""
+    wanted = session.options.hardware
+    if wanted is not None and cell.hardware_id != wanted:
+        return f"not asked for: --hardware {wanted}"
+    cells = [cell] if session.replay is None else session.replay.expand([cell])
+    reasons = [session.gate(one) for one in cells]
+    return "not selected in this run" if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
 
 
 def _cell(properties: dict[str, str]) -> str:

@@ -56,8 +56,10 @@ def verified(cases: Sequence[Case], order: Sequence[str]) -> list[Verified]:
         columns = [name for name in one.columns if any(data["nearest"].get(name) for data in one.claims.values())]
         confusion = []
         for name, data in one.claims.items():
-            shares = [(share := data["nearest"].get(column, 0.0), one.marked(name, column)) for column in columns]
-            confusion.append((name, [(f"{share:.2f}" if share else "\N{MIDDLE DOT}", _depth(share), own) for share, own in shares]))
+            shares = [(float(data["nearest"].get(column, 0.0)), one.marked(name, column)) for column in columns]
+            confusion.append(
+                (name, [(f"{share:.2f}" if share else "\N{MIDDLE DOT}", _depth(share), own) for share, own in shares])
+            )
         made.append(Verified(one.where, claims, forest, columns, confusion, _snr(one)))
     return made
 

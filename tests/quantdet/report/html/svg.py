@@ -96,10 +96,7 @@ def forest(name: str, title: str, rows: Sequence[Estimate], unit: str) -> Markup
     bounds = [bound for row in rows for bound in (row.low, row.high, row.value) if math.isfinite(bound)]
     logarithmic = bool(bounds) and min(bounds) > 0
     low, high = (min(bounds), max(bounds)) if bounds else (0.0, 1.0)
-    if logarithmic:
-        ticks = _log_ticks(low, high)
-    else:
-        ticks = _linear_ticks(min(low, 0.0), max(high, 0.0))
+    ticks = _log_ticks(low, high) if logarithmic else _linear_ticks(min(low, 0.0), max(high, 0.0))
     first, last = ticks[0], ticks[-1] if ticks[-1] > ticks[0] else ticks[0] + 1
     left, room, line, top = _margin([row.label for row in rows]), 460, 20, 8
 

@@ -113,6 +113,7 @@ def _entry(cases: dict[str, Case] | None) -> Entry | None:
     p = some["properties"]
     executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
     bound = p.get("flip_rate_upper95", "")
+    expected = dict.fromkeys(filter(None, (case["properties"].get("expectation", "") for case in cases.values())))
     figures = [
         ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
         ("executed", executed),
@@ -124,7 +125,7 @@ def _entry(cases: dict[str, Case] | None) -> Entry | None:
         ("closest format", (cases.get("distinct", some))["properties"].get("closest", "")),
         ("first divergence", p.get("first_divergence", "")),
         ("first divergent layer", _first(cases, "first_divergent_layer")),
-        ("expectation", " | ".join(dict.fromkeys(filter(None, (c["properties"].get("expectation", "") for c in cases.values()))))),
+        ("expectation", " | ".join(expected)),
     ]  # fmt: skip
     bundle, link = _first(cases, "bundle"), next(filter(None, (c.get("link", "") for c in cases.values())), "")
     links = [(text, target) for text, target in (("observation", link), ("bug bundle", bundle)) if target]
