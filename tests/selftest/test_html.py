@@ -84,7 +84,7 @@ def test_the_page_says_what_was_found(suite: Suite) -> None:
     assert "Fake4Kernel x4" in found.sections["matrix"]
     assert "QKVParallelLinear \N{MULTIPLICATION SIGN}4" in found.sections["kernels"]
     assert "1 of 3 runs differ, first at position 2 of 4" in found.sections["noise"]
-    assert "hardware: needs no_such_flag" in found.sections["coverage"]
+    assert "hardware: needs sm90 (a GPU that is not here), have cpu-here" in found.sections["coverage"]
     assert "x86" not in found.sections["environment"]
     links = [a["href"] for a in found.all("a") if not a["href"].startswith("#")]
     assert {"cases.jsonl", "../report.xml", "bundles/alpha.ct.cpu-here/README.md"} <= set(links)
