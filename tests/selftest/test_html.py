@@ -13,6 +13,7 @@ from quantdet.observation import write
 from quantdet.report import evidence
 from quantdet.report.html import data, svg
 from quantdet.report.html.__main__ import main
+from quantdet.report.record import Records
 from quantdet.verdicts import Judgement, Verdict
 from selftest.fakes import MATRIX, changed_output, last_repeat, make_suite, observation, setting
 from selftest.inner import Run, Suite
@@ -146,7 +147,7 @@ def test_the_same_cases_give_the_same_bytes(suite: Suite) -> None:
     assert measured == stored == workers
 
 
-def test_a_crashed_worker_is_in_the_report(pytester: pytest.Pytester) -> None:
+def test_a_crashed_worker_is_in_the_report(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """The crash stands there as a case without a verdict; the other cases have theirs."""
     crash = """
 import os
@@ -158,6 +159,8 @@ def pytest_runtest_call(item):
         os._exit(1)
 """
     make_suite(pytester.path, machine=crash)
+    for name in ("CI", "PYTEST_ADDOPTS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
+        monkeypatch.delenv(name, raising=False)
 
     pytester.runpytest_subprocess("-k", "beta", "-n", "2", "--report", "r", "--no-controls")
 
@@ -165,6 +168,15 @@ def pytest_runtest_call(item):
     assert "No verdict: test_kernel.py::test_kernel[beta/ct/cpu-here]" in found.sections["unexpected"]
     assert "crashed while running" in found.sections["unexpected"]
     assert "BIT_EXACT" in found.sections["matrix"]
+
+
+def test_a_failure_without_a_verdict_is_kept() -> None:
+    """What pytest-xdist reports of a crashed worker: a failure that no judgement came with."""
+    records = Records()
+    where = ("test_kernel.py", 1, "test_kernel")
+    records.pytest_runtest_logreport(pytest.TestReport("test_kernel.py::x", where, {}, "failed", "worker crashed", "???"))
+
+    assert [("test_kernel.py::x", "worker crashed")] == records.broken
 
 
 def test_a_run_without_cases_has_a_page(suite: Suite) -> None:
