@@ -203,6 +203,7 @@ def test_folders_are_judged_together(suite: Suite, tmp_path: Path) -> None:
     run: Run = suite(*folders, "--report", "r", "-k", "test_repeat or test_kernel")
 
     assert 0 == run.code, run.output
+    assert {"cpu-here", "cpu-elsewhere", "sm90"} == {case.properties["case.hardware"] for case in run.ran().values()}
     assert {"3"} == {case.properties["runs"] for case in run.ran().values()}
     assert ",".join(folder.removeprefix("--replay=") for folder in folders) == run.suite["replay"]
     found = page()

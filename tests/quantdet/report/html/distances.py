@@ -123,7 +123,10 @@ def equal(cases: Sequence[Case]) -> list[Equal]:
 
 
 def drift(cases: Sequence[Case]) -> list[tuple[str, str, Tag, list[tuple[str, str]], str, str]]:
-    """Format against itself in several vLLM versions: cell, hardware, verdict, kernels by version, L2, expectation."""
+    """Format against itself in several vLLM versions: cell, hardware, verdict, kernels by version, L2, expectation.
+
+    What is not identical comes first.
+    """
     found = []
     for case in cases:
         known, p = tag(case), case["properties"]
@@ -133,4 +136,4 @@ def drift(cases: Sequence[Case]) -> list[tuple[str, str, Tag, list[tuple[str, st
             found.append(
                 (f"{p['case.model']}/{p['case.format']}", p["case.hardware"], known, executed, l2, p.get("expectation", ""))
             )
-    return found
+    return sorted(found, key=lambda row: row[2].word == "IDENTICAL")

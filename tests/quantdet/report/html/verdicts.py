@@ -30,6 +30,7 @@ class Tag:
     message: str = ""
     expected: bool = True
     note: str = ""
+    same: bool = False  # whether what is the same is what was hoped for
 
     @property
     def symbol(self) -> str:
@@ -39,14 +40,20 @@ class Tag:
     def kind(self) -> str:
         if not self.expected:
             return "bad"
-        return "good" if self.word in _GOOD else "none" if self.word in _NONE else "note"
+        return (
+            "good"
+            if self.word in _GOOD or (self.same and self.word == "IDENTICAL")
+            else "none"
+            if self.word in _NONE
+            else "note"
+        )
 
 
 def tag(case: Case | None) -> Tag | None:
     if case is None:
         return None
     note = "weight-only" if case["properties"].get("kernel.weight_only") == "True" else ""
-    return Tag(case["verdict"], case["message"], case["expected"], note)
+    return Tag(case["verdict"], case["message"], case["expected"], note, case["test"] != "test_distinct")
 
 
 @dataclass(frozen=True)
