@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not ROWS, reason=f"needs vLLM for this machine, 
 HERE = ROWS[0] if ROWS else ""
 FAULTY, BESIDE = f"tiny-qwen3/gptq_auto/{HERE}", f"tiny-qwen3/bf16/{HERE}"
 BOTH = f"(tiny-qwen3/gptq_auto/{HERE} or tiny-qwen3/bf16/{HERE}) and (test_kernel or test_repeat)"
-KEPT = ("--repeats=2", "--store=s", f"--hardware={HERE}")
+KEPT = ("--no-controls", "--repeats=2", "--store=s", f"--hardware={HERE}")
 
 Vllm = Callable[..., Run]
 

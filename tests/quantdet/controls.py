@@ -27,7 +27,7 @@ class Status:
     caught: bool | None
     flip: str
     noise: str = ""
-    blind: bool = False
+    blind: bool = False  # nothing can be said of this engine: a flip was not seen, or the engine died at it
 
     @property
     def text(self) -> str:
@@ -58,7 +58,7 @@ def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
         return False
     rows = [known.noise(cell, phase) for phase in PHASES]
     if name == "known_noise":
-        return rows[0] is not None and rows[0].outcome == "noisy"
+        return _known_noise(session, cell)
     if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):
         return False
     kind = "integer" if name == "one_integer" else "control"
@@ -83,11 +83,15 @@ def _status(session: "Session", cell: Cell) -> Status:
     here = _first(session, "bit_flip", cell)
     if here is None:
         text = "no bit flip recorded" if session.replay is not None else "no cell to turn a bit over in"
-        return Status(noise_caught, text, noise)
+        return Status(None, text, noise)
     result = session.control(here, "control")
+    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE and session.replay is None:
+        here = cell  # whose weights are here: it has been measured
+        result = session.control(here, "control")
     if not isinstance(result, Measured):
         reason = result.reason if isinstance(result, Missing) else result.message
-        return Status(False, f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}", noise)
+        died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)
+        return Status(False, f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}", noise, blind=died)
     found = bit_flip(result.observations[0])
     if not found.expected:
         return Status(False, found.message, noise, blind=True)
@@ -100,9 +104,14 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
     if noisy is None:
         formats = dict.fromkeys(row.when.format for row in session.matrix.expect if row.outcome == "noisy")
         names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in formats if f) or "none in the matrix"
+        eligible = [one for one in session.cells() if _here(one, cell) and _known_noise(session, one)]
+        if eligible and session.replay is not None:
+            return None, f"known noise not recorded ({', '.join(dict.fromkeys(one.format_id for one in eligible))})"
         return None, f"no kernel known to be noisy is eligible here ({names})"
     result = session.result(noisy)
     where = f"{noisy.model_id}/{noisy.format_id}"
+    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE:
+        return None, f"known noise not tried, {where} is UNAVAILABLE"
     if not isinstance(result, Measured):
         return False, f"known noise not tried: {where}"
     found = judgements.repeat(result.observations, "decode", session.expectations(noisy))
@@ -111,5 +120,13 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
 
 
 def _first(session: "Session", name: Name, cell: Cell) -> Cell | None:
-    place = (cell.hardware_id, cell.vllm)
-    return next((one for one in cells(session, name) if (one.hardware_id, one.vllm) == place), None)
+    return next((one for one in cells(session, name) if _here(one, cell)), None)
+
+
+def _here(one: Cell, cell: Cell) -> bool:
+    return (one.hardware_id, one.vllm) == (cell.hardware_id, cell.vllm)
+
+
+def _known_noise(session: "Session", cell: Cell) -> bool:
+    row = session.expectations(cell).noise(cell, "decode")
+    return row is not None and row.outcome == "noisy"

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantdet import devices
 from quantdet.devices import Gpu
 from quantdet.matrix import Matrix
-from quantdet.schema import Cell, Hardware
+from quantdet.schema import Cell, Format, Hardware
 
 _INSTALL = {"cpu": "pip install -e '.[cpu]'", "cuda": "pip install -e '.[gpu]'", "rocm": "a ROCm build of vLLM"}
 
@@ -119,6 +119,11 @@ def _module_is_here(name: str) -> bool:
     return False
 
 
+def takes(row: Hardware, format_: Format) -> bool:
+    """Whether a row takes the format's numbers without a marker's skip: it multiplies them, or vLLM emulates them (CPUs)."""
+    return format_.native is None or format_.native in row.native or row.kind == "cpu"
+
+
 def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, ignore_native: bool = False) -> str | None:
     """Why `cell` cannot be measured here, as need and have; None if it can. Few different texts, so that they fold.
 
@@ -138,8 +143,7 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
             f"vllm: needs a {row.kind.upper()} build of vLLM ({_INSTALL[row.kind]}), "
             f"have {installed.vllm} for {installed.flavour.upper()}"
         )
-    native = format_.native in row.native or row.kind == "cpu" or ignore_native
-    if format_.native is not None and not native:
+    if format_.native is not None and not (takes(row, format_) or ignore_native):
         return f"native_{format_.native}: needs native {format_.native.upper()}, have {', '.join(row.native)}"
     for package in format_.packages:
         if _version(package) is None:

@@ -46,7 +46,7 @@ class Judge:
         words = {True: "yes", False: "missed", None: "no"}
         figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
         if status.blind:
-            text = f"INVALID {cell} {judgement.figures['phase']}: no repeat differs, but neither is a seeded difference seen"
+            text = f"INVALID {cell} {judgement.figures['phase']}: no repeat differs, but no seeded difference was seen either"
             return Judgement(Verdict.INVALID, f"{text}: {status.flip}", False, figures, judgement.text)
         return replace(judgement, figures=figures)
 
@@ -80,9 +80,9 @@ class Judge:
         if not peers:
             reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
             self._skip(Verdict.UNAVAILABLE, reason)
-        self._say(
-            judgements.distinctness(observations[0], peers, self.session.expectations(cell), self.session.compare), observations
-        )
+        spreads = {one: self.session.spread(one) for one in (cell, *peers)}
+        known = self.session.expectations(cell)
+        self._say(judgements.distinctness(observations[0], peers, known, self.session.compare, spreads), observations)
 
     def kernel(self, cell: Cell) -> None:
         """The executed kernel is the requested one in every layer."""

@@ -20,6 +20,12 @@ MEASUREMENT = 2
 RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs")
 
 
+def known_arguments(matrix: Matrix) -> frozenset[str]:
+    """Names of every engine argument that a cell of `matrix` may be given."""
+    rows = (matrix.engine.args, *(pin.args for pin in matrix.pin), *(setting.args for setting in matrix.setting))
+    return frozenset({"enforce_eager", *RESERVED, *(name for row in rows for name in row)} - {"model"})
+
+
 def key_of(plan: Plan, lifetime: int) -> str:
     """SHA-256 over everything that an observation of this lifetime depends on.
 

@@ -13,7 +13,7 @@ from quantdet import collect, hardware, interrupts, matrix, options, planning, w
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
-from quantdet.report import header, html, junit, progress, record, terminal
+from quantdet.report import header, html, junit, markdown, progress, record, terminal
 from quantdet.session import Session
 from quantdet.untrusted import plain
 
@@ -121,6 +121,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
     html.finish(session)
+    markdown.append(session)
     session.config.stash[collect.SESSION].close()
     workers.require(session)
     workers.report_clock(session.config)

@@ -323,7 +323,8 @@ class Expect(Row):
     layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
     the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
     two vLLM versions may differ although the same kernels ran; the row is about the newer version. `may_recompile`: an
-    engine lifetime may give other bits than another, since kernels are compiled and chosen anew.
+    engine lifetime may give other bits than another, since kernels are compiled and chosen anew; `max_l2`: how far apart
+    (nats, mean over the forced positions) two of them may be.
     """
 
     when: When = When()
@@ -334,6 +335,7 @@ class Expect(Row):
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
     max_rows: PositiveInt | None = None
+    max_l2: Annotated[float, Field(gt=0)] | None = None
     fires: Fires | None = None
     fires_not: Fires | None = None
     match: Annotated[str, AfterValidator(_regex)] = ""
@@ -347,6 +349,8 @@ class Expect(Row):
             raise ValueError("'formats' names the twins of 'identical_to', 'may_be_identical_to'; belongs to no other outcome")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
+        if (self.max_l2 is not None) != (self.outcome == "may_recompile"):
+            raise ValueError("'max_l2' belongs to the outcome 'may_recompile', which needs it")
         if self.fires is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'fires' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if self.fires_not is not None and self.outcome != "identical_to":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantdet import checkpoints, planning, store, verification, workload
+from quantdet import checkpoints, planning, restarts, store, verification, workload
 from quantdet.checkpoints.unchanged import changed
 from quantdet.claims import Claim, References
 from quantdet.engines import Plan, process, scratch
@@ -147,6 +147,14 @@ class Session:
                 found[other] = known
         return found
 
+    def spread(self, cell: Cell) -> float:
+        """How far the engine lifetimes of a cell that this run has measured are apart: largest mean L2 to the first, nats."""
+        result = self._results.get(cell)
+        if not isinstance(result, Measured):
+            return 0.0
+        first, *others = result.observations
+        return max((restarts.gap(first, other).l2 for other in others), default=0.0)
+
     def compare(self, a: Observation, b: Observation) -> Pair:
         """The pair of two observations of this run, computed once for both directions."""
         ids = (a.cell, b.cell)
@@ -231,7 +239,7 @@ class Session:
         """
         if (cell, kind) not in self._controls:
             replay = self.replay
-            self._controls[cell, kind] = self._control(cell, kind) if replay is None else replay.control(cell, kind)
+            self._controls[cell, kind] = _safely(self._control, cell, kind) if replay is None else replay.control(cell, kind)
         return self._controls[cell, kind]
 
     def _control(self, cell: Cell, kind: str) -> Result:

@@ -291,12 +291,14 @@ def test_logprobs_alone_may_differ() -> None:
 def test_variables_of_one_machine_are_not_in_the_script() -> None:
     """Devices by index or UUID mean nothing elsewhere; what chooses kernels does."""
     request = repro.Request(
-        args={"a": 1}, env={"CUDA_VISIBLE_DEVICES": "GPU-1", "VLLM_X": "1"}, dtype="float16", prompt="p", ids=(1, 2),
+        args={"a": 1, "trust_remote_code": True}, dtype="float16", prompt="p", ids=(1, 2),
+        env={"CUDA_VISIBLE_DEVICES": "GPU-1", "VLLM_X": "1"}
+        | dict.fromkeys(("PYTHONPATH", "VLLM_PLUGINS", "TRITON_PTXAS_PATH"), "x"),
         environment={"variables": {"OMP_NUM_THREADS": "2", "LD_PRELOAD": "x", "VLLM_X": "0"}, "masked": "torchaudio,torchao"},
         decode_tokens=4, top_k=2, repeats=59,
     )  # fmt: skip
 
-    text = repro.script(request, title='t """ \\', note="n", model=None, hides=("amx_tile",), made=True)
+    text = repro.script(request, title='t """ \\', note="n", model=None, hides=("amx_tile",), made=True, known={"a"})
 
     module = {node.targets[0].id: node for node in ast.parse(text).body if isinstance(node, ast.Assign)}  # type: ignore[attr-defined]
     values = {name: ast.literal_eval(module[name].value) for name in ("ENV", "ALSO_SET", "HIDDEN", "DENIED", "REPEATS", "ARGS")}
@@ -305,3 +307,33 @@ def test_variables_of_one_machine_are_not_in_the_script() -> None:
         "REPEATS": 59, "ARGS": {"a": 1, "skip_tokenizer_init": True},
     } == values  # fmt: skip
     assert "@@" not in text
+    assert (
+        "Left out, since the suite's matrix has none such: PYTHONPATH, TRITON_PTXAS_PATH, VLLM_PLUGINS, trust_remote_code."
+        in text
+    )
+
+
+def test_what_a_recording_says_stays_a_constant_of_the_script() -> None:
+    """Placeholders among the values, quotes and code in names: every constant is a literal, and no statement is added."""
+    evil = "'+__import__('os').system('true')+'\n@@ARGS@@ @@IDS@@ \"\"\""
+    request = repro.Request(
+        args={"a": "@@DEVICE@@ @@TITLE@@"}, env={"VLLM_X": evil}, dtype=evil, prompt=evil, ids=(1, 2), decode_tokens=4, top_k=2,
+        environment={"device": evil, "vllm": evil, "torch": evil, "variables": {"OMP_X": evil}, "masked": evil}, repeats=59,
+    )  # fmt: skip
+    honest = repro.Request(
+        args={}, env={}, dtype="float16", prompt="p", ids=(1, 2), decode_tokens=4, top_k=2, environment={}, repeats=59
+    )
+
+    hostile, plain = (
+        ast.parse(repro.script(one, title=evil, note=evil, model=evil, hides=(evil,), made=False, known={"a"}))
+        for one in (request, honest)
+    )
+
+    def constants(module: ast.Module) -> dict[str, Any]:
+        found = [node for node in module.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+        named = {node.targets[0].id: node.value for node in found}  # type: ignore[attr-defined]
+        return {name: ast.literal_eval(value) for name, value in named.items() if name not in ("HERE", "TORCH_DTYPES")}
+
+    assert [type(node) for node in plain.body] == [type(node) for node in hostile.body]
+    assert {"a": "@@DEVICE@@ @@TITLE@@"} == constants(hostile)["ARGS"]
+    assert {"VLLM_X": evil} == constants(hostile)["ENV"]

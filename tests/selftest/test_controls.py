@@ -263,7 +263,7 @@ DIED = Missing(Verdict.ERROR, "engine process killed\n  log: here")
         (CAUGHT, NOISY, True, False, "bit flip caught in alpha/bf16; known noise caught in alpha/awq"),
         (CAUGHT, QUIET, False, False, "bit flip caught in alpha/bf16; known noise NOT SEEN in alpha/awq"),
         (CAUGHT, DIED, False, False, "bit flip caught in alpha/bf16; known noise not tried: alpha/awq"),
-        (DIED, NOISY, False, False, "bit flip not tried: alpha/bf16/cpu-here: engine process killed; known noise caught in"),
+        (DIED, NOISY, False, True, "bit flip not tried: alpha/bf16/cpu-here: engine process killed; known noise caught in"),
         (Refusal("no"), None, False, False, "bit flip not tried: alpha/bf16/cpu-here: no"),
         (MISSED, NOISY, False, True, "INVALID alpha/bf16/cpu-here control: prefill: one bit turned over at prompt p0"),
     ],
@@ -278,6 +278,20 @@ def test_everything_that_had_to_be_caught_was(
 
     assert (caught, blind) == (found.caught, found.blind)
     assert text in found.text
+
+
+ABSENT = Missing(Verdict.UNAVAILABLE, "weights: none here")
+
+
+def test_where_the_weights_of_the_first_cell_are_missing_the_judged_one_is_its_control(tmp_path: Path) -> None:
+    """A matrix may begin with a model that is not here; noise that cannot be tried is no noise that was not seen."""
+    session: Any = Known(tmp_path, CAUGHT, ABSENT)
+    session.control = lambda cell, kind: ABSENT if cell == BF16 else CAUGHT
+
+    found = controls.status(session, GPTQ)
+
+    assert (True, False) == (found.caught, found.blind)
+    assert "bit flip caught in alpha/gptq; known noise not tried, alpha/awq is UNAVAILABLE" == found.text
 
 
 def test_controls_are_tried_once(tmp_path: Path) -> None:
@@ -393,7 +407,7 @@ def test_an_engine_in_which_no_flip_is_seen_has_no_bit_exact(suite: Suite, tmp_p
     assert {**repeats, f"test_one_integer[{GPTQ.id}]": "IDENTICAL"} == run.failures(), run.output
     for phase in PHASES:
         failed = run.cases[f"test_repeat[{AWQ.id}-{phase}]"]
-        words = f"INVALID {AWQ} {phase}: no repeat differs, but neither is a seeded difference seen: INVALID {BF16} control"
+        words = f"INVALID {AWQ} {phase}: no repeat differs, but no seeded difference was seen either: INVALID {BF16} control"
         assert failed.message.startswith(words)
         assert "missed" == failed.properties["controlled"]
     assert ["alpha/awq", "alpha/bf16", "alpha/gptq", "alpha/gptq"] == sorted(starts.read_text().splitlines())

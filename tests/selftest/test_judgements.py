@@ -536,16 +536,30 @@ def test_lifetimes_may_differ_up_to_the_declared_rows() -> None:
 
 def test_lifetimes_that_may_recompile_may_differ() -> None:
     """The row excuses any lifetime, warm or cold, in both phases; without it none is."""
-    declared = expecting("may_recompile")
+    declared = row({"when": {}, "outcome": "may_recompile", "max_l2": 0.1})
     for phase in PHASES:
         cold = judgements.restart(lifetimes(None, (1, phase), caches="cold"), declared)
         warm = judgements.restart(lifetimes((1, phase), None), declared)
 
-        assert (Verdict.NOISY, True, "warm,warm,cold") == (cold.verdict, cold.expected, cold.figures["caches"])
+        assert (Verdict.NOISY, True, "as found,as found,cold") == (cold.verdict, cold.expected, cold.figures["caches"])
         assert "1 of 3 lifetimes differ" in cold.message and "; the last one with cold caches; lifetime 2 " in cold.message
         assert "may_recompile: because [here]" == cold.figures["expectation"]
         assert warm.expected and "cold caches" not in warm.message
         assert not judgements.restart(lifetimes((1, phase), caches="cold"), NOTHING).expected
+
+
+def test_lifetimes_that_may_recompile_may_differ_so_much() -> None:
+    """Farther apart than declared is another thing: other weights, or another kernel. Distances are in the figures."""
+    whole = observation()
+    output = changed_output(whole.prompts[0].outputs[0], "prefill", digests=flipped(1), topk_logprobs=lambda a: a.__isub__(0.2))
+    other = with_outputs(observation(lifetime=1), 0, (output,), (0, 0, 0))
+    allowed = [row({"when": {}, "outcome": "may_recompile", "max_l2": most}) for most in (0.05, 5.0)]
+
+    far, near = (judgements.restart([whole, other], one) for one in allowed)
+
+    assert (False, True) == (far.expected, near.expected)
+    assert far.figures["max_abs_diff"] == pytest.approx(0.2, rel=1e-3)
+    assert "nats, declared are at most 0.05" in far.message and "declared are" not in near.message
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

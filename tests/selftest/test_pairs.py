@@ -247,6 +247,19 @@ def test_declared_twins_pass(own: Observation, peer: Observation) -> None:
     assert f"identical_to: {peer.header.format} (same)" == found.figures["expectation"]
 
 
+def test_a_format_no_farther_than_its_own_lifetimes_is_not_told_apart() -> None:
+    """Engine processes of either format that differ as much: INDISTINCT, which nobody declared."""
+    own, peer = observation("bf16"), observation("gptq")
+    apart = distinctness(own, {peer.header.cell: peer}, Expectations(()))
+
+    for cell in (own.header.cell, peer.header.cell):
+        near, far = (
+            distinctness(own, {peer.header.cell: peer}, Expectations(()), spreads={cell: spread}) for spread in (100.0, 1e-6)
+        )
+        assert (Verdict.INDISTINCT, False) == (near.verdict, near.expected)
+        assert (Verdict.DISTINCT, True) == (far.verdict, far.expected) == (apart.verdict, apart.expected)
+
+
 def test_declared_twins_that_differ_fail() -> None:
     """One bit between declared twins breaks the declaration."""
     found = judge(GPTQ, nudged(GPTQ, "ct", "prefill", 1, 2), expectations=twins("ct"))

@@ -249,12 +249,12 @@ def test_lifetimes_are_compared_when_there_are_several(suite: Suite) -> None:
     assert "1 of 2 lifetimes differ" in run.cases[f"test_restart[{AWQ}]"].message
     assert "BIT_EXACT" == run.cases["test_restart[alpha/bf16/cpu-here]"].verdict
     assert "2" == run.cases[f"test_restart[{AWQ}]"].properties["lifetimes"]
-    assert "warm,warm" == run.cases[f"test_restart[{AWQ}]"].properties["caches"]  # a CPU's engine has none that matter
+    assert "as found,as found" == run.cases[f"test_restart[{AWQ}]"].properties["caches"]  # a CPU's engine has none that matter
 
 
 def test_on_a_gpu_the_last_lifetime_has_cold_caches(suite: Suite, pytester: pytest.Pytester) -> None:
     """It says so, is kept apart from a warm one, and a row may excuse what it recompiles."""
-    row = 'when = { format = "awq" }\noutcome = "may_recompile"\nreason = "compiles"\nsource = "the test"\n'
+    row = 'when = { format = "awq" }\noutcome = "may_recompile"\nmax_l2 = 0.03\nreason = "compiles"\nsource = "the test"\n'
     defects = setting("awq", "restart_noise") + setting("bf16", "restart_noise")
     matrix = f'{MATRIX}{defects}\n[[expect]]\n{row}\n[engine]\ncaches = ["A_CACHE"]\n'
     select = ("--hardware", "sm90", "-k", "alpha and (awq or bf16) and test_restart")
@@ -262,10 +262,10 @@ def test_on_a_gpu_the_last_lifetime_has_cold_caches(suite: Suite, pytester: pyte
     run = suite(*select, "--lifetimes", "2", "--store", "s", matrix=matrix, machine=TWO_GPUS)
 
     assert {"test_restart[alpha/bf16/sm90]": "NOISY"} == run.failures(), run.output
-    words = "; the last one with cold caches; lifetime 1 differs from the first at prompt len20 prefill position 0"
+    words = "; the last one with cold caches; lifetime 1 differs from the first at prompt len20 prefill position 0; L2 0 nats"
     assert run.cases["test_restart[alpha/bf16/sm90]"].message.endswith(f"per lifetime at 95 %{words}")
     excused = run.cases["test_restart[alpha/awq/sm90]"]
-    assert ("passed", "NOISY", "warm,cold") == (excused.outcome, excused.verdict, excused.properties["caches"])
+    assert ("passed", "NOISY", "as found,cold") == (excused.outcome, excused.verdict, excused.properties["caches"])
     headers = [json.loads(path.read_text(encoding="utf-8")) for path in (pytester.path / "s").rglob("observation.json")]
     assert {(0, "warm"), (1, "cold")} == {(header["lifetime"], header["caches"]) for header in headers}
     assert 4 == len({header["key"] for header in headers})

@@ -66,7 +66,7 @@ def says(id_: str, run: Run, cell: str) -> None:
 
 def started(folder: Path, *args: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """A pytest run of the suite in `folder`, as its own process."""
-    command = [sys.executable, "-m", "pytest", f"--junitxml={folder / 'report.xml'}", "--store=s", *args]
+    command = [sys.executable, "-m", "pytest", f"--junitxml={folder / 'report.xml'}", "--store=s", "--no-controls", *args]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "QUANTDET_", "CI"))}
     return subprocess.Popen(
         command, cwd=folder, env={**clean, **(environment or {})}, text=True,

@@ -36,7 +36,10 @@ def watch(pid: int, folder: Path) -> None:
         with contextlib.suppress(OSError):  # a second line of defence: without it a run is a run
             # -I -S: nothing of this process's environment, and quickly; a session of its own: Ctrl-C is not for it.
             command = [sys.executable, "-I", "-S", "-c", _SCRIPT]
-            _process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+            _process = subprocess.Popen(
+                command, cwd="/", text=True, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
             atexit.register(_close, _process)
     _tell(pid, str(folder))
 

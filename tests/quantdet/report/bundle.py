@@ -20,6 +20,7 @@ from quantdet.diagnosis import Diagnosis, Trace
 from quantdet.engines import Plan
 from quantdet.environment import git_revision
 from quantdet.observation import Observation
+from quantdet.planning import known_arguments
 from quantdet.report import divergence, readme, repro, weights
 from quantdet.schema import Cell, Synthetic
 from quantdet.shapes import layers_of
@@ -131,7 +132,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
     if request is not None:
         text = repro.script(
             request, title=about.title, note=about.note, model=about.weights.model, made=(folder / "weights.json").exists(),
-            hides=session.matrix.hardware[cell.hardware_id].hides,
+            hides=session.matrix.hardware[cell.hardware_id].hides, known=known_arguments(session.matrix),
         )  # fmt: skip
         (folder / "repro.py").write_text(text, encoding="utf-8")
     suite = {"suite": __version__, "suite_revision": revision, "created": identity.get("created", "")}

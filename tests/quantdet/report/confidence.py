@@ -55,7 +55,7 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     """
     tests: list[tuple[float, bool]] = []
     for case in cases:
-        pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None and pair["verdict"] == "DISTINCT"]
+        pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None]
         if pairs:
             tests.append((max(pairs), case["verdict"] != "INDISTINCT"))
         elif case["reexecution"] and case["properties"].get("p"):
@@ -66,4 +66,4 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     claimed = [value for value, (_, said) in zip(adjusted, tests, strict=True) if said]
     stay = sum(value <= alpha for value in claimed)
     found = f"{len(tests)} cases rest on a p-value: of {len(claimed)} that found a difference {stay} stay"
-    return f"{found} after Holm over the run (false-alarm rate of the run at most {alpha:.0%})"
+    return f"{found} after Holm over the run (false-alarm rate among these at most {alpha:.0%})"

@@ -2,7 +2,8 @@
 
 import hashlib
 import pprint
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from quantdet.schema import PHASES
 _TEMPLATE = Path(__file__).parent / "templates" / "repro.py.txt"
 # They choose a device of one machine, or name what is on its disk.
 _MACHINE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_PRELOAD")
+# A recording is another's word, and the script is run by strangers: only variables of numerics, and none that names a file.
+_NUMERICS = re.compile(
+    r"(?:VLLM|TORCH|PYTORCH|TORCHINDUCTOR|OMP|KMP|MKL|CUDA|CUBLAS|CUDNN|NVIDIA|ONEDNN|DNNL|ATEN|TRITON|FLASHINFER|NCCL|HIP|ROCM)_[A-Z0-9_]+"
+)
+_NAMES_A_FILE = re.compile(r"PATH|DIR|ROOT|HOME|FILE|PLUGIN|LIB|PRELOAD|CMD|COMMAND|EXEC|URL|HOST")
 _LEAST_REPEATS = 10
 
 
@@ -72,18 +78,26 @@ def _seen(observations: Sequence[Observation], number: int) -> dict[str, dict[st
     return {phase: {key: ", ".join(where) for key, where in rows.items()} for phase, rows in found.items()}
 
 
-def script(request: Request, *, title: str, note: str, model: str | None, hides: Sequence[str], made: bool) -> str:
-    """The script. `made`: its weights are random numbers, so that no digest can be one that was seen."""
-    args = dict(request.args)
+def script(
+    request: Request, *, title: str, note: str, model: str | None, hides: Sequence[str], made: bool, known: Collection[str]
+) -> str:
+    """The script. `made`: its weights are random numbers, so that no digest can be one that was seen.
+
+    `known`: the engine arguments that the matrix gives; any other one of a recording is left out, and the script says so.
+    """
+    args = {name: value for name, value in request.args.items() if name in known}
+    env = {name: value for name, value in request.env.items() if of_numerics(name)}
     if made:
         args["skip_tokenizer_init"] = True
     environment = request.environment
     hidden = [name for name in str(environment.get("masked", "")).split(",") if name and name not in NOT_IN_FORKSERVER]
     variables = environment.get("variables", {})
-    also = {k: v for k, v in variables.items() if k not in _MACHINE and k not in request.env and not k.startswith("QUANTDET_")}
+    also = {k: v for k, v in variables.items() if k not in request.env and of_numerics(k)}
+    left_out = sorted({*request.args, *request.env} - {*args, *env, *_MACHINE})
+    note += f" Left out, since the suite's matrix has none such: {', '.join(left_out)}." if left_out else ""
     values: dict[str, Any] = {
         "MODEL": model, "DTYPE": request.dtype, "ARGS": args, "ALSO_SET": also,
-        "ENV": {name: value for name, value in request.env.items() if name not in _MACHINE},
+        "ENV": env,
         "HIDDEN": hidden, "DENIED": list(hides), "FP8_OUTSIDE_ONEDNN": environment.get("onednn_fp8") is False,
         "REPEATS": max(_LEAST_REPEATS, request.repeats), "LIFETIMES": request.lifetimes,
         "DECODE_TOKENS": request.decode_tokens, "TOP_K": request.top_k, "SEEN": {} if made else request.seen or {},
@@ -95,11 +109,16 @@ def script(request: Request, *, title: str, note: str, model: str | None, hides:
         "TORCH": str(environment.get("torch") or environment.get("torch_package") or "?"),
     }  # fmt: skip
     text = _TEMPLATE.read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace(f"@@{name}@@", pprint.pformat(value, width=124, compact=True, sort_dicts=False))
-    for name, value in words.items():  # in a docstring and in comments
-        text = text.replace(f"@@{name}@@", " ".join(value.replace("\\", "/").replace('"', "'").split()))
-    return text
+    made_of = {name: pprint.pformat(value, width=124, compact=True, sort_dicts=False) for name, value in values.items()}
+    made_of |= {name: " ".join(value.replace("\\", "/").replace('"', "'").split()) for name, value in words.items()}
+    # At once: what is put in may hold a placeholder itself.
+    return re.sub(r"@@([A-Z0-9_]+)@@", lambda found: made_of[found[1]], text)
+
+
+def of_numerics(name: str) -> bool:
+    """Whether an environment variable may go into a script: it may change numbers, and names no file and no device."""
+    fine = _NUMERICS.fullmatch(name) is not None and _NAMES_A_FILE.search(name) is None
+    return fine and name not in _MACHINE and "VISIBLE_DEVICES" not in name
 
 
 def device(environment: Mapping[str, Any]) -> str:

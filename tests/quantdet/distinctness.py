@@ -1,0 +1,125 @@
+"""Distinctness of a format: a pure judgement over its pairs with every other one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from quantdet.divergences import at
+from quantdet.expectations import Expectations
+from quantdet.observation import Observation
+from quantdet.pairs import comparable, pair
+from quantdet.reported import qualified
+from quantdet.schema import Cell
+from quantdet.verdicts import Judgement, Pair, Verdict
+
+
+@qualified
+def distinctness(
+    own: Observation,
+    peers: Mapping[Cell, Observation],
+    expectations: Expectations,
+    compare: Callable[[Observation, Observation], Pair] = pair,
+    spreads: Mapping[Cell, float] = MappingProxyType({}),
+) -> Judgement:
+    """Can this format be told from every other format of its model measured on this hardware?
+
+    `compare`: `pair`, or one that remembers what it has compared. `spreads`: by cell, how far its engine lifetimes are
+    apart (nats); a format that is no farther from another than that is not told from it.
+    """
+    cell = own.cell
+    pairs: list[Pair] = []
+    wrong: list[str] = []
+    mute: list[str] = []
+    if own.header.nonfinite:
+        first = own.header.nonfinite[0]
+        where = f"prompt {first.prompt} {first.phase} {at(first.phase, first.position)}"
+        return Judgement(Verdict.INVALID, f"INVALID {cell} distinct: non-finite logits, first {where}", False)
+    twins: list[str] = []
+    declared: list[str] = []
+    for other, observation in peers.items():
+        if observation.header.nonfinite:  # its own case is INVALID; there is nothing to compare with
+            mute.append(other.format_id)
+            continue
+        why = comparable(own, observation)
+        if why is not None:
+            message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
+            return Judgement(Verdict.INVALID, message, False)
+        result = compare(own, observation)
+        spread = max(spreads.get(cell, 0.0), spreads.get(other, 0.0))
+        if spread and result.verdict is Verdict.DISTINCT and result.l2 <= spread:
+            result = replace(result, verdict=Verdict.INDISTINCT, within=max(result.within, spread))
+        row = expectations.twins(cell, other)
+        if row is not None and row.same_kernel and not _same_kernel(own, observation):
+            row = None
+        if row is not None:
+            declared.append(f"{row.outcome}: {other.format_id} ({row.reason})")
+        if result.verdict is Verdict.IDENTICAL:
+            twins.append(other.format_id)
+        expected = Verdict.DISTINCT if row is None or row.outcome != "identical_to" else Verdict.IDENTICAL
+        fine = {expected}
+        if row is not None and row.outcome == "may_be_identical_to":
+            fine.add(Verdict.IDENTICAL)
+        if any(expectations.noise(one, "prefill") or expectations.recompiles(one) for one in (cell, other)):
+            fine.add(Verdict.INDISTINCT)
+        if result.verdict not in fine:
+            hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
+            wrong.append(
+                f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
+            )
+        pairs.append(result)
+    if not pairs:
+        text = f"INVALID {cell} distinct: nothing to compare with, non-finite logits in {', '.join(mute)}"
+        return Judgement(Verdict.INVALID, text, False)
+    closest = min(pairs, key=lambda p: (p.verdict is Verdict.IDENTICAL, p.l2, p.b))
+    indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
+    verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
+    figures: dict[str, object] = {
+        "expectation": "; ".join(declared) if declared else "distinct",
+        "pairs": len(pairs),
+        "identical_to": ",".join(twins),
+        "closest": closest.b,
+        "l2": closest.l2,
+        "max_abs_diff": closest.max_abs,
+        "logits.sha256": own.logits_sha256("prefill"),
+    }
+    told = len(pairs) - len(twins) - len(indistinct)
+    text = f"DISTINCT from {told} of {len(pairs)} formats"
+    if mute:
+        text += f" (not compared, non-finite logits: {', '.join(mute)})"
+    if twins:
+        text += f", IDENTICAL to {', '.join(twins)}"
+    if indistinct:
+        text += f", INDISTINCT from {', '.join(indistinct)}"
+    units = {one.header.environment.get("gpu_uuid", "") for one in (own, *peers.values())}
+    if len(units) > 1:
+        text += f" (measured on {len(units)} GPUs of one kind)"
+    figures["compared_with"] = ",".join(p.b for p in pairs)
+    if wrong:
+        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))
+    text += f"; closest {closest.b} ({_size(closest)})"
+    return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
+
+
+def _preposition(result: Pair) -> str:
+    return "to" if result.verdict is Verdict.IDENTICAL else "from"
+
+
+def _same_kernel(a: Observation, b: Observation) -> bool:
+    one, other = a.header.executed, b.header.executed
+    return one is not None and other is not None and one.summary == other.summary
+
+
+def _same(a: Observation, b: Observation) -> str:
+    """A hint for twins that nobody declared."""
+    one, other = a.header.executed, b.header.executed
+    if one is None or other is None or one.linear != other.linear:
+        return ""
+    return f"; both ran {one.summary}: if they hold the same numbers, declare [[expect]] outcome = 'identical_to'"
+
+
+def _size(result: Pair) -> str:
+    text = f"L2 {result.l2:.3g} nats, {result.differing}/{result.positions} positions differ"
+    if result.p is None:
+        return text
+    p = f"p = {result.p:.3g} by permuting repeats, smallest possible {result.p_smallest:.3g}"
+    return f"{text}; within {result.within:.3g}, {p}"

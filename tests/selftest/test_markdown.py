@@ -1,0 +1,51 @@
+"""The job summary of GitHub Actions: the same verdicts as elsewhere, and nothing of an engine's words that Markdown obeys."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantdet.report import markdown
+from quantdet.report.record import Records
+from selftest.inner import Suite
+
+pytest_plugins = ["pytester"]
+
+
+def case(verdict: str, message: str = "", **more: Any) -> dict[str, Any]:
+    properties = {"case.model": "m", "case.format": "f", "case.hardware": "h", "case.phase": "decode", "runs": "5", **more}
+    return {
+        "test": "test_repeat", "verdict": verdict, "expected": not message, "message": message, "properties": properties,
+        "pairs": [], "reexecution": None,
+    }  # fmt: skip
+
+
+def test_a_run_appends_its_summary(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what other steps have written: summary line, controls, a row for each format."""
+    path = tmp_path / "summary.md"
+    path.write_text("before\n", encoding="utf-8")
+    monkeypatch.setenv(markdown.VARIABLE, str(path))
+
+    run = suite("-k", "alpha and cpu-here and (bf16 or awq)")
+
+    text = path.read_text(encoding="utf-8")
+    assert 0 == run.code, run.output
+    assert text.startswith("before\n## quantdet\n\n")
+    assert run.suite["summary"].replace("_", "\\_") in text
+    assert "| awq | BIT_EXACT | BIT_EXACT | DISTINCT | CONFIRMED " in text
+    assert "### Unexpected" not in text
+
+
+def test_what_is_unexpected_comes_first_and_is_plain_text() -> None:
+    """An engine's or a recording's words are shown, not obeyed."""
+    text = markdown.summary(Records([case("NOISY", "NOISY <img src=x> | [a](b) `c`\nnext")]), "1 unexpected")
+
+    assert "### Unexpected\n\n- NOISY &lt;img src=x&gt; \\| \\[a\\](b) \\`c\\` next\n" in text
+    assert "| f | **NOISY !** |" in text
+    assert text.index("### Unexpected") < text.index("### m on h")
+
+
+def test_a_summary_that_cannot_be_written_fails_nothing(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(markdown.VARIABLE, str(tmp_path / "none" / "summary.md"))
+
+    assert 0 == suite("-k", "alpha and cpu-here and bf16 and test_kernel").code

@@ -1,0 +1,39 @@
+"""The support table: what it says, and that README.md has the one that the matrix gives."""
+
+from pathlib import Path
+
+import pytest
+
+from quantdet.matrix import load
+from quantdet.report import support
+from selftest.fakes import MATRIX, ROOT, expect
+
+
+def words(matrix: str, folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "matrix.toml"
+    path.write_text(matrix, encoding="utf-8")
+    header, _, *rows = support.table(load(path), "0.32.0").splitlines()
+    columns = [word.strip() for word in header.strip("|").split("|")][1:]
+    cells = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
+    return {row[0].strip("`"): dict(zip(columns, row[1:], strict=True)) for row in cells}
+
+
+def test_says_what_is_expected_of_each_format_on_each_hardware(tmp_path: Path) -> None:
+    """Refused, noisy, or neither; a column per hardware row."""
+    plain = words(MATRIX, tmp_path)
+    found = words(MATRIX + expect("awq", "noisy") + expect("int8", "unsupported"), tmp_path)
+
+    assert "yes" == plain["awq"]["cpu-here"] == plain["int8"]["cpu-here"] == found["bf16"]["cpu-here"]
+    assert ("noisy", "refused") == (found["awq"]["cpu-here"], found["int8"]["cpu-here"])
+
+
+def test_readme_has_the_table_of_the_matrix() -> None:
+    """`(cd tests && python -m quantdet.report.support)` writes it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert support.replaced(text, support.section(load(ROOT / "quant_matrix.toml"), support.VERSION)) == text
+
+
+def test_a_text_without_the_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="once each"):
+        support.replaced("no table here", "new")
