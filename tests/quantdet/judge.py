@@ -9,8 +9,8 @@ from quantdet import control_judgements, controls, drift, judgements, reexecutio
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
-from quantdet.report import bundle
-from quantdet.report.record import JUDGEMENT
+from quantdet.report import bundle, evidence
+from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
 from quantdet.session import Session
@@ -209,6 +209,8 @@ class Judge:
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there
         self.item.user_properties.extend((name, str(value)) for name, value in figures.items())
+        if self.session.options.report is not None:
+            self.item.stash[EVIDENCE] = evidence.of(judgement, observations, getattr(self.item, "originalname", ""))
         self.item.stash[JUDGEMENT] = judgement
         judgement.enforce()
 

@@ -25,7 +25,7 @@ class Options:
     require_hardware: str | None = None
     repeats: int | None = None
     lifetimes: int | None = None
-    replay: Path | None = None
+    replay: tuple[Path, ...] = ()
     record: Path | None = None
     reference: tuple[Path, ...] = ()
     allow_download: bool = False
@@ -59,13 +59,16 @@ def add(parser: pytest.Parser) -> None:
     group.addoption("--no-controls", action="store_true", help="Seed no defect; the report says that it is uncontrolled")
     group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
     group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
-    group.addoption("--replay", metavar="DIR", help="Judge the observations in this folder; start no engine")
+    group.addoption(
+        "--replay", metavar="DIR", action="append",
+        help="Judge the observations in this folder; start no engine. May be given again: the folders are judged together",
+    )  # fmt: skip
     group.addoption("--record", metavar="DIR", help="Copy what was measured into this folder of recordings")
     group.addoption(
         "--reference", metavar="DIR", action="append",
         help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
     )  # fmt: skip
-    group.addoption("--report", metavar="DIR", help="Write a bug bundle for every NOISY or INVALID cell into DIR/bundles")
+    group.addoption("--report", metavar="DIR", help="Write DIR/report.html, and a bug bundle for every NOISY or INVALID cell")
     group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
 
 
@@ -90,11 +93,13 @@ def parse(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"--max-flip-rate: needs 0.001 to 1 (1 excluded), is {rate:g}")
     if rate is not None and config.getoption("--repeats") is not None:
         raise pytest.UsageError("--max-flip-rate decides the number of repeats: --repeats does not go with it")
-    replay = path("--replay")
-    if replay is not None and not replay.is_dir():
-        raise pytest.UsageError(f"--replay: no such folder: {replay}")
+    given = [Path(config.invocation_params.dir, folder).resolve() for folder in config.getoption("--replay") or ()]
+    replay = tuple(dict.fromkeys(given))
+    for folder in replay:
+        if not folder.is_dir():
+            raise pytest.UsageError(f"--replay: no such folder: {folder}")
     for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats"):
-        if replay is not None and config.getoption(other):
+        if replay and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
     record, kept_in = path("--record"), path("--store")
     if record is not None and kept_in is not None and (record == kept_in or record in kept_in.parents):

@@ -21,17 +21,22 @@ from quantdet.verification import ROLE
 
 
 class Replay:
-    """The observations below one folder.
+    """The observations below folders; one that lies in several of them is one observation.
 
     Raises:
         ObservationError: a damaged observation, one of a vLLM whose version is none, or none at all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        found = store.Store(folder).all()
-        if not found:
-            raise ObservationError(f"{folder}: no observation in this folder")
+    def __init__(self, *folders: Path) -> None:
+        self.folders = folders
+        self.where = ", ".join(map(str, folders))
+        found: list[Observation] = []
+        for folder in folders:
+            here = store.Store(folder).all()
+            if not here:
+                raise ObservationError(f"{folder}: no observation in this folder")
+            there = {observation.header.header_sha256 for observation in found}
+            found += [observation for observation in here if observation.header.header_sha256 not in there]
         for observation in found:
             _check_version(observation)
         self._verified = [one for one in found if one.header.role == ROLE and not one.header.inject]
@@ -69,7 +74,7 @@ class Replay:
             have = [version for version in versions if replace(cell, vllm=version) in self._cells]
             need = "replay: needs recordings of two vLLM versions"
             return None if len(have) > 1 else f"{need}, have {', '.join(have) or 'none'}"
-        return None if cell in self._cells else f"replay: needs a recording, have none in {self.folder}"
+        return None if cell in self._cells else f"replay: needs a recording, have none in {self.where}"
 
     def result(self, cell: Cell) -> Result:
         """What was recorded of `cell`."""
@@ -106,7 +111,7 @@ class Replay:
             version = vllm_of(one) if cell.vllm else ""
             if one.header.inject == kind and replace(one.header.cell, vllm=version) == cell:
                 return Measured((replace(one, vllm=version),), reused=True)
-        return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.folder}")
+        return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.where}")
 
     def verifiers(self) -> list[str]:
         """Hardware rows on which claims were re-executed."""
@@ -121,7 +126,7 @@ class Replay:
         for observation in self._verified:
             if observation.header.cell == cell and observation.header.workload_sha256 == workload_sha256:
                 return Measured((observation,), reused=True)
-        return Missing(Verdict.UNAVAILABLE, f"replay: needs a re-execution of these claims, have none in {self.folder}")
+        return Missing(Verdict.UNAVAILABLE, f"replay: needs a re-execution of these claims, have none in {self.where}")
 
     def environment(self) -> dict[str, Any]:
         """What the observations' environments have in common; `several` where they differ."""

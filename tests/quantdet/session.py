@@ -73,7 +73,7 @@ class Session:
     def __post_init__(self) -> None:
         self.store = store.Store(self.options.store)
         self.environment = environment_of(self.machine, self.software)
-        self.replay = Replay(self.options.replay) if self.options.replay is not None else None
+        self.replay = Replay(*self.options.replay) if self.options.replay else None
         self.references = References(self.options.reference)
 
     # ------------------------------------------------------------------------------------------------ what there is

@@ -17,7 +17,11 @@ def lines(session: Session) -> list[str]:
         f"quantdet {__version__}: hardware {', '.join(rows) or 'none of the matrix'}; "
         f"cpu {machine.cpu_name}; gpu {gpus or 'none'}; memory {machine.memory_gib:.0f} GiB",
         f"quantdet: vllm {vllm}, torch {installed.torch or 'not installed'}; matrix {session.options.matrix.name}; "
-        + (f"replay {session.options.replay}" if session.options.replay else f"store {session.options.store}"),
+        + (
+            f"replay {', '.join(map(str, session.options.replay))}"
+            if session.options.replay
+            else f"store {session.options.store}"
+        ),
         f"quantdet: variables {variables or 'none set'}",
     ]
     if session.inject is not None:

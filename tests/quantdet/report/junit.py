@@ -33,7 +33,7 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("summary", f"{summary}; {counted}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
         ("unexpected", " | ".join(unexpected[:5])),
         ("hardware", ",".join(session.machine.rows(session.matrix))),
-        ("replay", str(session.options.replay or "")),
+        ("replay", ",".join(map(str, session.options.replay))),
         ("suite.version", __version__),
         ("suite.revision", git_revision(config.rootpath)),
         ("suite.injected", ":".join(session.inject) if session.inject else ""),

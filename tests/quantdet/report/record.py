@@ -8,6 +8,7 @@ import pytest
 from quantdet.verdicts import Divergence, Judgement, Violation
 
 JUDGEMENT = pytest.StashKey[Judgement]()
+EVIDENCE = pytest.StashKey[dict[str, Any] | None]()
 _ATTRIBUTE = "quantdet_record"
 
 
@@ -17,6 +18,7 @@ class Records:
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)  # failed without a judgement: a crashed worker, say
     first_failure: str = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -26,6 +28,8 @@ class Records:
         record = getattr(report, _ATTRIBUTE, None)
         if record is not None:
             self.cases.append({**record, "nodeid": report.nodeid, "outcome": report.outcome})
+        elif report.failed:
+            self.broken.append((report.nodeid, str(report.longrepr)[:2000]))
         elif report.skipped and isinstance(report.longrepr, tuple):
             self.skipped.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
 
@@ -49,6 +53,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         "properties": {str(name): str(value) for name, value in properties.items()},
         "pairs": [{**asdict(pair), "verdict": str(pair.verdict)} for pair in judgement.pairs],
         "reexecution": judgement.reexecution,
+        "evidence": item.stash.get(EVIDENCE, None),
         "test": getattr(item, "originalname", item.name),
     }
     setattr(report, _ATTRIBUTE, record)

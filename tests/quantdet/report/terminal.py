@@ -69,9 +69,8 @@ def _command(config: pytest.Config, nodeid: str) -> str:
     session = config.stash[collect.SESSION]
     words = ["pytest", nodeid]
     for name in ("--matrix", "--store", "--replay", "--repeats", "--max-flip-rate", "--lifetimes"):
-        value = config.getoption(name)
-        if value is not None:
-            words.append(f"{name}={value}")
+        given = config.getoption(name)
+        words += [f"{name}={value}" for value in (given if isinstance(given, list) else [given]) if value is not None]
     prefix = f"QUANTDET_INJECT={shlex.quote(':'.join(session.inject))} " if session.inject else ""
     return prefix + shlex.join(words)  # an id may hold shell characters
 

@@ -1,0 +1,47 @@
+"""`--report DIR`: `DIR/report.html`, one file that needs nothing else, rendered from `DIR/cases.jsonl` beside it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantdet import collect
+from quantdet.report.html import data, gather
+
+PAGE = "report.html"
+_WRITTEN = pytest.StashKey[str]()
+
+
+def finish(session: pytest.Session) -> None:
+    """Write data and page; on the controller only."""
+    config = session.config
+    folder = config.stash[collect.SESSION].options.report
+    if folder is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
+        return
+    try:
+        config.stash[_WRITTEN] = f"report: {render(data.write(gather.gather(config, folder), folder))}"
+    except Exception as error:  # costs the page, not the run: the JUnit file is written after it
+        config.stash[_WRITTEN] = f"no report: {type(error).__name__}: {error}"
+
+
+def announce(reporter: Any, config: pytest.Config) -> None:
+    """Say where the page is."""
+    text = config.stash.get(_WRITTEN, "")
+    if text:
+        reporter.write_line(text)
+
+
+def render(cases: Path) -> Path:
+    """Render the page from `cases.jsonl`, beside it; whole or not at all.
+
+    Raises:
+        quantdet.report.html.data.DataError: not such a file.
+    """
+    from quantdet.report.html import page  # jinja2 only where a page is wanted
+
+    text = page.text(data.read(cases))
+    unfinished = cases.parent / f".{PAGE}"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, cases.parent / PAGE)
+    return cases.parent / PAGE

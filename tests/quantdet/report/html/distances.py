@@ -1,0 +1,139 @@
+"""Heat maps of pairs of formats, and what several machines or versions have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from quantdet.classes import equivalence_classes
+from quantdet.report import effects
+from quantdet.report.html import svg
+from quantdet.report.html.data import Case
+from quantdet.report.html.verdicts import Place, Tag, place, short, tag
+from quantdet.report.tables import nats
+
+# (name, field of a pair, what it is)
+MAPS = (
+    ("Forced", "l2", "own L2, the same forced tokens, union of top-k ids"),
+    ("Prefill", "prefill_published", "published metric, the same forced tokens, top-k of the row's format"),
+    ("Decode", "decode_published", "published metric, each format's own tokens, inf where they part"),
+)
+
+
+@dataclass(frozen=True)
+class Map:
+    name: str
+    about: str
+    picture: Markup
+    figures: list[list[str]]
+    spread: str
+
+
+@dataclass(frozen=True)
+class Heat:
+    """The maps of one place; formats in the order of the pictures."""
+
+    where: str
+    formats: list[str]
+    classes: list[tuple[str, ...]]
+    maps: list[Map]
+    complete: bool
+
+
+def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.Scale]:
+    """Every place where formats were compared, and the scale of all maps."""
+    places = effects.places(cases, order)
+    scale = svg.Scale.of(
+        one.value(field, a, b) for one in places for _, field, _ in MAPS for a, b in [*one.pairs, *(i[::-1] for i in one.pairs)]
+    )
+    made = []
+    for number, one in enumerate(places):
+        groups = equivalence_classes(one.formats, one.identical())
+        formats = [name for group in groups for name in group]
+        maps = []
+        for name, field, about in MAPS:
+
+            def value(a: str, b: str, one: effects.Place = one, field: str = field) -> float | None:
+                return one.value(field, a, b)
+
+            title = f"{name} distances, {one.where} ({about})"
+            picture = svg.heat_map(f"heat-{number}-{name.lower()}", title, formats, value, scale, groups)
+            figures = [["\N{EN DASH}" if a == b else nats(value(a, b)) for b in formats] for a in formats]
+            maps.append(Map(name, about, picture, figures, str(one.spread(field))))
+        made.append(Heat(one.where, formats, [group for group in groups if len(group) > 1], maps, one.complete()))
+    return made, scale
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Which (format, place) of a model gave the same logits: a row is a class, a column a place."""
+
+    model: str
+    places: list[Place]
+    classes: list[list[list[str]]]
+    everywhere: int
+    compared: int
+    apart: list[str]
+    others: list[str]
+
+
+def equal(cases: Sequence[Case]) -> list[Equal]:
+    """Models that were measured at two places or more."""
+    shas: dict[str, dict[tuple[str, Place], dict[str, str]]] = {}
+    weights: dict[tuple[str, str], set[str]] = {}
+    noisy: set[tuple[str, str, Place]] = set()
+    for case in cases:
+        p = case["properties"]
+        if case["test"] != "test_repeat" or not p.get("logits.sha256"):
+            continue
+        where = place(case)
+        shas.setdefault(p["case.model"], {}).setdefault((p["case.format"], where), {})[p["case.phase"]] = p["logits.sha256"]
+        weights.setdefault((p["case.model"], p["case.format"]), set()).add(p.get("checkpoint.sha256", ""))
+        if case["verdict"] == "NOISY":
+            noisy.add((p["case.model"], p["case.format"], where))
+    made = []
+    for model, known in shas.items():
+        places = list(dict.fromkeys(where for _, where in known))
+        if len(places) < 2:
+            continue
+        classes: dict[tuple[str, str], dict[Place, list[str]]] = {}
+        for (format_, where), phases in known.items():
+            key = (phases.get("decode", ""), phases.get("prefill", ""))
+            mark = "~" if (model, format_, where) in noisy else ""
+            classes.setdefault(key, {}).setdefault(where, []).append(format_ + mark)
+        formats: dict[str, set[tuple[str, str]]] = {}
+        counts: dict[str, int] = {}
+        for (format_, _), phases in known.items():
+            formats.setdefault(format_, set()).add((phases.get("decode", ""), phases.get("prefill", "")))
+            counts[format_] = counts.get(format_, 0) + 1
+        several = [name for name in formats if counts[name] > 1]
+        rows = [[row.get(where, []) for where in places] for row in classes.values() if sum(map(len, row.values())) > 1]
+        made.append(
+            Equal(
+                model,
+                places,
+                sorted(rows, key=lambda row: -sum(map(bool, row))),
+                sum(len(formats[name]) == 1 for name in several),
+                len(several),
+                [name for name in several if len(formats[name]) > 1],
+                [name for name in several if len(weights[model, name]) > 1],
+            )
+        )
+    return made
+
+
+def drift(cases: Sequence[Case]) -> list[tuple[str, str, Tag, list[tuple[str, str]], str, str]]:
+    """Format against itself in several vLLM versions: cell, hardware, verdict, kernels by version, L2, expectation.
+
+    What is not identical comes first.
+    """
+    found = []
+    for case in cases:
+        known, p = tag(case), case["properties"]
+        if case["test"] == "test_versions" and known is not None:
+            executed = [(version, short(p.get(f"kernel.executed@{version}", ""))) for version in p["versions"].split(",")]
+            l2 = f"{float(p['l2']):.3g}" if p.get("l2") else ""
+            found.append(
+                (f"{p['case.model']}/{p['case.format']}", p["case.hardware"], known, executed, l2, p.get("expectation", ""))
+            )
+    return sorted(found, key=lambda row: row[2].word == "IDENTICAL")

@@ -1,0 +1,147 @@
+"""From the controller's records to the data of a page: the run, links to the evidence, commands, what is not covered."""
+
+import datetime
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantdet import collect
+from quantdet.matrix import Matrix
+from quantdet.report import junit, terminal
+from quantdet.report.html.data import SCHEMA, Case, Data, ordered
+from quantdet.report.record import RECORDS, Records
+from quantdet.schema import Cell
+from quantdet.session import Session
+from quantdet.verdicts import Verdict
+
+# Suite properties that the page makes itself from the cases, or shows in another way.
+_APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware", "replay")
+
+
+def gather(config: pytest.Config, folder: Path) -> Data:
+    """What a page in `folder` is rendered from."""
+    session, records = config.stash[collect.SESSION], config.stash[RECORDS]
+    matrix = session.matrix
+    order = {"model": list(matrix.models), "format": list(matrix.formats), "hardware": list(matrix.hardware)}
+    roots = (session.replay.folders if session.replay is not None else ()) or (session.options.store,)
+    cases = []
+    for case in ordered(records.cases, order):
+        properties = {name: value for name, value in case["properties"].items() if not name.startswith("pair.")}
+        evidence = dict(case.get("evidence") or {})
+        row: Case = {**case, "properties": properties, "evidence": evidence}
+        row["link"] = _link(properties.get("observation", ""), roots, folder)
+        row["command"] = "" if case["expected"] else terminal._command(config, case["nodeid"])
+        cases.append(row)
+    run: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "mode": "live" if session.replay is None else "replay",
+        "replay": [_relative(path, config.rootpath) for path in roots] if session.replay is not None else [],
+        "machine": _machine(session),
+        "suite": {name: text for name, text in junit.properties(config) if not name.startswith(_APART)},
+        "junit": _junit(config, folder),
+        "titles": {
+            "model": {name: row.title for name, row in matrix.models.items()},
+            "format": {name: row.title for name, row in matrix.formats.items()},
+            "hardware": {name: row.title for name, row in matrix.hardware.items()},
+        },
+        "environments": _environments(cases),
+        "coverage": coverage(matrix, session, records),
+    }
+    skipped = [{"nodeid": nodeid, "reason": reason} for nodeid, reason in sorted(records.skipped)]
+    broken = [
+        {"nodeid": nodeid, "text": text, "command": terminal._command(config, nodeid)}
+        for nodeid, text in sorted(records.broken)
+    ]
+    return Data(run, cases, skipped, broken)
+
+
+def _machine(session: Session) -> dict[str, str]:
+    machine = session.machine
+    gpus = ", ".join(f"{gpu.name} ({gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
+    return {
+        "hardware": ", ".join(machine.rows(session.matrix)), "cpu": machine.cpu_name, "gpu": gpus,
+        "memory": f"{machine.memory_gib:.0f} GiB", "vllm": session.software.vllm or "", "torch": session.software.torch or "",
+    }  # fmt: skip
+
+
+def _environments(cases: list[Case]) -> list[dict[str, Any]]:
+    """The environment of every place, taken out of the cases; facts that differ between its cells are a list."""
+    found: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for case in cases:
+        environment = case["evidence"].pop("environment", None)
+        if environment is None:
+            continue
+        facts = found.setdefault((case["properties"]["case.hardware"], case["evidence"]["vllm"]), {})
+        variables = environment.pop("variables", None)
+        if isinstance(variables, dict):
+            environment |= {f"variable {name}": value for name, value in variables.items()}
+        for name, value in environment.items():
+            known = facts.setdefault(name, [])
+            if value not in known:
+                known.append(value)
+    return [
+        {"hardware": hardware, "vllm": vllm, "facts": {name: sorted(map(str, facts[name])) for name in sorted(facts)}}
+        for (hardware, vllm), facts in found.items()
+    ]
+
+
+def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[str, str]]:
+    """Every cell of the matrix: `tested`, or why not."""
+    tested = {_cell(case["properties"]) for case in records.cases}
+    broken = {_case_id(nodeid).partition("@")[0] for nodeid, _ in records.broken}
+    reasons: dict[str, str] = {}
+    for nodeid, reason in sorted(records.skipped):
+        reasons.setdefault(_case_id(nodeid).partition("@")[0], reason)
+    rows = []
+    for cell in matrix.cells():
+        state, reason = "tested", ""
+        if cell.id not in tested:
+            state, reason = ("broken", "broke down, see above") if cell.id in broken else ("untested", reasons.get(cell.id, ""))
+            reason = reason or _why_not(session, cell)
+        rows.append({"model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id, "state": state} | (
+            {"reason": reason} if reason else {}
+        ))  # fmt: skip
+    return rows
+
+
+def _why_not(session: Session, cell: Cell) -> str:
+    """Why a cell was not collected, or deselected: what it would have needed, if that is not here."""
+    wanted = session.options.hardware
+    if wanted is not None and cell.hardware_id != wanted:
+        return f"not asked for: --hardware {wanted}"
+    cells = [cell] if session.replay is None else session.replay.expand([cell])
+    reasons = [session.gate(one) for one in cells]
+    return "not selected in this run" if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
+
+
+def _cell(properties: dict[str, str]) -> str:
+    return "/".join(properties.get(f"case.{name}", "") for name in ("model", "format", "hardware"))
+
+
+def _case_id(nodeid: str) -> str:
+    return nodeid.rpartition("[")[2].removesuffix("]").removesuffix("-decode").removesuffix("-prefill")
+
+
+def _link(observation: str, roots: Iterable[Path], folder: Path) -> str:
+    """Where an observation lies, from `folder`; empty if it is not there."""
+    for root in roots:
+        if observation and (root / observation).is_dir():
+            return Path(os.path.relpath(root / observation, folder)).as_posix()
+    return ""
+
+
+def _junit(config: pytest.Config, folder: Path) -> str:
+    given = config.getoption("xmlpath", None)
+    if not given:
+        return ""
+    path = Path(config.invocation_params.dir, os.path.expanduser(os.path.expandvars(given)))
+    return Path(os.path.relpath(path.resolve(), folder)).as_posix()
+
+
+def _relative(path: Path, root: Path) -> str:
+    """A folder as somebody would write it."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

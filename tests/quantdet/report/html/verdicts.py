@@ -1,0 +1,222 @@
+"""The matrix of verdicts and what stands around it: tags, one table per model, controls, kernels that ran, noisy cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from quantdet.report.html import svg
+from quantdet.report.html.data import Case
+
+SYMBOLS = {
+    "BIT_EXACT": "=", "NOISY": "~", "CONFIRMED": "\N{CHECK MARK}", "DISTINCT": "\N{NOT EQUAL TO}",
+    "IDENTICAL": "\N{IDENTICAL TO}", "INDISTINCT": "\N{ALMOST EQUAL TO}", "DETECTABLE": "\N{NOT EQUAL TO}",
+    "NOT_DETECTABLE": "\N{ALMOST EQUAL TO}", "UNDERPOWERED": "?", "UNSUPPORTED": "\N{EN DASH}", "UNAVAILABLE": "\N{MIDDLE DOT}",
+    "INVALID": "\N{MULTIPLICATION SIGN}", "ERROR": "\N{MULTIPLICATION SIGN}", "TIMEOUT": "\N{MULTIPLICATION SIGN}",
+}  # fmt: skip
+_GOOD = ("BIT_EXACT", "CONFIRMED", "DISTINCT", "DETECTABLE")
+_NONE = ("UNSUPPORTED", "UNAVAILABLE")
+_CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware")
+_APART = ("test_versions", "test_reexecution")
+_DROPPED = ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM")  # no news, much room
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A verdict as a reader sees it; never by colour alone."""
+
+    word: str
+    message: str = ""
+    expected: bool = True
+    note: str = ""
+    same: bool = False  # whether what is the same is what was hoped for
+
+    @property
+    def symbol(self) -> str:
+        return SYMBOLS.get(self.word, "")
+
+    @property
+    def kind(self) -> str:
+        if not self.expected:
+            return "bad"
+        return (
+            "good"
+            if self.word in _GOOD or (self.same and self.word == "IDENTICAL")
+            else "none"
+            if self.word in _NONE
+            else "note"
+        )
+
+
+def tag(case: Case | None) -> Tag | None:
+    if case is None:
+        return None
+    note = "weight-only" if case["properties"].get("kernel.weight_only") == "True" else ""
+    return Tag(case["verdict"], case["message"], case["expected"], note, case["test"] != "test_distinct")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where: a hardware row, and the vLLM version where a run has several of it."""
+
+    hardware: str
+    vllm: str
+
+    def __str__(self) -> str:
+        return f"{self.hardware}, vLLM {self.vllm}" if self.vllm else self.hardware
+
+
+def place(case: Case) -> Place:
+    return Place(case["properties"]["case.hardware"], case["properties"].get("case.vllm", ""))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the matrix: its verdicts by column, and the figures behind them."""
+
+    tags: dict[str, Tag]
+    kernel: str = ""
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The matrix of one model."""
+
+    model: str
+    places: list[Place]
+    columns: list[str]
+    rows: list[tuple[str, list[Entry | None]]]
+
+
+def tables(cases: Sequence[Case]) -> list[Table]:
+    """One per model; rows are formats, groups of columns are places."""
+    models: dict[str, list[Case]] = {}
+    for case in cases:
+        if case["test"] in _CELL_TESTS:
+            models.setdefault(case["properties"]["case.model"], []).append(case)
+    made = []
+    for model, group in models.items():
+        cells: dict[tuple[str, Place], dict[str, Case]] = {}
+        for case in group:
+            name = case["test"].removeprefix("test_")
+            name = case["properties"]["case.phase"] if name == "repeat" else name
+            cells.setdefault((case["properties"]["case.format"], place(case)), {})[name] = case
+        places = list(dict.fromkeys(where for _, where in cells))
+        formats = list(dict.fromkeys(format_ for format_, _ in cells))
+        columns = [name for name in ("decode", "prefill", "restart", "distinct") if any(name in c for c in cells.values())]
+        rows = [(one, [_entry(cells.get((one, where))) for where in places]) for one in formats]
+        made.append(Table(model, places, columns, rows))
+    return made
+
+
+def _entry(cases: dict[str, Case] | None) -> Entry | None:
+    if cases is None:
+        return None
+    tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
+    some = cases.get("decode") or cases.get("prefill") or next(iter(cases.values()))
+    p = some["properties"]
+    executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
+    bound = p.get("flip_rate_upper95", "")
+    expected = dict.fromkeys(filter(None, (case["properties"].get("expectation", "") for case in cases.values())))
+    figures = [
+        ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
+        ("executed", executed),
+        ("repeats n", p.get("runs", "")),
+        ("flip rate below", f"{float(bound):.3g} per call, at 95 %" if bound else ""),
+        ("tokens per second", p.get("tokens_per_second", "")),
+        ("control", p.get("control", "")),
+        ("same numerics as", (cases.get("distinct", some))["properties"].get("identical_to", "")),
+        ("closest format", (cases.get("distinct", some))["properties"].get("closest", "")),
+        ("first divergence", p.get("first_divergence", "")),
+        ("first divergent layer", _first(cases, "first_divergent_layer")),
+        ("expectation", " | ".join(expected)),
+    ]  # fmt: skip
+    bundle, link = _first(cases, "bundle"), next(filter(None, (c.get("link", "") for c in cases.values())), "")
+    links = [(text, target) for text, target in (("observation", link), ("bug bundle", bundle)) if target]
+    return Entry(tags, short(executed), [(name, text) for name, text in figures if text], links)
+
+
+def _first(cases: dict[str, Case], name: str) -> str:
+    return next(filter(None, (case["properties"].get(name, "") for case in cases.values())), "")
+
+
+def short(executed: str) -> str:
+    """A kernel's name without the endings that all have."""
+    for ending in _DROPPED:
+        executed = executed.replace(ending, "")
+    return executed
+
+
+def controls(cases: Sequence[Case]) -> list[tuple[str, str, Tag, str]]:
+    """`(what, cell, verdict, message)` of seeded defects and of what has to be the same."""
+    found = []
+    for case in cases:
+        known = tag(case)
+        if case["test"] not in _CELL_TESTS + _APART and known is not None:
+            p = case["properties"]
+            cell = f"{p['case.model']}/{p['case.format']} on {place(case)}"
+            found.append((case["test"].removeprefix("test_").replace("_", " "), cell, known, case["message"]))
+    return found
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels ran in which layers, of one model at one place."""
+
+    model: str
+    where: Place
+    rows: list[tuple[str, str, Tag, list[tuple[str, str]], str, str]]
+
+
+def kernels(cases: Sequence[Case]) -> list[Kernels]:
+    """Format, requested, verdict, `(executed, layers)`, attention and mode."""
+    found: dict[tuple[str, Place], Kernels] = {}
+    for case in cases:
+        known = tag(case)
+        if case["test"] != "test_kernel" or not case["evidence"].get("layers") or known is None:
+            continue
+        p, where = case["properties"], place(case)
+        executed: dict[str, list[str]] = {}
+        for kind, module, name, count in case["evidence"]["layers"]:
+            if kind in ("linear", "moe"):
+                executed.setdefault(str(name), []).append(f"{module} \N{MULTIPLICATION SIGN}{count}")
+        parts = [(name, ", ".join(modules)) for name, modules in executed.items()]
+        row = (p["case.format"], p.get("kernel.requested", ""), known, parts,
+               ", ".join(case["evidence"].get("attention", ())), case["evidence"].get("mode", ""))  # fmt: skip
+        found.setdefault((p["case.model"], where), Kernels(p["case.model"], where, [])).rows.append(row)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A cell whose runs differ, with a grid for each prompt that shows it."""
+
+    cell: str
+    what: str
+    tag: Tag
+    layer: str
+    bundle: str
+    grids: list[tuple[str, Markup]]
+
+
+def noisy(cases: Sequence[Case]) -> list[Noisy]:
+    found = []
+    for number, case in enumerate(cases):
+        known = tag(case)
+        seen: list[dict[str, Any]] = case["evidence"].get("noise") or []
+        if not seen or known is None:
+            continue
+        p = case["properties"]
+        cell = f"{p['case.model']}/{p['case.format']} on {place(case)}"
+        what = p["case.phase"] if case["test"] == "test_repeat" else "restart"
+        grids = []
+        for index, one in enumerate(seen):
+            text = f"prompt {one['prompt']}, {one['phase']}: {one['differing']} of {one['runs']} runs differ"
+            text += f", first at position {one['first']} of {one['positions']}"
+            rows = [(str(label), str(row)) for label, row in one["rows"]]
+            grids.append((text, svg.grid(f"noise-{number}-{index}", f"{cell}, {text}", rows, one["positions"], one["span"])))
+        found.append(Noisy(cell, what, known, p.get("first_divergent_layer", ""), p.get("bundle", ""), grids))
+    return found
