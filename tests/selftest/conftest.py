@@ -1,5 +1,7 @@
 """The fixture of the modules that run pytest inside pytest; each of them activates `pytester`."""
 
+import signal
+
 import pytest
 import rich.console
 import rich.table  # noqa: F401
@@ -7,6 +9,10 @@ import scipy.stats  # noqa: F401  # here once: what is first imported in an inne
 
 from selftest.fakes import MATRIX, make_suite
 from selftest.inner import Run, Suite, read_junit
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a shell: children would inherit it, and the tests of Ctrl-C could not interrupt them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
