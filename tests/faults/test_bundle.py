@@ -149,7 +149,7 @@ def test_the_script_says_whether_repeats_differ(
     """Exit code, place and size of a flipped bit, in the repeat that has it."""
     import torch
 
-    text = repro.script(REQUEST, title='a "title" \\ """', note="", model="checkpoint", hides=(), made=False)
+    text = repro.script(REQUEST, title='a "title" \\ """', note="", model="checkpoint", hides=(), made=False, known=())
     module = load(text, tmp_path)
     vllm = types.SimpleNamespace(SamplingParams=lambda **given: given)
     module.engine = lambda model: (Engine(defect), vllm, torch)
@@ -174,7 +174,7 @@ def test_weights_of_the_same_names_shapes_and_dtypes_are_made(layout: str, tmp_p
     folder.mkdir()
 
     placed = weights.place(model, format_, checkpoint, folder, limit=1000)
-    load(repro.script(REQUEST, title="t", note="", model=placed.model, hides=(), made=True), folder).make_weights()
+    load(repro.script(REQUEST, title="t", note="", model=placed.model, hides=(), made=True, known=()), folder).make_weights()
 
     assert "the same tensor names, shapes and dtypes, random numbers" in placed.sentence
     assert (checkpoint.path / "config.json").read_bytes() == (folder / "checkpoint" / "config.json").read_bytes()
