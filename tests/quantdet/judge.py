@@ -9,7 +9,7 @@ from quantdet import control_judgements, controls, drift, judgements, reexecutio
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
-from quantdet.report import bundle, evidence
+from quantdet.report import bundle, evidence, speed
 from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
@@ -19,7 +19,8 @@ from quantdet.verdicts import Judgement, Verdict
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
 PROPERTIES = (
     "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
-    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second", "seconds",
+    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second",
+    "tokens_per_second.decode", "tokens_per_second.prefill", "tokens_per_second.n", "tokens_per_second.baseline", "seconds",
     "observation",
 )  # fmt: skip
 
@@ -193,6 +194,7 @@ class Judge:
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
                 "tokens_per_second": "" if observations[0].reported else round(header.timings.get("tokens_per_second", 0.0), 1),
+                **speed.properties(header, self.session.matrix),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }
