@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from quantdet import pins
+from quantdet import pins, rows
 from quantdet.pins import Pin
 from quantdet.schema import (
     ID_PATTERN,
@@ -145,11 +145,19 @@ def load(path: Path) -> Matrix:
         MatrixError: the file is missing, not TOML, or wrong; all mistakes at once.
     """
     try:
-        raw = _toml(path)
+        text = _text(path)
+        raw = tomllib.loads(text)
     except FileNotFoundError:
         raise MatrixError(path, ["no such file"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise MatrixError(path, [f"not readable as TOML: {error}"]) from None
+    try:
+        return _checked(path, raw)
+    except MatrixError as error:
+        raise MatrixError(path, [rows.told(mistake, raw, text) for mistake in error.mistakes]) from None
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> Matrix:
     found = flaw(raw)
     mistakes = _id_mistakes(raw)
     if found is not None:
@@ -168,7 +176,7 @@ def load(path: Path) -> Matrix:
     return matrix
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     with path.open("rb") as file:
         payload = file.read(MAX_BYTES + 1)
     if len(payload) > MAX_BYTES:
@@ -176,7 +184,7 @@ def _toml(path: Path) -> dict[str, Any]:
     text = payload.decode("utf-8")
     if _LONG_KEY.search(text):
         raise ValueError("a dotted key of more than 32 parts")
-    return tomllib.loads(text)
+    return text
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -25,7 +25,9 @@ class Generate(Protocol):
     def __call__(self, ids: Sequence[int], n_tokens: int, /) -> None: ...
 
 
-def timings(plan: Plan, generate: Generate, ids: Sequence[int]) -> dict[str, float]:
+def timings(
+    plan: Plan, generate: Generate, ids: Sequence[int], *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """`measure` for `Header.timings`, in the lifetime that a cell's figures are of; empty in every other.
 
     Those are: controls, re-executions, later lifetimes. An engine that fails here has been measured: the log says why there
@@ -34,7 +36,7 @@ def timings(plan: Plan, generate: Generate, ids: Sequence[int]) -> dict[str, flo
     if plan.identity.get("role", "measure") != "measure" or plan.identity.get("lifetime", 0):
         return {}
     try:
-        return measure(generate, ids, plan.decode_tokens)
+        return measure(generate, ids, plan.decode_tokens, clock=clock)
     except Exception:
         traceback.print_exc()
         return {}

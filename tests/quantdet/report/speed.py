@@ -12,16 +12,19 @@ from quantdet.report.tables import Case, fitted, place, prose
 
 NAMES = ("decode", "prefill")
 NOTE = (
-    "tokens per second: batch 1, one sequence, without logprobs, first token against n more; to compare formats of one run "
-    "(`x`: of the baseline's), no serving benchmark"
+    "batch 1, one sequence, no logprobs, prefill by a call for one token, decode by what n more take; x: ratio to the "
+    "baseline's. To set formats of one run side by side by, no serving benchmark"
 )
+_COUNTS = "n: rounds x decode steps"
 
 
 def properties(header: Header, matrix: Matrix) -> dict[str, str]:
     """`tokens_per_second.decode` and the like; empty where an observation has no figures (older ones, refusals)."""
     timings = header.timings
     found = {
-        f"tokens_per_second.{name}": f"{timings[key]:.4g}" for name in NAMES if (key := f"{name}_tokens_per_second") in timings
+        f"tokens_per_second.{name}": f"{timings[key]:.{0 if timings[key] >= 1000 else 1}f}"
+        for name in NAMES
+        if (key := f"{name}_tokens_per_second") in timings
     }
     if not found:
         return {}
@@ -85,7 +88,7 @@ def _ratio(one: dict[str, str], other: dict[str, str], phase: str) -> str:
 def sections(cases: Iterable[Case], width: int) -> list[str]:
     """A table per model and hardware, fastest decode first, after what the figures are; nothing without figures."""
     found = paces(cases)
-    texts = [prose(NOTE, width)] if found else []
+    texts = [prose(f"tokens per second: {NOTE}; {_COUNTS}", width)] if found else []
     for where, formats in found.items():
         rows = []
         for name, pace in sorted(formats.items(), key=lambda row: -float(row[1].decode or 0)):

@@ -8,7 +8,7 @@ import pytest
 from quantdet import collect
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
-from quantdet.report import confidence, effects, reexecution, rerun, speed
+from quantdet.report import confidence, effects, nearest, rerun, speed
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import fitted, place, prose
 from quantdet.session import Clock
@@ -40,12 +40,14 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(table)
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
-        _section(reporter, "re-executions", reexecution.sections(records.cases, order, width))
+        _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
+        declared = [case["message"] for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
+        _section(reporter, "as declared (xfail)", [prose(message, width) for message in declared])
     _skipped(reporter, records, width)
     if text := engines(session.clock):
         say(text)
     for aside in session.store.set_aside:
-        say(f"put aside, damaged or edited, and measured again: {aside}")
+        reporter.write_line(f"put aside, damaged or edited, and measured again: {aside}")
     if session.inject is not None:
         say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:  # in one line, to be pasted
