@@ -81,7 +81,7 @@ def test_re_executions_in_short_say_what_matters_and_where_the_whole_is() -> Non
     words = " ".join("\n".join(texts).split())
     assert "bf16 1.00 1.00e-03 awq 0.068 48.20 4 of 4 [0.89, 1.00] [0.061, 0.075]" in words
     assert "gptq 1.00 3.00e-03 bf16 0.068 48.20 3 of 3" in words
-    assert "formats with the claim's own numbers, which cannot be told by numbers: 1 DETECTABLE" in words
+    assert "compared with other formats that hold the claim's own numbers: 1 DETECTABLE" in words
     assert 4 == words.count(" over 10 pairs (mean signal")
     assert "whole: JUnit properties snr.decode, snr.prefill, identification (--junitxml=FILE); drawn in report.html" in words
     assert "DIRECTIONAL DISTANCES" not in words

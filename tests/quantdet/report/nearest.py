@@ -70,9 +70,9 @@ def ratios(one: Verification, width: int) -> list[str]:
                 continue
             signal, noise, whole, _, _ = reexecution.overall(found)
             known = [row for row in found if row.snr is not None]
-            text = f"SNR {phase}, {name}: {reexecution.times(whole)} over {len(found)} pairs"
+            text = f"SNR {phase}, {name}: {reexecution.times(whole)} over {len(found)} pair{'s' if len(found) > 1 else ''}"
             text += f" (mean signal {nats(signal)}, mean noise {nats(noise)})"
-            if known:
+            if len(known) > 1:
                 least = known[-1]
                 text += f", from {reexecution.times(least.snr)} ({least.a} | {least.b}) to {reexecution.times(known[0].snr)}"
             texts.append(prose(text, width))
@@ -96,5 +96,5 @@ def untold(one: Verification, width: int) -> list[str]:
         texts.insert(0, prose(f"Not told from the claimed format, though its numbers are others{more}:", width))
     if same:
         words = ", ".join(f"{count} {word}" for word, count in sorted(same.items()))
-        texts.append(prose(f"formats with the claim's own numbers, which cannot be told by numbers: {words}", width))
+        texts.append(prose(f"compared with other formats that hold the claim's own numbers: {words}", width))
     return texts

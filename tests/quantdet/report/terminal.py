@@ -71,7 +71,8 @@ def engines(clock: Clock) -> str:
     if not started and not clock.cells:
         return ""
     parts = ", ".join(_counted(count, word) for count, word in kinds if count)
-    text = f"engines: {started} started{f' ({parts})' if parts else ''}; {_counted(clock.cells, 'cell')}"
+    text = f"engines: {started} started{f' ({parts})' if parts else ''}"
+    text += f"; {_counted(clock.cells, 'cell')}" if clock.cells else ""
     if clock.reused:
         text += f", {clock.reused} of {'them' if clock.cells > 1 else 'it'} from the store (--fresh measures again)"
     return (
