@@ -41,8 +41,9 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
-        declared = [case["message"] for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
-        _section(reporter, "as declared (xfail)", [prose(message, width) for message in declared])
+        declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
+        texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
+        _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
     _skipped(reporter, records, width)
     if text := engines(session.clock):
         say(text)
