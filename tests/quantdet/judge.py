@@ -90,10 +90,10 @@ class Judge:
         format_ = self.session.matrix.formats[cell.format_id]
         name, classes = self.session.matrix.kernel_classes(cell, self.session.vllm(cell))
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        experts = self.session.matrix.kernels[format_.kernel].moe_classes
+        experts = self.session.matrix.expert_classes(cell, self.session.vllm(cell))
         verdicts = [
             judgements.kernel(
-                one, requested, classes, format_.quantized, experts, precision=format_.precision,
+                one, requested, classes, format_.quantizes if format_.quantized else "", experts, precision=format_.precision,
                 weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
             )
             for one in observations

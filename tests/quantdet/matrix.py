@@ -77,12 +77,16 @@ class Matrix(Row):
         if not matches_any(format_id, model.formats):
             return False
         layers = self._layers(model)
-        if self.kernels[self.formats[format_id].kernel].moe_classes:  # of models with experts, or where one is named
+        if self.of_experts(self.formats[format_id]):  # of models with experts, or where one is named
             if layers is not None and not any(layer.experts for layer in layers):
                 return False
             if layers is None and format_id not in model.formats:
                 return False
         return model.hub is None or self.formats[format_id].layout in model.hub
+
+    def of_experts(self, format_: Format) -> bool:
+        """Whether the format is for models with experts only: its kernel is named for them, or they alone are quantized."""
+        return bool(self.kernels[format_.kernel].moe_classes) or format_.quantizes == "experts"
 
     def run_for(self, cell: Cell) -> RunLengths:
         """The run lengths of the cell's model."""
@@ -93,11 +97,17 @@ class Matrix(Row):
 
         What `auto` has to be given may depend on the version; without one, it is what any version has to give.
         """
-        format_ = self.formats[cell.format_id]
-        names: tuple[str, ...] = (format_.kernel,)
-        if format_.kernel == "auto":
-            names = pins.picked(format_, cell.hardware_id, vllm_version) or names
+        names = self._kernels(cell, vllm_version)
         return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
+
+    def expert_classes(self, cell: Cell, vllm_version: str | None = None) -> tuple[str, ...]:
+        """Class names that the cell's layers of experts have to show; none: not judged, but for mixing."""
+        return tuple(c for name in self._kernels(cell, vllm_version) for c in self.kernels[name].moe_classes)
+
+    def _kernels(self, cell: Cell, vllm_version: str | None) -> tuple[str, ...]:
+        format_ = self.formats[cell.format_id]
+        picked = pins.picked(format_, cell.hardware_id, vllm_version) if format_.kernel == "auto" else ()
+        return picked or (format_.kernel,)
 
     def verifying_dtype(self, cell: Cell, claimed: str) -> str:
         """The dtype in which `cell` re-executes what was computed in `claimed`: that one, where the format is not bound."""
@@ -260,7 +270,7 @@ def _stale_rows(matrix: Matrix) -> list[str]:
         f"models.{name}.formats: {format_id!r} is a format of models with experts"
         for name, model in matrix.models.items()
         for format_id in model.formats
-        if format_id in matrix.formats and matrix.kernels[matrix.formats[format_id].kernel].moe_classes
+        if format_id in matrix.formats and matrix.of_experts(matrix.formats[format_id])
         if not matrix.has_format(model, format_id)
     ]
     for name in ("setting", "expect"):
