@@ -155,8 +155,8 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
     has = gpus[0].memory_gib if gpus else machine.memory_gib
     if has < model.memory_gib or (gpus and len(gpus) < model.gpus):
         several = f"{model.gpus} GPUs of " if model.gpus > 1 else ""
-        here = f"{len(gpus)} of " if model.gpus > 1 else ""
-        return f"memory: needs {several}{model.memory_gib:g} GiB, have {here}{has:.0f} GiB"
+        found = f"{len(gpus)} of " if model.gpus > 1 else ""
+        return f"memory: needs {several}{model.memory_gib:g} GiB, have {found}{has:.0f} GiB"
     if model.gpus > 1:
         return f"tensor parallelism: needs size {model.gpus}, have size 1: logits are taken in one process"
     return None

@@ -24,6 +24,7 @@ from quantdet.schema import (
     Hardware,
     Kernel,
     Model,
+    Question,
     Row,
     RunLengths,
     Setting,
@@ -60,6 +61,7 @@ class Matrix(Row):
     models: dict[str, Model] = Field(min_length=1)
     setting: tuple[Setting, ...] = ()
     expect: tuple[Expect, ...] = ()
+    questions: dict[str, Question] = Field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Every cell that can exist, in file order: the model has the format, the kernel can run on the hardware."""
@@ -203,7 +205,7 @@ def _id_mistakes(raw: dict[str, Any]) -> list[str]:
     return [
         f"{table}.{key if key.isprintable() else repr(key)}: id must be lower-case letters, digits, '.', '_', '-' "
         "(1 to 64, no mark at either end)"
-        for table in ("hardware", "formats", "models", "kernels")
+        for table in ("hardware", "formats", "models", "kernels", "questions")
         for key in _table(raw, table)
         if not ID_PATTERN.fullmatch(key)
     ]
@@ -250,6 +252,10 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
             like = models.get(str(row.get("layers_as", name)))
             if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
                 found.append(f"models.{name}.layers_as: has to name a synthetic model, in a model that is not synthetic")
+    for name, row in _table(raw, "questions").items():
+        if isinstance(row, dict):
+            stale(f"questions.{name}.formats", "format", row.get("formats"), formats)
+            stale(f"questions.{name}.model", "model", row.get("model"), models)
     for index, row in enumerate(_rows(raw, "pin")):
         if isinstance(row, dict):
             unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)

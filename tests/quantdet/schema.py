@@ -383,6 +383,26 @@ class Expect(Row):
         return SpecifierSet(self.vllm).contains(Version(vllm_version), prereleases=True)
 
 
+class Question(Row):
+    """A question of a published experiment, answered by one case from the verdicts of several formats.
+
+    `apart`: all of `formats` (names) repeat as expected, and every two are distinct. `repeatable`: which of `formats`
+    (globs) repeat bit for bit and which do not, in every vLLM version that is judged.
+    """
+
+    asks: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+    answer: Literal["apart", "repeatable"]
+    formats: tuple[str, ...] = Field(min_length=1)
+    model: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="after")
+    def _two(self) -> "Question":
+        if self.answer == "apart" and len(set(self.formats)) < 2:
+            raise ValueError("answer 'apart' needs two formats or more")
+        return self
+
+
 class Setting(Row):
     """What some cells need beyond `[engine]`.
 

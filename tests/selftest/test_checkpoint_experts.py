@@ -154,7 +154,7 @@ def made_of(architecture: str, words: tuple[str, str, str], cache: Path, **more:
 
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_names_and_shapes_of_other_architectures(architecture: str, tmp_path: Path) -> None:
-    """As Hugging Face has them: a dense layer first, shared experts, latent attention, biases where the architecture has them."""
+    """As Hugging Face has them: a dense layer first, shared experts, latent attention, biases."""
     path = made_of(architecture, ("plain", "bf16", "none"), tmp_path)
     shapes = {name: array.shape for name, array in tensors.load_folder(path).items()}
     config = config_of(path)

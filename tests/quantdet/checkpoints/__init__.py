@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantdet.checkpoints import cache as _cache
 from quantdet.checkpoints import architectures, hub, package, synthetic
+from quantdet.checkpoints import cache as _cache
 from quantdet.checkpoints.base import Base, Source, write
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer

@@ -1,6 +1,7 @@
 """The end summary: verdicts, times, distances and classes, re-executions, and what was not measured."""
 
 import shlex
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -14,8 +15,9 @@ from quantdet.engines.stopwatch import PARTS
 from quantdet.report import confidence, effects, reexecution
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place, render
+from quantdet.untrusted import plain
 
-_APART = ("test_versions", "test_reexecution")  # have tables of their own
+_APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
@@ -39,6 +41,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(render(table, width))
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
+        _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", reexecution.sections(records.cases, order, width))
     _skipped(reporter, records)
     clock = config.stash[collect.SESSION].clock
@@ -55,6 +58,17 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         reporter.write_line(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:
         reporter.write_line(f"rerun the first failure: {_command(config, records.first_failure)}")
+
+
+def questions(records: Records, width: int) -> list[str]:
+    """The answers, each under what was asked."""
+    lines = []
+    for case in records.cases:
+        if case["test"] == "test_question":
+            mark = "" if case["expected"] else " !"
+            text = f"{case['properties'].get('asks', '')}\n{case['message']}{mark}"
+            lines += [part for line in text.splitlines() for part in textwrap.wrap(plain(line), width, subsequent_indent="  ")]
+    return lines
 
 
 def _section(reporter: Any, title: str, texts: list[str]) -> None:

@@ -22,6 +22,6 @@ def config(weights: Weights, activations: Activations, group: int, skipped: tupl
     """The `quantization_config`. Both spellings of the unquantized modules: vLLM and transformers read different ones."""
     common = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     plain = ["lm_head", *skipped]
-    skipped = {"ignored_layers": plain, "modules_to_not_convert": plain}
+    named = {"ignored_layers": plain, "modules_to_not_convert": plain}
     blocks = {"weight_block_size": [BLOCK, BLOCK]} if weights == "fp8-block" else {}
-    return {**common, **skipped, **blocks}
+    return {**common, **named, **blocks}
