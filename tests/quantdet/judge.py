@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from quantdet import control_judgements, controls, drift, judgements, reexecution, reported
+from quantdet import control_judgements, controls, drift, judgements, questions, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
+from quantdet.questions import Asked
 from quantdet.report import bundle, evidence, speed
 from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
@@ -91,10 +92,10 @@ class Judge:
         format_ = self.session.matrix.formats[cell.format_id]
         name, classes = self.session.matrix.kernel_classes(cell, self.session.vllm(cell))
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        experts = self.session.matrix.kernels[format_.kernel].moe_classes
+        experts = self.session.matrix.expert_classes(cell, self.session.vllm(cell))
         verdicts = [
             judgements.kernel(
-                one, requested, classes, format_.quantized, experts, precision=format_.precision,
+                one, requested, classes, format_.quantizes if format_.quantized else "", experts, precision=format_.precision,
                 weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
             )
             for one in observations
@@ -130,6 +131,14 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, verdict)
         else:
             self._say(verdict, ())
+
+    def question(self, case: Asked) -> None:
+        """A question of a published experiment, answered from the verdicts of its cells."""
+        row = self.session.matrix.questions[case.format_id]
+        measured = questions.observations(case, self.session)
+        judgement = questions.answer(case, row, measured, self.session.expectations, self.session.compare)
+        self._available(case, judgement)
+        self._say(judgement, ())
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""

@@ -13,7 +13,7 @@ from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import fitted, place, prose
 from quantdet.session import Clock
 
-_APART = ("test_versions", "test_reexecution")  # have tables of their own
+_APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
@@ -40,6 +40,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(table)
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
+        _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
         declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
         texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
@@ -53,6 +54,16 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:  # in one line, to be pasted
         reporter.write_line(f"rerun the first failure: {rerun.command(config, records.first_failure)}")
+
+
+def questions(records: Records, width: int) -> list[str]:
+    """The answers, each under what was asked."""
+    asked = [case for case in records.cases if case["test"] == "test_question"]
+    return [
+        prose(text, width)
+        for case in asked
+        for text in (case["properties"].get("asks", ""), case["message"] + ("" if case["expected"] else " !"))
+    ]
 
 
 def _section(reporter: Any, title: str, texts: list[str]) -> None:

@@ -20,7 +20,7 @@ SYMBOLS = {
 _GOOD = ("BIT_EXACT", "CONFIRMED", "DISTINCT", "DETECTABLE")
 _NONE = ("UNSUPPORTED", "UNAVAILABLE")
 _CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware")
-_APART = ("test_versions", "test_reexecution")
+_APART = ("test_versions", "test_reexecution", "test_question")
 _DROPPED = ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM")  # no news, much room
 
 
