@@ -99,6 +99,16 @@ def test_ci_uploads_what_its_run_writes() -> None:
     assert "reports/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
 
 
+def test_the_job_summary_is_of_runs_that_measure() -> None:
+    """Tests start hundreds of runs: none of them may write to the job's page, which GitHub drops above 1 MiB."""
+    run = text(".ci/run")
+    given = [line for line in run.splitlines() if line.startswith("GITHUB_STEP_SUMMARY=")]
+
+    assert run.index("unset GITHUB_STEP_SUMMARY") < run.index("\npytest ")
+    assert len(given) == 2
+    assert all("--report" in line and "tests/" not in line for line in given)
+
+
 def test_actions_are_pinned_by_major_version() -> None:
     """And nothing else than checked out code runs with a token that can write."""
     for place in (".github/workflows/cpu.yml", ".github/workflows/gpu.yml"):
