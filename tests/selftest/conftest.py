@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """Runs the measured tests with the fake engine; `apart=True` in a process of its own, `controls=True` with
     seeded controls beside what the test is about."""
-    for name in ("CI", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
+    for name in ("CI", "GITHUB_STEP_SUMMARY", "PYTEST_ADDOPTS", "QUANTDET_INJECT", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*args: str, matrix: str = MATRIX, apart: bool = False, machine: str = "", controls: bool = False) -> Run:

@@ -131,7 +131,7 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
         case "segv":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "garbage":
-            os.write(1, b"\xff\xfe not UTF-8 \x00\n" * 3)
+            os.write(1, b"\xff\xfe not UTF-8 \x00 \x1b[31mred\x1b[0m \x07 \xef\xbf\xbe\n" * 3)
             os._exit(1)
         case "children" | "sleep" | "kill_with_children":
             for _ in range(2):

@@ -12,6 +12,7 @@ import pytest
 from quantdet.observation import write
 from quantdet.report import evidence
 from quantdet.report.html import data, svg
+from quantdet.report.html import page as html_page
 from quantdet.report.html.__main__ import main
 from quantdet.report.record import Records
 from quantdet.verdicts import Judgement, Verdict
@@ -90,6 +91,23 @@ def test_the_page_says_what_was_found(suite: Suite) -> None:
     links = [a["href"] for a in found.all("a") if not a["href"].startswith("#")]
     assert {"cases.jsonl", "../report.xml", "bundles/alpha.ct.cpu-here/README.md"} <= set(links)
     assert [] == [link for link in links if not Path("r", link).exists()]
+
+
+def test_devices_of_all_machines() -> None:
+    """A CPU and a GPU on one page: both are named, and not the CPU of the GPU's host."""
+    places = [
+        {"hardware": "cpu-here", "vllm": "1", "facts": {"cpu": ["Xeon"], "gpu": [""]}},
+        {"hardware": "sm90", "vllm": "1", "facts": {"cpu": ["EPYC"], "gpu": ["H200"]}},
+        {"hardware": "sm90", "vllm": "2", "facts": {"cpu": ["EPYC"], "gpu": ["H200"]}},
+    ]
+    machine = {"hardware": "", "cpu": "here", "gpu": "", "vllm": "", "torch": ""}
+    run = {
+        "environments": places, "machine": machine, "titles": {"hardware": {}}, "mode": "replay", "replay": ["a"],
+        "suite": {}, "date": "",
+    }  # fmt: skip
+
+    assert dict(html_page.facts(data.Data(run)))["Device"] == "Xeon, H200"
+    assert dict(html_page.facts(data.Data({**run, "environments": []})))["Device"] == "here"
 
 
 def test_the_page_is_for_everybody(suite: Suite) -> None:

@@ -64,7 +64,9 @@ def facts(data: Data) -> list[tuple[str, str]]:
     def several(name: str) -> str:
         return ", ".join(dict.fromkeys(value for _, _, one in places for value in one.get(name, []) if value))
 
-    devices = several("gpu") or several("cpu") or machine["gpu"] or machine["cpu"]
+    # Of every place its GPU, or its CPU where it has none: a replay may hold both kinds.
+    found = (value for _, _, one in places for value in list(filter(None, one.get("gpu", []))) or one.get("cpu", []) if value)
+    devices = ", ".join(dict.fromkeys(found)) or machine["gpu"] or machine["cpu"]
     mode = "live, on this machine" if run["mode"] == "live" else f"replay of {', '.join(run['replay'])}"
     suite = run["suite"]
     return [
