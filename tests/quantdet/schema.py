@@ -269,6 +269,7 @@ class Model(Row):
     """A model: where its weights come from, its workload and the formats it has (globs).
 
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
+    `activations`: whether hidden states are compared too, in eager cells.
     """
 
     title: str
@@ -278,6 +279,7 @@ class Model(Row):
     group_size: Literal[32, 64, 128] = 128
     memory_gib: Annotated[float, Field(gt=0)] = 4
     slow: bool = False
+    activations: bool = False
     run: ModelRun = ModelRun()
     claims: Claims | None = None
     synthetic: Synthetic | None = None
