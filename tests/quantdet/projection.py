@@ -42,8 +42,8 @@ def project(rows: NDArray[Any]) -> NDArray[np.float16]:
     """
     exact = rows.astype(np.float64)
     length = np.sqrt(np.square(exact).sum(axis=1, keepdims=True))
-    found: NDArray[np.float16] = (exact @ signs(exact.shape[1]) / (np.where(length, length, 1.0) * math.sqrt(DIMS))).astype("f2")
-    return found
+    projected: NDArray[np.float64] = exact @ signs(exact.shape[1]) / (np.where(length, length, 1.0) * math.sqrt(DIMS))
+    return projected.astype(np.float16)
 
 
 def kept(layers: int) -> tuple[int, ...]:
