@@ -111,9 +111,8 @@ def write(
             for phase in ("decode", "prefill"):
                 for name, array in output.block(phase).arrays().items():
                     tensors[f"{p}.{o}.{phase}.{name}"] = np.ascontiguousarray(array)
-    if hidden is not None:
-        tensors |= hidden.arrays()
-        header = header.model_copy(update={"activations": hidden.header})
+    tensors |= hidden.arrays() if hidden is not None else {}
+    header = header.model_copy(update={"activations": hidden.header if hidden is not None else None})
     if prompts:
         payload = save_tensors(tensors)
         (directory / TENSORS_FILE).write_bytes(payload)
