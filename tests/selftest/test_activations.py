@@ -270,9 +270,7 @@ def test_equal_repeats_are_bit_exact(phase: Phase) -> None:
     assert (Verdict.BIT_EXACT, True) == (found.verdict, found.expected)
     assert "0 of 3 repeats differ in any of 3 layers, flip rate < 0.632 per call" in found.message
     names = ("runs", "activations.layers", "activations.logits", "first_divergence")
-    assert (3, 3, "equal", "") == tuple(
-        found.figures[f] for f in ("runs", "activations.layers", "activations.logits", "first_divergence")
-    )
+    assert (3, 3, "equal", "") == tuple(found.figures[name] for name in names)
     assert 64 == len(found.figures["activations.sha256"])
 
 
