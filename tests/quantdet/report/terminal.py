@@ -11,7 +11,7 @@ from rich.table import Table
 from quantdet import collect
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
-from quantdet.report import confidence, effects, reexecution
+from quantdet.report import activations, confidence, effects, reexecution
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place, render
 
@@ -40,6 +40,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
         _section(reporter, "re-executions", reexecution.sections(records.cases, order, width))
+        _section(reporter, "hidden states", activations.sections(reexecution.verifications(records.cases, order), width))
     _skipped(reporter, records)
     clock = config.stash[collect.SESSION].clock
     if clock.cells:
