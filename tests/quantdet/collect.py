@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from quantdet import controls, reexecution
+from quantdet import controls, questions, reexecution
 from quantdet.claims import Claim, check
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import ObservationError
+from quantdet.questions import Asked
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
 from quantdet.untrusted import plain
@@ -42,6 +43,10 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     if {"claim", "judge"} <= set(metafunc.fixturenames):
         claims = session.references.claims(verifiers(session))
         metafunc.parametrize("claim", claims, ids=[claim.id for claim in claims])
+        return
+    if {"question", "judge"} <= set(metafunc.fixturenames):
+        asked = questions.asked(session)
+        metafunc.parametrize("question", asked, ids=[case.id for case in asked])
         return
     if not {"cell", "judge"} <= set(metafunc.fixturenames):
         return
@@ -79,7 +84,8 @@ def verifiers(session: Session) -> list[str]:
 def cell_of(item: pytest.Item) -> Cell | None:
     """The cell that a test is about; None for a self-test."""
     callspec = getattr(item, "callspec", None)
-    cell = (callspec.params.get("cell") or callspec.params.get("claim")) if callspec is not None else None
+    given = callspec.params if callspec is not None else {}
+    cell = given.get("cell") or given.get("claim") or given.get("question")
     return cell if isinstance(cell, Cell) else None
 
 
@@ -114,7 +120,11 @@ def order(items: list[pytest.Item], session: Session) -> None:
 
 def _empty(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    given = [callspec.params[name] for name in ("cell", "claim") if name in callspec.params] if callspec is not None else []
+    given = (
+        [callspec.params[name] for name in ("cell", "claim", "question") if name in callspec.params]
+        if callspec is not None
+        else []
+    )
     return bool(given) and not isinstance(given[0], Cell)
 
 
@@ -145,12 +155,14 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             continue
         item.user_properties.extend(case_properties(item, cell, session))
         if cell not in reasons:
-            reasons[cell] = reexecution.gate(cell, session) if isinstance(cell, Claim) else session.gate(cell)
+            reasons[cell] = _reason(cell, session)
         reason = reasons[cell] if item.get_closest_marker("control") is None else None  # `controls.cells` has asked already
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
             skip(item, Verdict.UNAVAILABLE, reason)
+        elif isinstance(cell, Asked):
+            selected.update(questions.available(cell, session))
         elif isinstance(cell, Claim):
             try:
                 check(session.references.observation(cell), session.matrix.models[cell.model_id])
@@ -165,6 +177,16 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             selected.add(cell)
             _strict(item, cell, session.expectations(cell))
     session.selected, session.claimed = frozenset(selected), tuple(sorted(claimed))
+
+
+def _reason(cell: Cell, session: Session) -> str | None:
+    """Why a case cannot be judged, by what it is about."""
+    match cell:
+        case Claim():
+            return reexecution.gate(cell, session)
+        case Asked():
+            return questions.gate(cell, session)
+    return session.gate(cell)
 
 
 def skip(item: pytest.Item, words: str, reason: str) -> None:

@@ -150,8 +150,13 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
             return f"package: needs {package} (pip install {package}), have none"
     if format_.modules and not any(map(_module_is_here, format_.modules)):
         return f"module: needs {' or '.join(format_.modules)}, have none of them"
-    needs = matrix.models[cell.model_id].memory_gib
-    has = machine.memory_gib if row.kind == "cpu" else machine.gpus_of(row)[0].memory_gib
-    if has < needs:
-        return f"memory: needs {needs:g} GiB, have {has:.0f} GiB"
+    model = matrix.models[cell.model_id]
+    gpus = [] if row.kind == "cpu" else machine.gpus_of(row)
+    has = gpus[0].memory_gib if gpus else machine.memory_gib
+    if has < model.memory_gib or (gpus and len(gpus) < model.gpus):
+        several = f"{model.gpus} GPUs of " if model.gpus > 1 else ""
+        found = f"{len(gpus)} of " if model.gpus > 1 else ""
+        return f"memory: needs {several}{model.memory_gib:g} GiB, have {found}{has:.0f} GiB"
+    if model.gpus > 1:
+        return f"tensor parallelism: needs size {model.gpus}, have size 1: logits are taken in one process"
     return None

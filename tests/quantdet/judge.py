@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from quantdet import activations, control_judgements, controls, drift, judgements, reexecution, reported
+from quantdet import activations, control_judgements, controls, drift, judgements, questions, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
-from quantdet.report import bundle, evidence
+from quantdet.questions import Asked
+from quantdet.report import bundle, evidence, speed
 from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
@@ -19,7 +20,8 @@ from quantdet.verdicts import Judgement, Verdict
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
 PROPERTIES = (
     "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
-    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second", "seconds",
+    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second",
+    "tokens_per_second.decode", "tokens_per_second.prefill", "tokens_per_second.n", "tokens_per_second.baseline", "seconds",
     "observation",
 )  # fmt: skip
 
@@ -97,10 +99,10 @@ class Judge:
         format_ = self.session.matrix.formats[cell.format_id]
         name, classes = self.session.matrix.kernel_classes(cell, self.session.vllm(cell))
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        experts = self.session.matrix.kernels[format_.kernel].moe_classes
+        experts = self.session.matrix.expert_classes(cell, self.session.vllm(cell))
         verdicts = [
             judgements.kernel(
-                one, requested, classes, format_.quantized, experts, precision=format_.precision,
+                one, requested, classes, format_.quantizes if format_.quantized else "", experts, precision=format_.precision,
                 weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
             )
             for one in observations
@@ -136,6 +138,14 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, verdict)
         else:
             self._say(verdict, ())
+
+    def question(self, case: Asked) -> None:
+        """A question of a published experiment, answered from the verdicts of its cells."""
+        row = self.session.matrix.questions[case.format_id]
+        measured = questions.observations(case, self.session)
+        judgement = questions.answer(case, row, measured, self.session.expectations, self.session.compare)
+        self._available(case, judgement)
+        self._say(judgement, ())
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""
@@ -200,6 +210,7 @@ class Judge:
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
                 "tokens_per_second": "" if observations[0].reported else round(header.timings.get("tokens_per_second", 0.0), 1),
+                **speed.properties(header, self.session.matrix),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }

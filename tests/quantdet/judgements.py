@@ -84,13 +84,13 @@ def _hidden_noise(row: object) -> str:
 
 
 def kernel(
-    observation: Observation, requested: str, classes: Sequence[str], quantized: bool, moe_classes: Sequence[str] = (), *,
+    observation: Observation, requested: str, classes: Sequence[str], quantizes: str, moe_classes: Sequence[str] = (), *,
     precision: str = "", weight_only: Collection[str] = (), native: bool = False,
 ) -> Judgement:  # fmt: skip
     """Is the executed kernel the requested one, the same in every linear layer and in every layer of experts?
 
     `classes` are the class names that the requested kernel shows, `moe_classes` those of its experts; none: vLLM's own
-    choice, not judged but for mixing.
+    choice, not judged but for mixing. `quantizes`: "all" linear layers, "experts" alone, or none ("").
     `precision` ("W4A4") of a format that quantizes activations: a kernel of the `weight_only` classes does not. Where the
     chip multiplies the format (`native`), that is a substitution; elsewhere it is what vLLM can do, and is said.
     """
@@ -111,15 +111,17 @@ def kernel(
 
     if not executed.linear:
         return invalid("no linear layer was found in the loaded model")
-    if moe_classes and not executed.moe:
+    if (moe_classes or quantizes == "experts") and not executed.moe:
         return invalid(f"requested {requested}, found no layer of experts in the loaded model: {executed.summary}")
+    if quantizes == "experts" and any(layer.method.startswith("Unquantized") for layer in executed.moe):
+        return invalid(f"requested {requested} for experts, executed {executed.summary}: the format was ignored")
     for layers, known in ((executed.linear, classes), (executed.moe, moe_classes)):
         names = {layer.executed for layer in layers}
         if len({(layer.executed, layer.detail) for layer in layers}) > 1:
             return invalid(f"mixed kernels: {executed.summary}")
         if known and not names <= set(known):
             return invalid(f"requested {requested} ({' or '.join(known)}), executed {executed.summary}")
-        if quantized and any(layer.method.startswith("Unquantized") for layer in layers):
+        if quantizes == "all" and any(layer.method.startswith("Unquantized") for layer in layers):
             return invalid(f"requested {requested}, executed {executed.summary}: the format was ignored")
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
     if precision:

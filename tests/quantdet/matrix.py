@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from quantdet import pins
+from quantdet import pins, rows
 from quantdet.pins import Pin
 from quantdet.schema import (
     ID_PATTERN,
@@ -24,6 +24,7 @@ from quantdet.schema import (
     Hardware,
     Kernel,
     Model,
+    Question,
     Row,
     RunLengths,
     Setting,
@@ -60,6 +61,7 @@ class Matrix(Row):
     models: dict[str, Model] = Field(min_length=1)
     setting: tuple[Setting, ...] = ()
     expect: tuple[Expect, ...] = ()
+    questions: dict[str, Question] = Field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Every cell that can exist, in file order: the model has the format, the kernel can run on the hardware."""
@@ -77,12 +79,16 @@ class Matrix(Row):
         if not matches_any(format_id, model.formats):
             return False
         layers = self._layers(model)
-        if self.kernels[self.formats[format_id].kernel].moe_classes:  # of models with experts, or where one is named
+        if self.of_experts(self.formats[format_id]):  # of models with experts, or where one is named
             if layers is not None and not any(layer.experts for layer in layers):
                 return False
             if layers is None and format_id not in model.formats:
                 return False
         return model.hub is None or self.formats[format_id].layout in model.hub
+
+    def of_experts(self, format_: Format) -> bool:
+        """Whether the format is for models with experts only: its kernel is named for them, or they alone are quantized."""
+        return bool(self.kernels[format_.kernel].moe_classes) or format_.quantizes == "experts"
 
     def run_for(self, cell: Cell) -> RunLengths:
         """The run lengths of the cell's model."""
@@ -93,11 +99,17 @@ class Matrix(Row):
 
         What `auto` has to be given may depend on the version; without one, it is what any version has to give.
         """
-        format_ = self.formats[cell.format_id]
-        names: tuple[str, ...] = (format_.kernel,)
-        if format_.kernel == "auto":
-            names = pins.picked(format_, cell.hardware_id, vllm_version) or names
+        names = self._kernels(cell, vllm_version)
         return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
+
+    def expert_classes(self, cell: Cell, vllm_version: str | None = None) -> tuple[str, ...]:
+        """Class names that the cell's layers of experts have to show; none: not judged, but for mixing."""
+        return tuple(c for name in self._kernels(cell, vllm_version) for c in self.kernels[name].moe_classes)
+
+    def _kernels(self, cell: Cell, vllm_version: str | None) -> tuple[str, ...]:
+        format_ = self.formats[cell.format_id]
+        picked = pins.picked(format_, cell.hardware_id, vllm_version) if format_.kernel == "auto" else ()
+        return picked or (format_.kernel,)
 
     def verifying_dtype(self, cell: Cell, claimed: str) -> str:
         """The dtype in which `cell` re-executes what was computed in `claimed`: that one, where the format is not bound."""
@@ -145,11 +157,19 @@ def load(path: Path) -> Matrix:
         MatrixError: the file is missing, not TOML, or wrong; all mistakes at once.
     """
     try:
-        raw = _toml(path)
+        text = _text(path)
+        raw = tomllib.loads(text)
     except FileNotFoundError:
         raise MatrixError(path, ["no such file"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise MatrixError(path, [f"not readable as TOML: {error}"]) from None
+    try:
+        return _checked(path, raw)
+    except MatrixError as error:
+        raise MatrixError(path, [rows.told(mistake, raw, text) for mistake in error.mistakes]) from None
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> Matrix:
     found = flaw(raw)
     mistakes = _id_mistakes(raw)
     if found is not None:
@@ -168,7 +188,7 @@ def load(path: Path) -> Matrix:
     return matrix
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     with path.open("rb") as file:
         payload = file.read(MAX_BYTES + 1)
     if len(payload) > MAX_BYTES:
@@ -176,7 +196,7 @@ def _toml(path: Path) -> dict[str, Any]:
     text = payload.decode("utf-8")
     if _LONG_KEY.search(text):
         raise ValueError("a dotted key of more than 32 parts")
-    return tomllib.loads(text)
+    return text
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -193,7 +213,7 @@ def _id_mistakes(raw: dict[str, Any]) -> list[str]:
     return [
         f"{table}.{key if key.isprintable() else repr(key)}: id must be lower-case letters, digits, '.', '_', '-' "
         "(1 to 64, no mark at either end)"
-        for table in ("hardware", "formats", "models", "kernels")
+        for table in ("hardware", "formats", "models", "kernels", "questions")
         for key in _table(raw, table)
         if not ID_PATTERN.fullmatch(key)
     ]
@@ -240,6 +260,10 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
             like = models.get(str(row.get("layers_as", name)))
             if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
                 found.append(f"models.{name}.layers_as: has to name a synthetic model, in a model that is not synthetic")
+    for name, row in _table(raw, "questions").items():
+        if isinstance(row, dict):
+            stale(f"questions.{name}.formats", "format", row.get("formats"), formats)
+            stale(f"questions.{name}.model", "model", row.get("model"), models)
     for index, row in enumerate(_rows(raw, "pin")):
         if isinstance(row, dict):
             unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
@@ -260,7 +284,7 @@ def _stale_rows(matrix: Matrix) -> list[str]:
         f"models.{name}.formats: {format_id!r} is a format of models with experts"
         for name, model in matrix.models.items()
         for format_id in model.formats
-        if format_id in matrix.formats and matrix.kernels[matrix.formats[format_id].kernel].moe_classes
+        if format_id in matrix.formats and matrix.of_experts(matrix.formats[format_id])
         if not matrix.has_format(model, format_id)
     ]
     for name in ("setting", "expect"):

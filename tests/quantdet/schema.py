@@ -195,7 +195,7 @@ class Format(Row):
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
     `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
-    `modules`: one of them has to be there.
+    `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
     """
 
     title: str
@@ -209,6 +209,7 @@ class Format(Row):
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     mode: Literal["eager", "compiled"] = "eager"
+    quantizes: Literal["all", "experts"] = "all"
     hardware: tuple[str, ...] = ("*",)
 
     @model_validator(mode="after")
@@ -221,6 +222,8 @@ class Format(Row):
             )
         if isinstance(self.dtype, dict) and "default" not in self.dtype:
             raise ValueError("a dtype table needs 'default'")
+        if self.quantizes == "experts" and self.layout != "ct":
+            raise ValueError("quantizes = 'experts' needs layout 'ct', which names what it leaves out")
         if self.picks and self.kernel != "auto":
             raise ValueError("'picks' is for kernel = 'auto' only")
         return self
@@ -268,6 +271,7 @@ class Claims(Row):
 class Model(Row):
     """A model: where its weights come from, its workload and the formats it has (globs).
 
+    `memory_gib`: of the host, or of each of `gpus` devices (tensor parallel size).
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
     `activations`: whether hidden states are compared too, in eager cells.
     """
@@ -278,6 +282,7 @@ class Model(Row):
     hardware: tuple[str, ...] = ("*",)
     group_size: Literal[32, 64, 128] = 128
     memory_gib: Annotated[float, Field(gt=0)] = 4
+    gpus: PositiveInt = 1
     slow: bool = False
     activations: bool = False
     run: ModelRun = ModelRun()
@@ -378,6 +383,26 @@ class Expect(Row):
         if not self.vllm or vllm_version is None:
             return True
         return SpecifierSet(self.vllm).contains(Version(vllm_version), prereleases=True)
+
+
+class Question(Row):
+    """A question of a published experiment, answered by one case from the verdicts of several formats.
+
+    `apart`: all of `formats` (names) repeat as expected, and every two are distinct. `repeatable`: which of `formats`
+    (globs) repeat bit for bit and which do not, in every vLLM version that is judged.
+    """
+
+    asks: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+    answer: Literal["apart", "repeatable"]
+    formats: tuple[str, ...] = Field(min_length=1)
+    model: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="after")
+    def _two(self) -> "Question":
+        if self.answer == "apart" and len(set(self.formats)) < 2:
+            raise ValueError("answer 'apart' needs two formats or more")
+        return self
 
 
 class Setting(Row):

@@ -3,9 +3,10 @@
 Tests ask for results and judge them; this module starts engines, fills the store and remembers.
 """
 
+import contextlib
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,13 +36,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Clock:
-    """Where the time of a run went, seconds."""
+    """Where the time of a run went, seconds; engine processes that it started, by what for; cells, and those not started."""
 
     engines: float = 0.0
     measuring: float = 0.0
     checkpoints: float = 0.0
     cells: int = 0
     reused: int = 0
+    lifetimes: int = 0
+    controls: int = 0
+    verifications: int = 0
+    traces: int = 0
+
+    def started(self, role: str) -> None:
+        """Count an engine process by the role of its observation."""
+        name = {"control": "controls", "verify": "verifications", "diagnosis": "traces"}.get(role, "lifetimes")
+        setattr(self, name, getattr(self, name) + 1)
 
 
 @dataclass(repr=False)
@@ -348,14 +358,15 @@ class Session:
         found = self.store.find(cell, place, key)
         if found is not None:
             return found, True
-        if self.on_start is not None:
-            self.on_start(cell, lifetime)
+        role = str(plan.identity.get("role", "measure"))
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
         log = self.store.log(cell, f"{plan.identity.get('role', '')}{lifetime}")
         limit = self.matrix.run_for(cell).time_limit_s
-        with held(), self.store.writing(cell, place, key) as folder:
+        with held(), self.announced(cell, lifetime, role), self.store.writing(cell, place, key) as folder:
+            began = time.monotonic()
             outcome = process.run(self.engine, plan, folder, log, limit)
+            self.clock.engines += time.monotonic() - began
             identity = plan.identity
             what = changed(Path(plan.checkpoint), identity["checkpoint_sha256"], identity["checkpoint_files_sha256"])
             if what is not None:
@@ -378,9 +389,15 @@ class Session:
         found = self.store.find(cell, place, key)
         if found is None:
             return Missing(Verdict.ERROR, f"the engine completed but left no whole observation, log: {log}"), False
-        self.clock.engines += outcome.seconds
         self.clock.measuring += found.header.timings.get("measure_s", 0.0)
         return found, False
+
+    @contextlib.contextmanager
+    def announced(self, cell: Cell, lifetime: int, role: str) -> Iterator[None]:
+        """Around an engine process: count it, and let `on_start` say so."""
+        self.clock.started(role)
+        with contextlib.nullcontext() if self.on_start is None else self.on_start(cell, lifetime, role):
+            yield
 
     # ------------------------------------------------------------------------------------------------------ planning
 

@@ -13,35 +13,71 @@ class _Row(BaseModel):  # as schema.Row, which is made of these
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Architecture = Literal["qwen2", "qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
+
+# Dimensions that only some architectures have, and which.
+_GQA = ("kv_heads", "head_dim")
+_MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_EXPERTS = ("experts", "experts_per_token", "expert_intermediate_size")
+_SHARED = ("dense_layers", "shared_experts", "routed_scaling")
+_NEEDS: dict[Architecture, tuple[str, ...]] = {
+    "qwen2": _GQA,
+    "qwen3": _GQA,
+    "qwen3_moe": (*_GQA, *_EXPERTS),
+    "glm4_moe": (*_GQA, *_EXPERTS, *_SHARED),
+    "deepseek_v2": (*_MLA, *_EXPERTS, *_SHARED),
+    "deepseek_v3": (*_MLA, *_EXPERTS, *_SHARED),
+}
+_MAY: dict[Architecture, tuple[str, ...]] = {"deepseek_v2": ("q_lora_rank",), "deepseek_v3": ("q_lora_rank",)}
+
+
 class Synthetic(_Row):
     """Architecture of a model with generated weights; dimensions are in elements.
 
-    `experts`, `experts_per_token` and `expert_intermediate_size` belong to a mixture of experts; `intermediate_size` is
-    then that of a dense layer, of which these models have none.
+    Attention is grouped-query (`kv_heads`, `head_dim`) or multi-head latent (MLA: `kv_lora_rank`, `q_lora_rank` where
+    queries are compressed too, and the sizes of a head's parts). A mixture of experts has `experts`, `experts_per_token`
+    and `expert_intermediate_size`; `intermediate_size` is then that of its `dense_layers`, the first ones. `shared_experts`
+    see every token; `routed_scaling` multiplies what the routed ones give.
     """
 
-    architecture: Literal["qwen3", "qwen3_moe"]
+    architecture: Architecture
     seed: int = Field(0, ge=0)
     vocab_size: Dimension
     hidden_size: Dimension
     intermediate_size: Dimension
     layers: Annotated[int, Field(gt=0, le=1000)]
     heads: Dimension
-    kv_heads: Dimension
-    head_dim: Dimension
+    kv_heads: Dimension | None = None
+    head_dim: Dimension | None = None
     experts: Dimension | None = None
     experts_per_token: Dimension | None = None
     expert_intermediate_size: Dimension | None = None
+    dense_layers: Annotated[int, Field(ge=0, le=1000)] | None = None
+    shared_experts: Annotated[int, Field(gt=0, le=64)] | None = None
+    routed_scaling: Annotated[float, Field(gt=0)] | None = None
+    kv_lora_rank: Dimension | None = None
+    q_lora_rank: Dimension | None = None
+    qk_nope_head_dim: Dimension | None = None
+    qk_rope_head_dim: Dimension | None = None
+    v_head_dim: Dimension | None = None
 
     @model_validator(mode="after")
-    def _experts(self) -> "Synthetic":
-        mixture = self.architecture == "qwen3_moe"
-        for name in ("experts", "experts_per_token", "expert_intermediate_size"):
-            if mixture != (getattr(self, name) is not None):
-                raise ValueError(f"architecture {self.architecture!r} {'needs' if mixture else 'has no'} {name!r}")
+    def _dimensions(self) -> "Synthetic":
+        needs = _NEEDS[self.architecture]
+        may = _MAY.get(self.architecture, ())
+        for name in (*_GQA, *_EXPERTS, *_SHARED, *_MLA, "q_lora_rank"):
+            given = getattr(self, name) is not None
+            if given != (name in needs) and not (given and name in may):
+                raise ValueError(f"architecture {self.architecture!r} {'has no' if given else 'needs'} {name!r}")
         if self.experts is not None and self.experts_per_token is not None and self.experts_per_token > self.experts:
             raise ValueError(f"'experts_per_token' is at most 'experts' ({self.experts})")
+        if self.dense_layers is not None and self.dense_layers >= self.layers:
+            raise ValueError(f"'dense_layers' is less than 'layers' ({self.layers})")
         return self
+
+    def mixes(self, layer: int) -> bool:
+        """Whether decoder layer `layer` has experts."""
+        return self.experts is not None and layer >= (self.dense_layers or 0)
 
 
 @dataclass(frozen=True)
@@ -62,14 +98,44 @@ Layers = tuple[LinearLayer, ...]
 
 
 def layers_of(spec: Synthetic) -> Layers:
-    """The quantized layers of one decoder layer on one device (tensor parallel size 1), fused as vLLM fuses them."""
-    hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    attention = (LinearLayer("qkv_proj", queries + 2 * keys, hidden), LinearLayer("o_proj", hidden, queries))
+    """The linear layers of a decoder on one device (tensor parallel size 1), each shape once, fused as vLLM fuses them."""
+    hidden = spec.hidden_size
+    found = list(_attention(spec))
+    if not spec.experts or spec.dense_layers:
+        found += _projections(spec.intermediate_size, hidden)
     if spec.experts and spec.experts_per_token and spec.expert_intermediate_size:
         inner, mixture = spec.expert_intermediate_size, (spec.experts, spec.experts_per_token)
-        return (*attention, LinearLayer("w13", 2 * inner, hidden, *mixture), LinearLayer("w2", hidden, inner, *mixture))
-    inner = spec.intermediate_size
-    return (*attention, LinearLayer("gate_up_proj", 2 * inner, hidden), LinearLayer("down_proj", hidden, inner))
+        found += [LinearLayer("w13", 2 * inner, hidden, *mixture), LinearLayer("w2", hidden, inner, *mixture)]
+        if spec.shared_experts:
+            found += _projections(spec.shared_experts * inner, hidden, "shared_experts.")
+    return tuple(found)
+
+
+def _attention(spec: Synthetic) -> Layers:
+    hidden, heads = spec.hidden_size, spec.heads
+    if spec.kv_lora_rank is None:
+        assert spec.kv_heads is not None and spec.head_dim is not None
+        queries, keys = heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        return LinearLayer("qkv_proj", queries + 2 * keys, hidden), LinearLayer("o_proj", hidden, queries)
+    assert spec.qk_nope_head_dim is not None and spec.qk_rope_head_dim is not None and spec.v_head_dim is not None
+    queries, latent = heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim), spec.kv_lora_rank + spec.qk_rope_head_dim
+    compressed = (
+        (LinearLayer("q_proj", queries, hidden), LinearLayer("kv_a_proj_with_mqa", latent, hidden))
+        if spec.q_lora_rank is None
+        else (
+            LinearLayer("fused_qkv_a_proj", spec.q_lora_rank + latent, hidden),
+            LinearLayer("q_b_proj", queries, spec.q_lora_rank),
+        )
+    )
+    return (
+        *compressed,
+        LinearLayer("kv_b_proj", heads * (spec.qk_nope_head_dim + spec.v_head_dim), spec.kv_lora_rank),
+        LinearLayer("o_proj", hidden, heads * spec.v_head_dim),
+    )
+
+
+def _projections(inner: int, hidden: int, prefix: str = "") -> Layers:
+    return LinearLayer(f"{prefix}gate_up_proj", 2 * inner, hidden), LinearLayer(f"{prefix}down_proj", hidden, inner)
 
 
 class Fires(_Row):

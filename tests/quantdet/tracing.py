@@ -62,15 +62,14 @@ def _lifetime(session: "Session", cell: Cell, plan: Plan, lifetime: int) -> Trac
 
 
 def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diagnosis:
-    if session.on_start is not None:
-        session.on_start(cell, plan.identity["lifetime"])
     log = session.store.log(cell, f"{diagnosis.ROLE}{plan.identity['lifetime']}")
     log.unlink(missing_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".trace.", dir=kept.parent))
     limit = session.matrix.run_for(cell).time_limit_s
     try:
-        outcome = process.run(session.engine, plan, folder, log, limit)
+        with session.announced(cell, plan.identity["lifetime"], diagnosis.ROLE):
+            outcome = process.run(session.engine, plan, folder, log, limit)
         written = folder / diagnosis.TRACE_FILE
         found = diagnosis.read(written) if isinstance(outcome, process.Completed) else None
         if found is None:

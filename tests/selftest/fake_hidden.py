@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ class Module:
         for name, child in self._children.items():
             yield from child.named_modules(f"{prefix}.{name}".lstrip("."))
 
-    def register_forward_hook(self, hook: Callable[[Any, Any, Any], None]) -> None:
+    def register_forward_hook(self, hook: Callable[[Any, Any, Any], None]) -> Any:
         self._hooks.append(hook)
+        return SimpleNamespace(remove=lambda: self._hooks.remove(hook))
 
     def __call__(self, output: Any) -> Any:
         for hook in self._hooks:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
+from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults, speed
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
@@ -48,6 +49,7 @@ class FakeEngine:
     numerics: formats with the same value have the same logits (default: the format's id);
     executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
     only_not: while this file exists the engine dies;
+    pace: milliseconds of a prompt and of a further token, for the figures of speed;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
     pids: file that gets the process ids of the engine and of what it starts.
     """
@@ -78,8 +80,12 @@ class FakeEngine:
         claims = Recorder(plan.claiming)
         for number, prompt in enumerate(plan.claims, len(plan.prompts)):
             _prompt(plan.claiming, behaviour, claims, prompt, number)
-        header = _header(plan, behaviour, recorder).model_copy(
-            update={"claims": tuple(record.header for record in claims.records)}
+        header = _header(plan, behaviour, recorder)
+        header = header.model_copy(
+            update={
+                "claims": tuple(record.header for record in claims.records),
+                "timings": {**header.timings, **_pace(plan)},
+            }
         )
         records = tuple(recorder.records), tuple(claims.records)
         whole = Observation(header, records[0], claims=records[1])
@@ -89,6 +95,20 @@ class FakeEngine:
             path.write_bytes(path.read_bytes()[:-1])
         if behaviour == "kill_late":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pace(plan: Plan) -> dict[str, float]:
+    """Figures of speed on a clock of their own: `pace` says the milliseconds of a prompt and of each further token."""
+    if "pace" not in plan.args:
+        return {}
+    prefill_ms, decode_ms = map(float, str(plan.args["pace"]).split())
+    now = [0.0]
+
+    def generate(ids: Sequence[int], n_tokens: int) -> None:
+        now[0] += (prefill_ms + (n_tokens - 1) * decode_ms) / 1000
+
+    longest = max(plan.prompts, key=lambda prompt: len(prompt.token_ids))
+    return speed.timings(plan, generate, (*longest.token_ids, *longest.forced_ids), clock=lambda: now[0])
 
 
 def _note_pid(args: dict[str, Any], pid: int) -> None:
@@ -611,7 +631,7 @@ PYPROJECT = f"""\
 strict = true
 pythonpath = ["{TESTS.as_posix()}"]
 addopts = [
-  "-rfEx", "--import-mode=importlib", "-p", "no:rerunfailures",
+  "-rfE", "--import-mode=importlib", "-p", "no:rerunfailures",
   "-p", "no:hypothesispytest", "--assert=plain", "--tb=short",
 ]
 junit_family = "xunit1"

@@ -3,13 +3,15 @@
 import ast
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from quantdet.observation import Observation, read
-from quantdet.report import divergence, repro
-from selftest.fakes import EXPERTS, MATRIX, changed_output, expect, last_repeat, observation, setting
+from quantdet.report import divergence, readme, repro
+from quantdet.schema import Cell
+from quantdet.verdicts import Judgement, Verdict
+from selftest.fakes import EXPERTS, MATRIX, changed_output, executed, expect, last_repeat, observation, setting
 from selftest.inner import Suite
 
 pytest_plugins = ["pytester"]
@@ -233,6 +235,25 @@ def test_noise_between_lifetimes(suite: Suite) -> None:
     rows = json.loads((folder / "divergence.json").read_text())["divergences"]
     assert {("len20", "prefill", 0, 1)} == {(r["prompt"], r["phase"], r["position"], r["lifetime"]) for r in rows[:1]}
     assert "in another process" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("mode", "lifetimes", "words"), [
+    ("compiled", 2, "another process of a compiled engine gives other logits for the same request (alpha/awq/cpu-here; "),
+    ("compiled", 1, "Fake4Kernel: the same request gives other logits when repeated (alpha/awq/cpu-here; "),
+    ("eager", 2, "Fake4Kernel: the same request gives other logits in another process (alpha/awq/cpu-here; "),
+])  # fmt: skip
+def test_the_title_blames_no_kernel_for_what_is_compiled(
+    mode: Literal["eager", "compiled"], lifetimes: int, words: str
+) -> None:
+    """Processes of a compiled engine differ, whatever the kernel: each compiles for itself. Within a process it is named."""
+    request = repro.Request({}, {}, {}, "float16", "len20", (1, 2), 3, 4, 4, lifetimes=lifetimes)
+    about = readme.About(
+        cell=Cell("alpha", "awq", "cpu-here"), cases={"restart": Judgement(Verdict.NOISY, "NOISY", True)}, environment={},
+        identity={}, inject="", executed=executed("Fake4Kernel").model_copy(update={"mode": mode}), requested="fake4",
+        diagnosis=None, divergences=(), replayed=True, request=request,
+    )  # fmt: skip
+
+    assert about.title.startswith(words)
 
 
 def test_a_replay_writes_bundles_without_a_diagnosis(suite: Suite) -> None:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantdet.checkpoints import resolve, tensors
+from quantdet.checkpoints import Unavailable, resolve, tensors
 from quantdet.checkpoints.quantize import quantize
 from selftest.test_checkpoints import BF16, make_format, make_model
 
@@ -131,3 +131,96 @@ def test_a_dense_configuration_has_no_word_of_routers(tmp_path: Path) -> None:
 
     assert "modules_in_block_to_quantize" not in config_of(path)["quantization_config"]
     assert not {"num_experts", "moe_intermediate_size"} & config_of(path).keys()
+
+
+# ---------------------------------------------------------------------------------------------------- other architectures
+
+SHARED = {
+    "seed": 0, "vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "layers": 2, "heads": 2, "experts": 3,
+    "experts_per_token": 2, "expert_intermediate_size": 128, "dense_layers": 1, "shared_experts": 2, "routed_scaling": 1.5,
+}  # fmt: skip
+LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**SHARED, **LATENT},
+    "deepseek_v3": {**SHARED, **LATENT, "q_lora_rank": 96},
+    "glm4_moe": {**SHARED, "kv_heads": 1, "head_dim": 64},
+}
+
+
+def made_of(architecture: str, words: tuple[str, str, str], cache: Path, **more: str) -> Path:
+    model = make_model(synthetic={"architecture": architecture, **OTHERS[architecture]})
+    return resolve("m", model, make_format(*words).model_copy(update=more), cache=cache).path
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_names_and_shapes_of_other_architectures(architecture: str, tmp_path: Path) -> None:
+    """As Hugging Face has them: a dense layer first, shared experts, latent attention, biases."""
+    path = made_of(architecture, ("plain", "bf16", "none"), tmp_path)
+    shapes = {name: array.shape for name, array in tensors.load_folder(path).items()}
+    config = config_of(path)
+
+    assert architecture == config["model_type"]
+    assert (1, 3, 2, 1.5) == tuple(
+        config[name] for name in ("first_k_dense_replace", "n_routed_experts", "n_shared_experts", "routed_scaling_factor")
+    )
+    assert (256, 128) == shapes["model.layers.0.mlp.gate_proj.weight"]  # a dense layer first
+    assert "model.layers.1.mlp.gate_proj.weight" not in shapes
+    assert (2 * 128, 128) == shapes["model.layers.1.mlp.shared_experts.gate_proj.weight"]
+    assert (128, 128) == shapes["model.layers.1.mlp.experts.2.down_proj.weight"]
+    assert (architecture != "deepseek_v2") == ("model.layers.1.mlp.gate.e_score_correction_bias" in shapes)
+    assert (architecture == "glm4_moe") == ("model.layers.0.self_attn.q_proj.bias" in shapes)
+    if architecture == "deepseek_v3":
+        assert (96, 128) == shapes["model.layers.0.self_attn.q_a_proj.weight"]
+        assert (2 * 64, 96) == shapes["model.layers.0.self_attn.q_b_proj.weight"]
+    if architecture != "glm4_moe":
+        assert (64 + 32, 128) == shapes["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+        assert (2 * 64, 64) == shapes["model.layers.0.self_attn.kv_b_proj.weight"]
+        assert (128, 2 * 32) == shapes["model.layers.0.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_every_projection_of_other_architectures_is_quantized(architecture: str, tmp_path: Path) -> None:
+    """Latent attention and shared experts too; routers, norms, biases and the head keep their bits."""
+    plain = tensors.load_folder(made_of(architecture, ("plain", "bf16", "none"), tmp_path))
+    found = tensors.load_folder(made_of(architecture, ("ct", "fp8-channel", "fp8"), tmp_path))
+
+    for name, weight in plain.items():
+        kept = weight.ndim == 1 or ".mlp.gate." in name or not name.startswith("model.layers.")
+        assert kept == (found[name].dtype == weight.dtype), name
+        assert not kept or weight.tobytes() == found[name].tobytes()
+
+
+def test_the_routed_experts_alone(tmp_path: Path) -> None:
+    """As Kimi-K2: every other projection keeps its bits, and the configuration names it."""
+    plain = tensors.load_folder(made_of("deepseek_v3", ("plain", "bf16", "none"), tmp_path))
+    path = made_of("deepseek_v3", ("ct", "int4-sym", "none"), tmp_path, quantizes="experts")
+    found = tensors.load_folder(path)
+    ignored = config_of(path)["quantization_config"]["ignore"]
+
+    for name, weight in plain.items():
+        if ".experts." in name:
+            assert name not in found and f"{name}_packed" in found
+        else:
+            assert weight.tobytes() == found[name].tobytes()
+            linear = weight.ndim == 2 and name != "model.embed_tokens.weight"
+            assert linear == (name.removesuffix(".weight") in ignored), name
+
+
+def test_gptq_names_no_shared_expert(tmp_path: Path) -> None:
+    """Its configuration has words for attention and experts only: another mixture would be misread."""
+    with pytest.raises(Unavailable, match="need experts in every layer and none that are shared"):
+        made_of("glm4_moe", ("gptq", "int4-sym", "none"), tmp_path)
+
+
+def test_experts_alone_of_a_dense_model(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="need a decoder with routed experts"):
+        resolve("m", make_model(), make_format("ct", "int4-sym").model_copy(update={"quantizes": "experts"}), cache=tmp_path)
+
+
+def test_compressed_queries_and_keys_share_a_scale(tmp_path: Path) -> None:
+    """An engine fuses them into one matrix, which has one scale for the tensor."""
+    found = tensors.load_folder(made_of("deepseek_v3", ("fp8", "fp8-tensor", "fp8"), tmp_path))
+    scales = [float(found[f"model.layers.0.self_attn.{name}.weight_scale"]) for name in ("q_a_proj", "kv_a_proj_with_mqa")]
+
+    assert scales[0] == scales[1]
+    assert scales[0] != float(found["model.layers.0.self_attn.q_b_proj.weight_scale"])

@@ -368,7 +368,7 @@ def test_hub_repository_that_is_not_here(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     model = make_model(hub={"plain": "quantdet/no-such-repository"})
-    with pytest.raises(Unavailable, match="need it in the local hub cache, have none; --allow-download"):
+    with pytest.raises(Unavailable, match=r"have none; hf download quantdet/no-such-repository, or --allow-download"):
         resolve("m", model, BF16, cache=tmp_path)
     with pytest.raises(Unavailable, match="need a hub repository in layout 'awq', have none in the matrix"):
         resolve("m", model, make_format("awq", "int4-asym"), cache=tmp_path)

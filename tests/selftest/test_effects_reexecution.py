@@ -52,7 +52,7 @@ def seed() -> list[dict[str, Any]]:
 
 
 def said(records: list[dict[str, Any]], width: int = 80) -> str:
-    return "\n".join(reexecution.sections(records, tuple(DECODE), width))
+    return "\n".join(reexecution.whole(records, tuple(DECODE), width))
 
 
 def only(records: list[dict[str, Any]]) -> reexecution.Verification:
@@ -251,7 +251,7 @@ def test_without_re_executions_nothing_is_said() -> None:
     """Records of other tests have None, or an older record nothing, under the name."""
     records = [claim("awq", DECODE["awq"]) | {"reexecution": None}, {"test": "test_repeat", "properties": {}, "pairs": []}]
 
-    assert ([], []) == (reexecution.sections(records, (), 80), reexecution.properties(records))
+    assert ([], []) == (reexecution.whole(records, (), 80), reexecution.properties(records))
 
 
 @pytest.mark.parametrize("swap", [False, True])

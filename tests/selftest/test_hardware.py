@@ -259,3 +259,12 @@ def test_vllm_from_metadata(
     found = hardware.software()
 
     assert wanted == (found.vllm, found.flavour)
+
+
+def test_tensor_parallelism_is_needed_and_not_there() -> None:
+    """A model for eight GPUs says how many of which size; with all of them, that logits are taken in one process."""
+    eight = matrix(models__alpha__gpus=8)
+    large = tuple(Gpu(f"large{n}", f"GPU-{n}", "9.0", 80.0) for n in range(8))
+
+    assert "memory: needs 8 GPUs of 1 GiB, have 2 of 80 GiB" == gate(eight, GPU_CELL, machine(gpus=large[:2]), CUDA)
+    assert "tensor parallelism: needs size 8, have size 1" in str(gate(eight, GPU_CELL, machine(gpus=large), CUDA))

@@ -270,7 +270,7 @@ def test_noise_beyond_the_declared_rows_is_not_the_declared_noise(outcome: str) 
 
 
 def kernel(*names: str, classes: tuple[str, ...] = ("K",), quantized: bool = True) -> Judgement:
-    return judgements.kernel(observation(kernels=names), "fast", classes, quantized)
+    return judgements.kernel(observation(kernels=names), "fast", classes, "all" if quantized else "")
 
 
 def test_the_requested_kernel_is_confirmed() -> None:
@@ -311,7 +311,7 @@ def test_one_kernel_on_two_paths_is_mixed() -> None:
     ]
     whole = observation(executed=Executed(layers=tuple(layers)).model_dump())
 
-    found = judgements.kernel(whole, "fast", ("K",), True)
+    found = judgements.kernel(whole, "fast", ("K",), "all")
 
     assert (Verdict.INVALID, False) == (found.verdict, found.expected)
     assert "mixed kernels: K[vec] x2 + K[vec,w4a8] x2" in found.message
@@ -326,7 +326,7 @@ def test_without_a_declared_pick_one_kernel_is_enough() -> None:
 def w4a4(*names: str, native: bool, classes: tuple[str, ...] = (), precision: str = "W4A4") -> Judgement:
     one = observation(kernels=names, dtype="float16")
     weight_only = {"MarlinNvFp4LinearKernel", "MarlinMxFp8LinearKernel"}
-    return judgements.kernel(one, "auto", classes, True, precision=precision, weight_only=weight_only, native=native)
+    return judgements.kernel(one, "auto", classes, "all", precision=precision, weight_only=weight_only, native=native)
 
 
 @pytest.mark.parametrize("classes", [(), ("MarlinNvFp4LinearKernel",)])
@@ -370,9 +370,9 @@ def test_other_kernels_and_formats_are_not_called_weight_only(native: bool) -> N
     assert "weight-only" not in cutlass.message + w4a16.message
 
 
-def experts(*names: str, linear: str = "K", quantized: bool = True, moe_classes: tuple[str, ...] = ("E",)) -> Judgement:
+def experts(*names: str, linear: str = "K", quantizes: str = "all", moe_classes: tuple[str, ...] = ("E",)) -> Judgement:
     whole = observation(kernels=(linear,), experts=names)
-    return judgements.kernel(whole, "fast", ("K",), quantized, moe_classes)
+    return judgements.kernel(whole, "fast", (linear,) if quantizes == "experts" else ("K",), quantizes, moe_classes)
 
 
 def test_the_requested_experts_are_confirmed() -> None:
@@ -406,9 +406,19 @@ def test_other_experts_are_invalid(names: tuple[str, ...], linear: str, words: s
 def test_experts_of_a_kernel_that_names_none() -> None:
     """Any one kind of experts is taken, but not a mix, and not unquantized ones in a quantized format."""
     assert experts("Whatever", moe_classes=()).expected
-    assert experts("UnquantizedFusedMoEMethod", moe_classes=(), quantized=False).expected
+    assert experts("UnquantizedFusedMoEMethod", moe_classes=(), quantizes="").expected
     assert not experts("A", "B", moe_classes=()).expected
     assert "the format was ignored" in experts("UnquantizedFusedMoEMethod", moe_classes=()).message
+
+
+def test_a_format_of_the_experts_alone() -> None:
+    """Its other layers are unquantized, and rightly so; experts that are not, or none at all, are INVALID."""
+    plain = "UnquantizedLinearMethod"
+
+    assert experts("E", linear=plain, quantizes="experts").expected
+    ignored = experts("UnquantizedFusedMoEMethod", linear=plain, quantizes="experts", moe_classes=())
+    assert "for experts, executed" in ignored.message and not ignored.expected
+    assert "found no layer of experts" in experts(linear=plain, quantizes="experts", moe_classes=()).message
 
 
 # -------------------------------------------------------------------------------------------------------------- refusal

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quantdet import rows
 from quantdet.matrix import Matrix, MatrixError, load
 from quantdet.schema import CARRIES, ID_PATTERN, Cell, Expect
 from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
@@ -346,6 +347,41 @@ def test_a_mistake_is_told_by_its_path(tmp_path: Path, kind: str) -> None:
     mine = [line for line in found if line.startswith(f"{path}: ")]
     assert mine, found
     assert any(words in line for line in mine), found
+
+
+@pytest.mark.parametrize(
+    ("edit", "path", "words"),
+    [
+        (put("expect", 0, "when", "moon", "full"), "expect.0.when.moon", "(row 1 of [[expect]]: when = { "),
+        (put("pin", 0, "kernel", "warp"), "pin.0.kernel", '(row 1 of [[pin]]: kernel = "warp"'),
+    ],
+    ids=["expect", "pin"],
+)
+def test_a_mistake_in_a_row_says_which_row(tmp_path: Path, edit: Edit, path: str, words: str) -> None:
+    """TOML counts rows from 0, people from 1: both are said, and the row's own words."""
+    (mine,) = [line for line in mistakes(tmp_path, edit) if line.startswith(f"{path}: ")]
+
+    assert words in mine
+
+
+def test_a_mistake_in_a_row_says_its_line(tmp_path: Path) -> None:
+    """The line of the row's header, where the file has one for each; of two rows in conflict both."""
+    text = (ROOT / "quant_matrix.toml").read_text(encoding="utf-8")
+    row = '\n[[expect]]\nwhen = { format = "gtpq" }\noutcome = "noisy"\nreason = "r"\nsource = "s"\n'
+    path = tmp_path / "matrix.toml"
+    path.write_text(text + row, encoding="utf-8")
+
+    with pytest.raises(MatrixError) as error:
+        load(path)
+
+    (found,) = error.value.mistakes
+    number = text.count("\n[[expect]]") + 1
+    line = len(text.splitlines()) + 2
+    where = f'(row {number} of [[expect]], line {line}: when = {{ format = "gtpq" }}, outcome = "noisy")'
+    assert found.startswith(f"expect.{number - 1}.when.format: ")
+    assert found.endswith(where)
+    both = rows.told("pin.1: differs from pin.0 about", {"pin": [{"kernel": "a"}, {"kernel": "b"}]}, "[[pin]]\n[[pin]]\n")
+    assert both.endswith('(row 2 of [[pin]], line 2: kernel = "b"; row 1 of [[pin]], line 1: kernel = "a")')
 
 
 UNSAFE = (

@@ -431,7 +431,7 @@ def test_what_is_read_can_be_judged(folder: Path, data: st.DataObject) -> None:
     if found is not None:
         for phase in PHASES:
             judgements.repeat([found], phase, Expectations(()))
-        judgements.kernel(found, "k", (), False)
+        judgements.kernel(found, "k", (), "")
         judgements.restart([found, sample()], Expectations(()))
         judgements.distinctness(found, {observation("gptq").header.cell: observation("gptq")}, Expectations(()))
 

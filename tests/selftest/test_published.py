@@ -170,7 +170,7 @@ def test_what_a_report_cannot_answer() -> None:
         (judgements.repeat([many], "prefill", KNOWN), "needs logprobs of prefill, have none in what was reported"),
         (judgements.repeat([once], "prefill", KNOWN), "needs two runs of a request, have one"),
         (judgements.repeat([once], "decode", KNOWN), "needs two runs of a request, have one"),
-        (judgements.kernel(many, "marlin", (), True), "needs the layers of the loaded model"),
+        (judgements.kernel(many, "marlin", (), "all"), "needs the layers of the loaded model"),
     ]:
         assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
         assert words in found.message

@@ -105,7 +105,7 @@ def test_terminal_says_verdicts_classes_and_pairs(suite: Suite) -> None:
     assert "LOGPROB COMPARISON RESULTS: 1 identical pairs, 9 different" in run.output
     assert "published" in run.cases["test_distinct[alpha/gptq/cpu-here]"].properties["pair.ct"]
     assert re.search(r"gptq \| ct +IDENTICAL", run.output)
-    assert "needs cpu-elsewhere (a machine that is not here), have cpu-here" in run.output
+    assert "needs cpu-elsewhere (a machine that is not here), have cpu-here" in words
 
 
 # ------------------------------------------------------------------------------------------------------ seeded defects

@@ -51,9 +51,35 @@ def test_layers_of_experts() -> None:
     assert layers()[:2] == found[:2]
 
 
+LATENT = {
+    **{name: value for name, value in MIXTURE.items() if name not in ("kv_heads", "head_dim")}, "architecture": "deepseek_v3",
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 96, "dense_layers": 1,
+    "shared_experts": 2, "routed_scaling": 2.5,
+}  # fmt: skip
+
+
+def test_layers_of_latent_attention() -> None:
+    """What vLLM fuses depends on whether queries are compressed; each shape of a decoder with dense and mixed layers once."""
+    spec = Synthetic.model_validate(LATENT)
+    found = [*map(str, layers_of(spec))]
+
+    assert ["q_proj 768x512", "kv_a_proj_with_mqa 576x512", "kv_b_proj 896x512", "o_proj 512x384"] == found[:4]
+    assert ["gate_up_proj 4096x512", "down_proj 512x2048", "w13 1536x512 of 8 experts", "w2 512x768 of 8 experts"] == found[4:8]
+    assert ["shared_experts.gate_up_proj 3072x512", "shared_experts.down_proj 512x1536"] == found[8:]
+    compressed = [*map(str, layers_of(spec.model_copy(update={"q_lora_rank": 256})))]
+    assert ["fused_qkv_a_proj 832x512", "q_b_proj 768x256", "kv_b_proj 896x512"] == compressed[:3]
+    assert (False, True) == (spec.mixes(0), spec.mixes(1))
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        ({**DENSE, "q_lora_rank": 64}, "'qwen3' has no 'q_lora_rank'"),
+        ({**LATENT, "head_dim": 64}, "'deepseek_v3' has no 'head_dim'"),
+        ({**LATENT, "kv_lora_rank": None}, "'deepseek_v3' needs 'kv_lora_rank'"),
+        ({**LATENT, "shared_experts": None}, "needs 'shared_experts'"),
+        ({**LATENT, "dense_layers": 2}, "'dense_layers' is less than 'layers' (2)"),
+        ({**DENSE, "head_dim": None}, "'qwen3' needs 'head_dim'"),
         ({**DENSE, "architecture": "qwen3_moe"}, "'qwen3_moe' needs 'experts'"),
         ({**DENSE, "experts": 8}, "'qwen3' has no 'experts'"),
         ({**MIXTURE, "expert_intermediate_size": None}, "needs 'expert_intermediate_size'"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantdet.checkpoints import architectures, hub, package, synthetic
 from quantdet.checkpoints import cache as _cache
-from quantdet.checkpoints import hub, package, synthetic
 from quantdet.checkpoints.base import Base, Source, write
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
@@ -48,7 +48,7 @@ class _SyntheticSource:
     @contextmanager
     def open(self) -> Iterator[Base]:
         stored = None if self.plain is None else load_folder(self.plain)
-        yield Base(synthetic.config(self.spec), synthetic.batches(self.spec, stored))
+        yield Base(architectures.config(self.spec), synthetic.batches(self.spec, stored))
 
 
 def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_download: bool = False) -> Checkpoint:
@@ -111,6 +111,7 @@ def _description(source: Source, format_: Format, group: int) -> dict[str, Any]:
         "activations": format_.activations,
         # Formats that fix their own groups, or have none, are the same for every group size.
         "group_size": group if format_.weights in GROUPED else None,
+        **({} if format_.quantizes == "all" else {"quantizes": format_.quantizes}),
     }
 
 

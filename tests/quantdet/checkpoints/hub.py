@@ -39,7 +39,8 @@ def snapshot(repository: str, *, allow_download: bool) -> Path:
     except LocalEntryNotFoundError:
         if allow_download:
             raise Unavailable(f"{repository}: need it in the local hub cache, have no connection to the hub") from None
-        raise Unavailable(f"{repository}: need it in the local hub cache, have none; --allow-download") from None
+        way = f"hf download {repository}, or --allow-download"
+        raise Unavailable(f"{repository}: need it in the local hub cache, have none; {way}") from None
     except (HfHubHTTPError, OSError) as error:
         raise Unavailable(f"{repository}: need it from the hub, have {type(error).__name__}") from None
     if not list(folder.glob("*.safetensors")):

@@ -70,8 +70,12 @@ class ActivationTap:
         self.outcomes: list[Outcome] = []
         self.fingerprints: list[tuple[NDArray[np.float16], int]] = []
         self._recording = False
-        for index, (_, module) in enumerate(self.modules):
-            module.register_forward_hook(self._after(index))
+        self._hooks = [module.register_forward_hook(self._after(index)) for index, (_, module) in enumerate(self.modules)]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def start(self) -> None:
         self._rows: list[list[NDArray[Any]]] = [[] for _ in self.modules]
@@ -173,12 +177,13 @@ class Recorded:
             self._tap.projecting = True
 
     def result(self, prompts: int) -> HiddenStates | None:
-        """What goes into the observation of so many prompts; None where nothing was asked for."""
+        """What goes into the observation of so many prompts, None where nothing was asked for; the hooks are gone then."""
         if not self._wanted:
             return None
         tap, self._logits.beside = self._tap, None
         if tap is None:
             return HiddenStates(Activations(problem=self._problem))
+        tap.remove()
         repeats = len(tap.outcomes) // prompts
         found = [_collapsed(tap.outcomes[p * repeats : (p + 1) * repeats]) for p in range(prompts if repeats else 0)]
         projected = {"projection": projection.NAME, "projected": tap.kept} if tap.fingerprints else {}
@@ -201,6 +206,7 @@ class Recorded:
         try:
             self._tap.finish(prompt_length, decode, prefill)
         except CaptureError as error:
+            self._tap.remove()
             self._tap, self._problem = None, str(error)
 
     def _watch(self, *, projecting: bool) -> None:

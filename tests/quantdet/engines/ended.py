@@ -33,6 +33,11 @@ def words(exitcode: int | None, kills_before: int) -> str:
     return f"ended with exit code {exitcode}"
 
 
+def said(exitcode: int | None, log: Path) -> str:
+    """What the log adds to how a process ended: of one that was killed by SIGKILL only where it is, since that says nothing."""
+    return f"\n  log: {log}" if exitcode == -signal.SIGKILL else tail(log)
+
+
 def tail(log: Path) -> str:
     """The log's last lines and its path."""
     try:

@@ -127,7 +127,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
             seconds = time.monotonic() - started
             if record is None:
                 how = ended.words(child.exitcode, kills)
-                return Crashed(f"engine process {how}, no completion record{ended.tail(log)}", log, seconds)
+                return Crashed(f"engine process {how}, no completion record{ended.said(child.exitcode, log)}", log, seconds)
         finally:
             if child.pid is not None:
                 _kill_group(child.pid)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 # The parts of a lifetime in `Header.timings`, seconds, in their order.
-PARTS = ("import_s", "start_s", "load_s", "prepare_s", "compile_s", "measure_s", "claims_s")
+PARTS = ("import_s", "start_s", "load_s", "prepare_s", "compile_s", "measure_s", "claims_s", "speed_s")
 
 
 class Stopwatch:

@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, activations, device, faults, layers, masks
+from quantdet.engines import (
+    FLIPS,
+    EngineRefused,
+    NeedsSpawn,
+    Plan,
+    PlannedPrompt,
+    activations,
+    device,
+    faults,
+    layers,
+    masks,
+    speed,
+)  # fmt: skip
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -71,6 +83,9 @@ class VllmEngine:
         repeated = time.monotonic()
         claims = self._run(vllm, llm, tap, plan.claiming)
         claimed = time.monotonic()
+        found = hidden.result(len(recorder.records))
+        longest = max((self._ids(llm, prompt)[0] for prompt in plan.prompts), key=len)
+        pace = speed.timings(plan, lambda ids, n_tokens: _generate(vllm, llm, ids, n_tokens), longest)
         header = Header.model_validate(
             {
                 **plan.identity,
@@ -93,10 +108,10 @@ class VllmEngine:
                     **({"claims_s": claimed - repeated} if plan.claims else {}),
                     "generate_s": recorder.generate_s,
                     "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
+                    **pace,
                 },
             }
         )
-        found = hidden.result(len(recorder.records))
         write(directory, header, tuple(recorder.records), tuple(claims.records), found)
 
     def _run(self, vllm: Any, llm: Any, tap: LogitsTap, plan: Plan) -> Recorder:
@@ -193,6 +208,12 @@ def _answer(vllm: Any, llm: Any, plan: Plan, ids: list[int]) -> Any:
     )  # fmt: skip
     (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
     return answer
+
+
+def _generate(vllm: Any, llm: Any, ids: Sequence[int], n_tokens: int) -> None:
+    """A call that only its time is taken of: no logprobs, and the tap does not record."""
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": list(ids)}], parameters, use_tqdm=False)
 
 
 def _watched() -> Stopwatch:

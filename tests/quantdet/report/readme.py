@@ -48,6 +48,9 @@ class About:
             what = (layer.kernel or layer.module) if layer is not None and self.diagnosis.status == "found" else self._kernel  # type: ignore[union-attr]
             between = self.request is not None and self.request.lifetimes > 1
             given = "logprobs" if self.identity.get("evidence") == "reported" else "logits"
+            if between and self.executed is not None and self.executed.mode == "compiled":
+                # The kernel is not what differs: each process compiles, or loads, the code around it.
+                return f"another process of a compiled engine gives other {given} for the same request {where}"
             return (
                 f"{what}: the same request gives other {given} {'in another process' if between else 'when repeated'} {where}"
             )

@@ -12,7 +12,7 @@ EVIDENCE = pytest.StashKey[dict[str, Any] | None]()
 _ATTRIBUTE = "quantdet_record"
 
 
-@dataclass
+@dataclass(eq=False)  # a plugin: pluggy puts plugins into sets
 class Records:
     """Registered as a plugin on the controller; collects what every test said, in the order of arrival."""
 

@@ -23,6 +23,11 @@ LEGEND = (
     "published: the published metric, top-k of the claimed side, missing ids dropped; own L2: this suite's metric, union of "
     "ids, censored. * marks formats that hold the claimed one's numbers."
 )
+IDENTIFICATION_LEGEND = (
+    "identified: share of prompts nearest to a format that holds the claim's numbers, exact 95 % interval. verdicts: on "
+    "formats with other numbers; NEARER: the claim matches it better than its own. Below, * marks formats that hold the "
+    "claim's numbers."
+)
 SNR_LEGEND = (
     "signal: mean of both directions; noise: mean of the two own distances; SNR: their ratio, inf where the noise is 0. "
     "a->b: claimed a verified by b, over claimed a verified by a. n/a: 0 over 0."
@@ -91,8 +96,8 @@ def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Veri
     return made
 
 
-def sections(cases: Iterable[Case], order: Sequence[str], width: int) -> list[str]:
-    """The texts of DIRECTIONAL DISTANCES, PAIRWISE SNR SUMMARY and IDENTIFICATION."""
+def whole(cases: Iterable[Case], order: Sequence[str], width: int) -> list[str]:
+    """The texts in full of DIRECTIONAL DISTANCES, PAIRWISE SNR SUMMARY and IDENTIFICATION."""
     found = verifications(cases, order)
     texts = [prose(LEGEND, width)] if found else []
     for one in found:
@@ -229,7 +234,7 @@ def identification(one: Verification, width: int) -> list[str]:
         near = ", ".join(f"{name} {share:.2f}" for name, share in shares[:3]) + (", ..." if len(shares) > 3 else "")
         share = data["identified"]
         counts = Counter(
-            NEARER if _nearer(found) else str(found["verdict"])
+            NEARER if nearer(found) else str(found["verdict"])
             for name, found in data["comparisons"].items()
             if not one.marked(claimed, name)
         )
@@ -238,7 +243,7 @@ def identification(one: Verification, width: int) -> list[str]:
             "\n".join(f"{counts[word]} {word}" for word in sorted(counts)), str(data["prompts"]),
         )  # fmt: skip
     texts.append(render(made, width))
-    texts.append(prose("(verdicts: on formats with other numbers; NEARER: the claim matches it better than its own)", width))
+    texts.append(prose(IDENTIFICATION_LEGEND, width))
     chosen = [name for name in one.columns if any(data["nearest"].get(name) for data in one.claims.values())]
     if chosen and len(one.claims) * len(chosen) <= LIMIT:
 
@@ -253,7 +258,7 @@ def identification(one: Verification, width: int) -> list[str]:
     return [*texts, *_untold(one, width)]
 
 
-def _nearer(found: dict[str, Any]) -> bool:
+def nearer(found: dict[str, Any]) -> bool:
     """Whether the claim matches this format detectably better than its own."""
     return bool(found["verdict"] == "DETECTABLE" and found["difference"] < 0)
 
@@ -264,7 +269,7 @@ def _untold(one: Verification, width: int) -> list[str]:
         (one.marked(claimed, verified), claimed, verified, found)
         for claimed, data in one.claims.items()
         for verified, found in data["comparisons"].items()
-        if found["verdict"] != "DETECTABLE" or _nearer(found)
+        if found["verdict"] != "DETECTABLE" or nearer(found)
     ]
     rows.sort(key=lambda row: row[0])  # those with the same numbers are expected here: last
     if not rows:
@@ -272,13 +277,17 @@ def _untold(one: Verification, width: int) -> list[str]:
     made = table("claimed -> verified", "verdict", "difference", "MDE", "SNR", fold=("claimed -> verified",))
     for own, claimed, verified, found in rows[:_UNTOLD]:
         made.add_row(
-            joined(claimed, "->", verified + "*" * own, width - 58), NEARER if _nearer(found) else found["verdict"],
+            joined(claimed, "->", verified + "*" * own, width - 58), NEARER if nearer(found) else found["verdict"],
             f"{nats(found['difference'])}\n\\[{nats(found['low'])}, {nats(found['high'])}]",
             nats(found["mde"]), times(found["snr"]),
         )  # fmt: skip
     more = f"; {_UNTOLD} of {len(rows)}, the others in the JUnit properties" if len(rows) > _UNTOLD else ""
     title = "Not told from the claimed format, or nearer than it"
-    title += f" (* same numbers; difference of distances in nats; MDE: minimum detectable effect{more})"
+    title += (
+        " (* same numbers: no difference is expected; difference: how much farther the verified format is than the claim's "
+        "own, mean over prompts, nats, [95 % bootstrap interval]; NOT_DETECTABLE: the interval reaches down to 0 and not above "
+        f"half the noise; MDE: minimum detectable effect{more})"
+    )
     return [prose(title, width), render(made, width)]
 
 

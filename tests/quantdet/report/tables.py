@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 Case = dict[str, Any]
 _CELL = 9
@@ -40,6 +42,59 @@ def table(*columns: str, fold: Sequence[str] = (), right: Sequence[str] = ()) ->
     return made
 
 
+def fitted(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, fold: Sequence[str] = (), title: str = ""
+) -> str:
+    """A table without lines that is at most `width` wide and loses no character of a cell.
+
+    Args:
+        columns: headers; one that begins with `>` is of numbers, on the right.
+        rows: a text for each column, which may have several lines.
+        width: columns of the screen, at least 6 for each column of the table.
+        fold: headers whose cells are broken first, in this order, after blanks and marks such as `_`; then all others are.
+        title: a line (or more) above it.
+    """
+    names = [column.removeprefix(">") for column in columns]
+    known = [[name, *(str(row[at]) for row in rows)] for at, name in enumerate(names)]
+    widths = [max(len(line) for text in texts for line in text.split("\n")) for texts in known]
+    order = [names.index(name) for name in fold if name in names]
+    order += [at for at in range(len(names)) if at not in order]
+    gap, first = 2, order[: len(fold)]
+    for least, some, gap in ((11, first, 2), (11, first, 1), (6, first, 1), (5, order, 1)):
+        over = sum(widths) + gap * (len(names) - 1) - width
+        for at in some:
+            less = max(0, min(over, widths[at] - least))
+            widths[at] -= less
+            over -= less
+        if over <= 0:
+            break
+    made = Table(box=None, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for column, name, wide in zip(columns, names, widths, strict=True):
+        made.add_column(Text(folded(name, wide)), width=wide, justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        made.add_row(*(Text(folded(str(text), wide)) for text, wide in zip(row, widths, strict=True)))
+    # rich counts the padding after the last column too
+    return "\n".join(filter(None, (prose(title, width) if title else "", render(made, width + gap))))
+
+
+def folded(text: str, width: int) -> str:
+    """A text in lines of at most `width`, broken after blanks and marks where it can be, else anywhere."""
+    lines = []
+    for given in text.split("\n"):
+        parts = [part for part in re.split(r"(?<=[\s_\-\[=/.,:|])", given) if part]
+        line = ""
+        for part in parts:
+            if line and len((line + part).rstrip()) > width:
+                lines.append(line.rstrip())
+                line = ""
+            while len(part.rstrip()) > width:
+                lines.append(part[:width])
+                part = part[width:]
+            line += part
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 def render(made: Table, width: int) -> str:
     """A rich table as plain text, without spaces at the ends of lines."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
@@ -49,8 +104,8 @@ def render(made: Table, width: int) -> str:
 
 
 def prose(text: str, width: int) -> str:
-    """One line, broken at blanks only, what follows indented."""
-    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    """One line, broken at blanks only, what follows indented; a longer word (a path, say) stays whole."""
+    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def matrix(corner: str, rows: Sequence[str], columns: Sequence[str], cell: Callable[[str, str], str], width: int) -> list[str]:
@@ -73,10 +128,10 @@ def matrix(corner: str, rows: Sequence[str], columns: Sequence[str], cell: Calla
     return blocks
 
 
-def broken(name: str, width: int = _CELL) -> str:
-    """A format's name in lines of about `width`, broken after underscores."""
-    lines = [""]
-    for part in name.replace("_", "_\n").split("\n"):
+def broken(name: str, width: int = _CELL, most: int | None = None) -> str:
+    """A format's name in lines of about `width`, broken after underscores; parts longer than `most` anywhere."""
+    lines, most = [""], most or 2 * width
+    for part in re.findall(f".{{1,{most}}}", name.replace("_", "_\n")):
         if lines[-1] and len(lines[-1] + part) > width:
             lines.append("")
         lines[-1] += part
@@ -86,7 +141,8 @@ def broken(name: str, width: int = _CELL) -> str:
 def joined(a: str, sign: str, b: str, room: int) -> str:
     """Two formats on one line where there is room for it, else on a line each, broken after underscores."""
     one = f"{a} {sign} {b}"
-    return one if len(one) <= room else f"{broken(a, room - 1 - len(sign))} {sign}\n{broken(b, room)}"
+    first = room - 1 - len(sign)
+    return one if len(one) <= room else f"{broken(a, first, first)} {sign}\n{broken(b, room, room)}"
 
 
 def nats(value: float | None) -> str:

@@ -1,61 +1,70 @@
 """The end summary: verdicts, times, distances and classes, re-executions, and what was not measured."""
 
-import shlex
 from collections import Counter
 from typing import Any
 
 import pytest
-from rich.markup import escape
-from rich.table import Table
 
 from quantdet import collect
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
-from quantdet.report import activations, confidence, effects, reexecution
+from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
 from quantdet.report.record import RECORDS, Records
-from quantdet.report.tables import place, render
+from quantdet.report.tables import fitted, place, prose
+from quantdet.session import Clock
 
-_APART = ("test_versions", "test_reexecution")  # have tables of their own
+_APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
     """For `pytest_terminal_summary`, on the controller."""
-    records = config.stash[RECORDS]
+    records, session = config.stash[RECORDS], config.stash[collect.SESSION]
     width = max(80, min(reporter._tw.fullwidth, 160))
+
+    def say(text: str) -> None:
+        reporter.write_line(prose(text, width))
+
     if records.cases:
         reporter.write_sep("=", "quantdet: verdicts")
-        order = list(config.stash[collect.SESSION].matrix.formats)
-        for table in matrix_tables(records, order):
-            reporter.write_line(render(table, width))
+        order = list(session.matrix.formats)
+        for table in matrix_tables(records, order, width):
+            reporter.write_line(table)
         for where, text in confidence.controls(records.cases).items():
-            reporter.write_line(f"controls on {where}: {text}")
+            say(f"controls on {where}: {text}")
         for text in filter(None, (confidence.at_once(records.cases), confidence.multiplicity(records.cases))):
-            reporter.write_line(text)
-        clock = config.stash[collect.SESSION].clock
-        if clock.cells > clock.reused:
-            for table in time_tables(records):
-                reporter.write_line(render(table, width))
-        for table in version_tables(records):
-            reporter.write_line(render(table, width))
+            say(text)
+        if session.clock.cells > session.clock.reused:
+            for table in time_tables(records, width):
+                reporter.write_line(table)
+        for table in (*speed.sections(records.cases, width), *version_tables(records, width)):
+            reporter.write_line(table)
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
-        _section(reporter, "re-executions", reexecution.sections(records.cases, order, width))
+        _section(reporter, "published questions", questions(records, width))
+        _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
         _section(reporter, "hidden states", activations.sections(reexecution.verifications(records.cases, order), width))
-    _skipped(reporter, records)
-    clock = config.stash[collect.SESSION].clock
-    if clock.cells:
-        reporter.write_line(
-            f"engines: {clock.cells} cells, {clock.reused} of them from the store (--fresh measures again); "
-            f"{clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
-            f"{clock.checkpoints:.1f} s for checkpoints"
-        )
-    session = config.stash[collect.SESSION]
+        declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
+        texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
+        _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
+    _skipped(reporter, records, width)
+    if text := engines(session.clock):
+        say(text)
     for aside in session.store.set_aside:
         reporter.write_line(f"put aside, damaged or edited, and measured again: {aside}")
     if session.inject is not None:
-        reporter.write_line(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
-    if records.first_failure:
-        reporter.write_line(f"rerun the first failure: {_command(config, records.first_failure)}")
+        say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
+    if records.first_failure:  # in one line, to be pasted
+        reporter.write_line(f"rerun the first failure: {rerun.command(config, records.first_failure)}")
+
+
+def questions(records: Records, width: int) -> list[str]:
+    """The answers, each under what was asked."""
+    asked = [case for case in records.cases if case["test"] == "test_question"]
+    return [
+        prose(text, width)
+        for case in asked
+        for text in (case["properties"].get("asks", ""), case["message"] + ("" if case["expected"] else " !"))
+    ]
 
 
 def _section(reporter: Any, title: str, texts: list[str]) -> None:
@@ -65,32 +74,48 @@ def _section(reporter: Any, title: str, texts: list[str]) -> None:
         reporter.write_line(text)
 
 
-def _command(config: pytest.Config, nodeid: str) -> str:
-    """What to paste: the case, and the options and the variable that it depended on."""
-    session = config.stash[collect.SESSION]
-    words = ["pytest", nodeid]
-    for name in ("--matrix", "--store", "--replay", "--repeats", "--max-flip-rate", "--lifetimes"):
-        given = config.getoption(name)
-        words += [f"{name}={value}" for value in (given if isinstance(given, list) else [given]) if value is not None]
-    prefix = f"QUANTDET_INJECT={shlex.quote(':'.join(session.inject))} " if session.inject else ""
-    return prefix + shlex.join(words)  # an id may hold shell characters
+def engines(clock: Clock) -> str:
+    """How many engines were started, what for, and where the time went; empty if none was and the store gave nothing."""
+    kinds = (
+        (clock.lifetimes, "cell lifetime"), (clock.controls, "control"), (clock.verifications, "re-execution"),
+        (clock.traces, "trace"),
+    )  # fmt: skip
+    started = sum(count for count, _ in kinds)
+    if not started and not clock.cells:
+        return ""
+    parts = ", ".join(_counted(count, word) for count, word in kinds if count)
+    text = f"engines: {started} started{f' ({parts})' if parts else ''}"
+    text += f"; {_counted(clock.cells, 'cell')}" if clock.cells else ""
+    if clock.reused:
+        text += f", {clock.reused} of {'them' if clock.cells > 1 else 'it'} from the store (--fresh measures again)"
+    return (
+        f"{text}; {clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
+        f"{clock.checkpoints:.1f} s for checkpoints"
+    )
 
 
-def matrix_tables(records: Records, order: list[str]) -> list[Table]:
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
     places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for case in records.cases:
         if case["test"] in _APART:
             continue
         p = case["properties"]
-        name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
+        name = case["test"].removeprefix("test_") + (
+            f" {p['case.phase']}" if case["test"] in ("test_repeat", "test_activations") else ""
+        )
         places.setdefault(place(p), {}).setdefault(p["case.format"], {})[name] = case
     return [
-        _matrix_table(where, {name: formats[name] for name in order if name in formats}) for where, formats in places.items()
+        _matrix_table(where, {name: formats[name] for name in order if name in formats}, width)
+        for where, formats in places.items()
     ]
 
 
-def version_tables(records: Records) -> list[Table]:
+def version_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: format -> the same raw logits in every recorded vLLM version or not, and what ran."""
     places: dict[str, list[dict[str, Any]]] = {}
     for case in records.cases:
@@ -100,23 +125,22 @@ def version_tables(records: Records) -> list[Table]:
     for where, cases in places.items():
         versions = max((case["properties"]["versions"].split(",") for case in cases), key=len)
         title = f"{where}: raw logits, vLLM {' against '.join(versions)} (L2 and max: of the reported logprobs, nats)"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for column in ("format", "logits", "L2", "max", *(f"kernel in {version}" for version in versions)):
-            table.add_column(column, overflow="fold", no_wrap=not column.startswith("kernel"))
+        kernels = [f"kernel in {version}" for version in versions]
+        rows = []
         for case in cases:
             p = case["properties"]
             executed = [p.get(f"kernel.executed@{version}", "") for version in versions]
             figures = [f"{float(p[name]):.3g}" if p.get(name) else "" for name in ("l2", "max_abs_diff")]
-            table.add_row(p["case.format"], _word(case), *figures, *(_kernel(name, None) for name in executed))
-        tables.append(table)
+            rows.append((p["case.format"], _word(case), *figures, *(_kernel(name, None) for name in executed)))
+        columns = ("format", "logits", "L2", "max", *kernels)
+        tables.append(fitted(columns, rows, width, fold=(*kernels, "format"), title=title))
     return tables
 
 
-def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    table = Table(title=where, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], width: int) -> str:
     restarts = any("restart" in cases for cases in formats.values())
-    for column in ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct", "kernel", "n", "flips <"):
-        table.add_column(column, overflow="fold", no_wrap=column != "kernel")
+    hidden = any(name.startswith("activations") for cases in formats.values() for name in cases)
+    rows = []
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
@@ -124,17 +148,20 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]]) -> 
         words = [_word(cases.get(name)) for name in names]
         if "hardware" in cases:
             words = [_word(cases["hardware"]), *("" for _ in names[1:])]
+        words += [activations.word(cases)] if hidden else []
         executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
         bound = p.get("flip_rate_upper95", "")
-        table.add_row(
+        rows.append((
             format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")),
             p.get("runs", "") if bound else "",
             f"{float(bound):.3g}" if bound else "",
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    columns = ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct")
+    columns = (*columns, *(["layers"] if hidden else []), "kernel", ">n", ">flips <")
+    return fitted(columns, rows, width, fold=("kernel", "format"), title=where)
 
 
-def time_tables(records: Records) -> list[Table]:
+def time_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: where the time of each cell's (first) engine lifetime went, slowest first."""
     places: dict[str, dict[str, dict[str, float]]] = {}
     for case in records.cases:
@@ -144,15 +171,14 @@ def time_tables(records: Records) -> list[Table]:
             places.setdefault(place(p), {})[p["case.format"]] = parts
     tables = []
     for where, cells in places.items():
-        names = [name for name in (part.removesuffix("_s") for part in PARTS) if any(name in row for row in cells.values())]
-        table = Table(title=f"{where}: seconds", title_justify="left", box=None, pad_edge=False, header_style="bold")
-        table.add_column("format", no_wrap=True)
-        for name in (*names, "total"):
-            table.add_column(name, justify="right")
+        # A part that took no time in any cell is not worth a column.
+        names = [name for name in (part.removesuffix("_s") for part in PARTS) if any(row.get(name) for row in cells.values())]
+        rows = []
         for format_, parts in sorted(cells.items(), key=lambda row: -sum(row[1].values())):
             figures = (*(parts.get(name, 0.0) for name in names), sum(parts.values()))
-            table.add_row(format_, *(f"{value:.1f}" for value in figures))
-        tables.append(table)
+            rows.append((format_, *(f"{value:.1f}" for value in figures)))
+        columns = ("format", *(f">{name}" for name in (*names, "total")))
+        tables.append(fitted(columns, rows, width, fold=("format",), title=f"{where}: seconds"))
     return tables
 
 
@@ -165,13 +191,13 @@ def _word(case: dict[str, Any] | None) -> str:
 def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
-    text = escape(executed)  # a recording's word
+    text = executed
     if case is not None and case["properties"].get("kernel.weight_only") == "True":
         text += " weight-only"
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
 
 
-def _skipped(reporter: Any, records: Records) -> None:
+def _skipped(reporter: Any, records: Records, width: int) -> None:
     """Cells that were not measured, by reason, most cells first."""
     cells: dict[str, set[str]] = {}
     for nodeid, reason in records.skipped:
@@ -183,4 +209,4 @@ def _skipped(reporter: Any, records: Records) -> None:
     reporter.write_sep("=", "quantdet: not measured")
     counts = Counter({reason: len(group) for reason, group in cells.items()})
     for reason, count in counts.most_common():
-        reporter.write_line(f"{count:4d} {'cell ' if count == 1 else 'cells'}  {reason}")
+        reporter.write_line(prose(f"{count:4d} {'cell ' if count == 1 else 'cells'}  {reason}", width))

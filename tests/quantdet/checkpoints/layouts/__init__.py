@@ -2,8 +2,8 @@
 
 A layout module has
     encode(q, activations) -> tensors of one linear module by local name ("qweight", "weight_scale", ...);
-    config(weights, activations, group, routers) -> the `quantization_config` of `config.json`; `routers` are the names of
-        the linear modules of decoder layers that are not quantized.
+    config(weights, activations, group, skipped) -> the `quantization_config` of `config.json`; `skipped` are the names of
+        the linear modules of decoder layers that are not quantized (routers, or all but the routed experts).
 The stored values are those of the quantizer: no layout rounds anything again.
 """
 
@@ -22,7 +22,7 @@ class Writer(Protocol):
     def encode(self, q: Quantized, activations: Activations) -> dict[str, Array]: ...
 
     def config(
-        self, weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()
+        self, weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()
     ) -> dict[str, Any]: ...
 
 

@@ -28,7 +28,7 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     }
 
 
-def config(weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()) -> dict[str, Any]:
+def config(weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `quantization_config`."""
     return {
         "quant_method": "awq",
@@ -36,7 +36,7 @@ def config(weights: Weights, activations: Activations, group: int, routers: tupl
         "group_size": group,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", *routers],
+        "modules_to_not_convert": ["lm_head", *skipped],
     }
 
 

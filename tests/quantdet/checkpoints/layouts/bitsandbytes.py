@@ -30,7 +30,7 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     }
 
 
-def config(weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()) -> dict[str, Any]:
+def config(weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `quantization_config`."""
     if weights == "bnb-int8":
         return {
@@ -39,7 +39,7 @@ def config(weights: Weights, activations: Activations, group: int, routers: tupl
             "load_in_4bit": False,
             "llm_int8_threshold": 6.0,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": ["lm_head", *routers],
+            "llm_int8_skip_modules": ["lm_head", *skipped],
         }
     return {
         "quant_method": "bitsandbytes",
@@ -49,5 +49,5 @@ def config(weights: Weights, activations: Activations, group: int, routers: tupl
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *routers],
+        "llm_int8_skip_modules": ["lm_head", *skipped],
     }

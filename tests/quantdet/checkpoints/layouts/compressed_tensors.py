@@ -60,7 +60,7 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
             return {"weight": q.codes, "weight_scale": q.scales}
 
 
-def config(weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()) -> dict[str, Any]:
+def config(weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `quantization_config`."""
     scheme = {
         "targets": ["Linear"],
@@ -73,7 +73,7 @@ def config(weights: Weights, activations: Activations, group: int, routers: tupl
         "quant_method": "compressed-tensors",
         "format": _FORMATS[weights],
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *routers],
+        "ignore": ["lm_head", *skipped],
         "kv_cache_scheme": None,
         "config_groups": {"group_0": scheme},
     }

@@ -18,10 +18,10 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     return {"weight": q.codes, "weight_scale": q.scales.reshape(())}
 
 
-def config(weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()) -> dict[str, Any]:
+def config(weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `quantization_config`. Both spellings of the unquantized modules: vLLM and transformers read different ones."""
     common = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    plain = ["lm_head", *routers]
-    skipped = {"ignored_layers": plain, "modules_to_not_convert": plain}
+    plain = ["lm_head", *skipped]
+    named = {"ignored_layers": plain, "modules_to_not_convert": plain}
     blocks = {"weight_block_size": [BLOCK, BLOCK]} if weights == "fp8-block" else {}
-    return {**common, **skipped, **blocks}
+    return {**common, **named, **blocks}

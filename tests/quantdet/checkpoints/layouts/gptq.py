@@ -29,12 +29,12 @@ def encode(q: Quantized, activations: Activations) -> dict[str, Array]:
     }
 
 
-def config(weights: Weights, activations: Activations, group: int, routers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The `quantization_config`; with routers, the modules that are quantized are named, in parts of their names.
+def config(weights: Weights, activations: Activations, group: int, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The `quantization_config`; with modules skipped, those that are quantized are named, in parts of their names.
 
     Without these names, vLLM with `quantization = "moe_wna16"` quantizes no linear layer up to 0.26, and the router later.
     """
-    named = {"modules_in_block_to_quantize": ["self_attn", "mlp.experts"]} if routers else {}
+    named = {"modules_in_block_to_quantize": ["self_attn", "mlp.experts"]} if skipped else {}
     return {
         **named,
         "quant_method": "gptq",

@@ -10,7 +10,7 @@ import pytest
 
 from quantdet import collect
 from quantdet.matrix import Matrix
-from quantdet.report import junit, terminal
+from quantdet.report import junit, rerun
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
 from quantdet.report.record import RECORDS, Records
 from quantdet.schema import Cell
@@ -33,7 +33,7 @@ def gather(config: pytest.Config, folder: Path) -> Data:
         evidence = dict(case.get("evidence") or {})
         row: Case = {**case, "properties": properties, "evidence": evidence}
         row["link"] = _link(properties.get("observation", ""), roots, folder)
-        row["command"] = "" if case["expected"] else terminal._command(config, case["nodeid"])
+        row["command"] = "" if case["expected"] else rerun.command(config, case["nodeid"])
         cases.append(row)
     run: dict[str, Any] = {
         "schema": SCHEMA,
@@ -53,8 +53,7 @@ def gather(config: pytest.Config, folder: Path) -> Data:
     }
     skipped = [{"nodeid": nodeid, "reason": reason} for nodeid, reason in sorted(records.skipped)]
     broken = [
-        {"nodeid": nodeid, "text": text, "command": terminal._command(config, nodeid)}
-        for nodeid, text in sorted(records.broken)
+        {"nodeid": nodeid, "text": text, "command": rerun.command(config, nodeid)} for nodeid, text in sorted(records.broken)
     ]
     return Data(run, cases, skipped, broken)
 

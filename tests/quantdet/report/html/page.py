@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from quantdet.report import confidence
+from quantdet.report import confidence, speed
 from quantdet.report.html import coverage, distances, reexecutions, svg, verdicts
 from quantdet.report.html.data import CASES, Data
 
@@ -49,7 +49,7 @@ def view(data: Data) -> dict[str, Any]:
         "kernels": verdicts.kernels(cases), "noisy": verdicts.noisy(cases), "heat": heat, "scale": scale, "steps": svg.STEPS,
         "equal": distances.equal(cases), "drift": distances.drift(cases),
         "reexecutions": reexecutions.verified(cases, order), "covered": covered, "reasons": reasons,
-        "symbols": used(cases), "data_file": CASES,
+        "symbols": used(cases), "data_file": CASES, "speed_note": speed.NOTE,
     }  # fmt: skip
     return {**found, "sections": sections(found)}
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from quantdet.report import speed
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
+from quantdet.report.tables import place as tables_place
 
 SYMBOLS = {
     "BIT_EXACT": "=", "NOISY": "~", "CONFIRMED": "\N{CHECK MARK}", "DISTINCT": "\N{NOT EQUAL TO}",
@@ -18,7 +20,7 @@ SYMBOLS = {
 _GOOD = ("BIT_EXACT", "CONFIRMED", "DISTINCT", "DETECTABLE")
 _NONE = ("UNSUPPORTED", "UNAVAILABLE")
 _CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware")
-_APART = ("test_versions", "test_reexecution")
+_APART = ("test_versions", "test_reexecution", "test_question")
 _DROPPED = ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM")  # no news, much room
 
 
@@ -77,6 +79,7 @@ class Entry:
 
     tags: dict[str, Tag]
     kernel: str = ""
+    speed: str = ""  # decode, tokens per second, with its ratio
     figures: list[tuple[str, str]] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
 
@@ -89,6 +92,16 @@ class Table:
     places: list[Place]
     columns: list[str]
     rows: list[tuple[str, list[Entry | None]]]
+
+    @property
+    def timed(self) -> bool:
+        """Whether some cell has a figure of its speed: then all have a column for it."""
+        return any(entry is not None and entry.speed for _, entries in self.rows for entry in entries)
+
+    @property
+    def span(self) -> int:
+        """Columns of one place."""
+        return len(self.columns) + 1 + self.timed
 
 
 def tables(cases: Sequence[Case]) -> list[Table]:
@@ -107,12 +120,13 @@ def tables(cases: Sequence[Case]) -> list[Table]:
         places = list(dict.fromkeys(where for _, where in cells))
         formats = list(dict.fromkeys(format_ for format_, _ in cells))
         columns = [name for name in ("decode", "prefill", "restart", "distinct") if any(name in c for c in cells.values())]
-        rows = [(one, [_entry(cells.get((one, where))) for where in places]) for one in formats]
+        paces = speed.paces(group)
+        rows = [(one, [_entry(cells.get((one, where)), paces) for where in places]) for one in formats]
         made.append(Table(model, places, columns, rows))
     return made
 
 
-def _entry(cases: dict[str, Case] | None) -> Entry | None:
+def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]]) -> Entry | None:
     if cases is None:
         return None
     tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
@@ -120,13 +134,15 @@ def _entry(cases: dict[str, Case] | None) -> Entry | None:
     p = some["properties"]
     executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
     bound = p.get("flip_rate_upper95", "")
+    pace = paces.get(tables_place(p), {}).get(p["case.format"])
     expected = dict.fromkeys(filter(None, (case["properties"].get("expectation", "") for case in cases.values())))
     figures = [
         ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
         ("executed", executed),
         ("repeats n", p.get("runs", "")),
         ("flip rate below", f"{float(bound):.3g} per call, at 95 %" if bound else ""),
-        ("tokens per second", p.get("tokens_per_second", "")),
+        *_speeds(pace),
+        ("tokens per second, all captured", p.get("tokens_per_second", "")),
         ("control", p.get("control", "")),
         ("same numerics as", (cases.get("distinct", some))["properties"].get("identical_to", "")),
         ("closest format", (cases.get("distinct", some))["properties"].get("closest", "")),
@@ -136,7 +152,21 @@ def _entry(cases: dict[str, Case] | None) -> Entry | None:
     ]  # fmt: skip
     bundle, link = _first(cases, "bundle"), next(filter(None, (c.get("link", "") for c in cases.values())), "")
     links = [(text, target) for text, target in (("observation", link), ("bug bundle", bundle)) if target]
-    return Entry(tags, short(executed), [(name, text) for name, text in figures if text], links)
+    decode = (
+        "" if pace is None else pace.decode + (f" (\N{MULTIPLICATION SIGN}{pace.decode_ratio})" if pace.decode_ratio else "")
+    )
+    return Entry(tags, short(executed), decode, [(name, text) for name, text in figures if text], links)
+
+
+def _speeds(pace: speed.Pace | None) -> list[tuple[str, str]]:
+    if pace is None:
+        return []
+    rows = (("decode", pace.decode, pace.decode_ratio), ("prefill", pace.prefill, pace.prefill_ratio))
+    return [
+        (f"{phase} tokens per second", f"{figure}{f', {ratio} of that of {pace.baseline}' if ratio else ''} ({pace.n})")
+        for phase, figure, ratio in rows
+        if figure
+    ]
 
 
 def _first(cases: dict[str, Case], name: str) -> str:

@@ -1,0 +1,12 @@
+"""Questions that published experiments asked, each answered for the models and the hardware that are here."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.questions import Asked
+
+
+@pytest.mark.compares_formats
+def test_question(question: Asked, judge: Judge) -> None:
+    """The answer is what the matrix expects of the formats that the question is about."""
+    judge.question(question)

@@ -1,0 +1,132 @@
+"""Questions of the published experiments, each answered by one case from the verdicts of several cells.
+
+A row of the matrix names formats of a model. `apart`: each of them repeats as the matrix expects, and every two are distinct.
+`repeatable`: which of them repeat bit for bit and which do not, in every vLLM version that is judged; as the matrix expects.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from quantdet import judgements
+from quantdet.expectations import Expectations
+from quantdet.observation import Observation
+from quantdet.results import Measured
+from quantdet.schema import PHASES, Cell, Question, matches_any
+from quantdet.verdicts import Judgement, Pair, Verdict
+
+if TYPE_CHECKING:
+    from quantdet.session import Session
+
+
+@dataclass(frozen=True, order=True)
+class Asked(Cell):
+    """A question (`format_id` is its name) about one model on one hardware; `of` are the cells that answer it."""
+
+    of: tuple[Cell, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.format_id}/{self.model_id}/{self.hardware_id}{f'@{self.vllm}' if self.vllm else ''}"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def asked(session: "Session") -> list[Asked]:
+    """Every question, for each model and hardware that has all of its formats (`apart`), or any (`repeatable`)."""
+    cells = session.cells()
+    found: dict[Asked, None] = {}
+    for name, question in session.matrix.questions.items():
+        groups: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell in cells:
+            if matches_any(cell.model_id, question.model) and matches_any(cell.format_id, question.formats):
+                version = cell.vllm if question.answer == "apart" else ""
+                groups.setdefault((cell.model_id, cell.hardware_id, version), []).append(cell)
+        for (model_id, hardware_id, version), group in groups.items():
+            if question.answer == "repeatable" or {cell.format_id for cell in group} >= set(question.formats):
+                found[Asked(model_id, name, hardware_id, version, tuple(group))] = None
+    return list(found)
+
+
+def gate(case: Asked, session: "Session") -> str | None:
+    """Why the question cannot be answered here; None if it can be tried."""
+    reasons = [session.gate(cell) for cell in case.of]
+    if session.matrix.questions[case.format_id].answer == "apart":
+        return next((reason for reason in reasons if reason is not None), None)
+    return None if None in reasons else reasons[0]
+
+
+def available(case: Asked, session: "Session") -> tuple[Cell, ...]:
+    """The cells of the question that can be measured here."""
+    return tuple(cell for cell in case.of if session.gate(cell) is None)
+
+
+def observations(case: Asked, session: "Session") -> dict[Cell, tuple[Observation, ...]]:
+    """What was measured of the question's cells; what is refused or missing is left out."""
+    results = {cell: session.result(cell) for cell in available(case, session)}
+    return {cell: result.observations for cell, result in results.items() if isinstance(result, Measured)}
+
+
+def answer(
+    case: Asked, question: Question, measured: Mapping[Cell, tuple[Observation, ...]],
+    expectations: Callable[[Cell], Expectations], compare: Callable[[Observation, Observation], Pair],
+) -> Judgement:  # fmt: skip
+    """The verdict and the answer in one line.
+
+    `apart`: DISTINCT if every two are, else the verdict of the first pair that is not. `repeatable`: BIT_EXACT if all are,
+    else NOISY. Expected, where every repeat is as the matrix expects, and every pair of `apart` is distinct.
+    """
+    lacking = [cell.format_id for cell in case.of if cell not in measured]
+    if not measured or (question.answer == "apart" and lacking):
+        text = f"UNAVAILABLE {case}: needs {', '.join(lacking)}, have no measurement of them"
+        return Judgement(Verdict.UNAVAILABLE, text, False)
+    told = {cell: _repeats(cell, found, expectations(cell)) for cell, found in measured.items()}
+    wrong = [text for text, fine in told.values() if not fine]
+    figures: dict[str, object] = {"asks": question.asks, "expectation": f"{question.answer}: {', '.join(question.formats)}"}
+    if question.answer == "repeatable":
+        words = {cell: text.partition(" ")[0] for cell, (text, _) in told.items()}
+        groups = {
+            word: _names([cell for cell in words if words[cell] == word], measured)
+            for word in sorted(set(words.values()), reverse=True)  # NOISY before BIT_EXACT: what is the news
+        }  # fmt: skip
+        verdict = Verdict.BIT_EXACT if set(words.values()) == {"BIT_EXACT"} else Verdict.NOISY
+        text = "; ".join(f"{word}: {names}" for word, names in groups.items())
+        figures |= {f"answer.{word}": names for word, names in groups.items()}
+        return Judgement(verdict, f"{verdict} {case}: {text}", not wrong, figures, "\n".join(wrong))
+    pairs = tuple(compare(measured[a][0], measured[b][0]) for a, b in combinations(measured, 2))
+    other = next((pair for pair in pairs if pair.verdict is not Verdict.DISTINCT), None)
+    closest = min(pairs, key=lambda pair: pair.l2) if other is None else other
+    verdict = closest.verdict
+    gap = f"{closest.a} and {closest.b} {closest.l2:.3g} nats apart ({closest.differing}/{closest.positions} positions)"
+    repeats = ", ".join(f"{cell.format_id} {text}" for cell, (text, _) in told.items())
+    figures |= {"l2": closest.l2, "max_abs_diff": closest.max_abs, "closest": f"{closest.a},{closest.b}"}
+    expected = other is None and not wrong
+    return Judgement(verdict, f"{verdict} {case}: {repeats}; {gap}", expected, figures, "\n".join(wrong), pairs)
+
+
+def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> tuple[str, bool]:
+    """What the repeats of both phases say, and whether the matrix expects it."""
+    verdicts = {phase: judgements.repeat(found, phase, known) for phase in PHASES}
+    fine = True
+    for phase, judged in verdicts.items():
+        row = known.noise(cell, phase)
+        declared = row is not None and row.outcome == "noisy" and judged.verdict is Verdict.NOISY and judged.declared
+        fine = fine and (judged.expected or declared)
+    noisy = [str(phase) for phase in PHASES if verdicts[phase].verdict is Verdict.NOISY]
+    if noisy:
+        return f"NOISY in {' and '.join(noisy)}", fine
+    worst = next((judged.verdict for judged in verdicts.values() if judged.verdict is not Verdict.BIT_EXACT), Verdict.BIT_EXACT)
+    return f"{worst} (n = {verdicts['decode'].figures.get('runs', 0)})", fine
+
+
+def _names(cells: list[Cell], measured: Mapping[Cell, tuple[Observation, ...]]) -> str:
+    """Formats, with the kernel that ran; and the vLLM versions, where several are judged."""
+    grouped: dict[str, list[str]] = {}
+    for cell in cells:
+        executed = measured[cell][0].header.executed
+        layers = () if executed is None else executed.linear + executed.moe
+        kernels = " + ".join(dict.fromkeys(layer.executed for layer in layers))
+        grouped.setdefault(f"{cell.format_id} ({kernels})" if kernels else cell.format_id, []).append(cell.vllm)
+    return ", ".join(name + (f" [vLLM {', '.join(versions)}]" if any(versions) else "") for name, versions in grouped.items())
