@@ -529,6 +529,8 @@ def test_cells_of_models_that_ask_are_judged(suite: Suite, pytester: pytest.Pyte
     assert {f"test_activations[beta/{one}/cpu-here-{phase}]" for one in ("bf16", "ct") for phase in PHASES} == names
     assert {"BIT_EXACT"} == {run.cases[name].verdict for name in names}
     assert "3" == run.cases[BF16.format("decode")].properties["runs"]
+    assert "layers" in run.output
+    assert 2 == run.output.count(" exact ")
 
 
 def test_without_them_nothing_is_taken(suite: Suite) -> None:
@@ -548,6 +550,7 @@ def test_noise_fails_its_case_and_survives_a_recording(suite: Suite) -> None:
     for run in (live, again):
         assert {BF16.format("decode"): "NOISY"} == run.failures()
         assert "step 3 in repeat 2 in layer model.layers.1" in run.cases[BF16.format("decode")].message
+        assert " NOISY ! " in run.output
 
 
 def test_declared_noise_is_a_strict_xfail(suite: Suite) -> None:
