@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import identification, resampling, signal_noise, stats
+from quantdet import corroboration, identification, resampling, signal_noise, stats
 from quantdet.claims import Claim
 from quantdet.distance import decode_distance, published_topk, union_topk
 from quantdet.observation import Observation
@@ -103,7 +103,10 @@ def judge(
     share = (
         f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
     )
-    end = f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
+    second = corroboration.judge(recorded, verified, base, mine, sequences, decode)
+    figures, record = {**figures, **second.figures}, {**record, "activations": second.record}
+    end = second.sentence
+    end += f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
     apart = _apart(verified, recorded, sequences)
     if compared and float(decode[base].mean()) > apart:
         text = (

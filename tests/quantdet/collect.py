@@ -32,6 +32,7 @@ MARKERS = (
     "compares_formats: judged after every cell of its model has been measured",
     "declared_unsupported: collected for the cells that the matrix declares unsupported",
     "control(name): one case per hardware that is here: a seeded defect is found, or what is the same is the same",
+    "hidden_states: collected for the cells whose hidden states are taken, or were recorded",
     "several_lifetimes: collected when cells have more than one engine lifetime",
     "several_versions: collected when --replay holds recordings of more than one vLLM version",
 )
@@ -54,6 +55,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
         cells = controls.cells(session, control.args[0])
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
+    if metafunc.definition.get_closest_marker("hidden_states"):
+        cells = [cell for cell in cells if session.activations(cell)]
     if metafunc.definition.get_closest_marker("several_lifetimes"):
         cells = [cell for cell in cells if session.lifetimes(cell) > 1]
     if metafunc.definition.get_closest_marker("several_versions"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import control_judgements, controls, drift, judgements, questions, reexecution, reported
+from quantdet import activations, control_judgements, controls, drift, judgements, questions, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
@@ -39,6 +39,13 @@ class Judge:
         judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
         self._available(cell, judgement)
         self._say(self._controlled(cell, judgement), observations)
+
+    def activations(self, cell: Cell, phase: Phase) -> None:
+        """Same request, same hidden states in every layer, within one engine lifetime."""
+        observations = self._measured(cell)
+        judgement = activations.repeat(observations, phase, self.session.expectations(cell))
+        self._available(cell, judgement)
+        self._say(judgement, observations)
 
     def _controlled(self, cell: Cell, judgement: Judgement) -> Judgement:
         """BIT_EXACT with what is known of its hardware's controls; INVALID where a turned-over bit was not seen."""

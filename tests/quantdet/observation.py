@@ -18,7 +18,9 @@ from pydantic import ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from quantdet import observation_activations
 from quantdet.distance import distance
+from quantdet.observation_activations import HiddenStates
 from quantdet.observation_blocks import Block as Block
 from quantdet.observation_blocks import ObservationError as ObservationError
 from quantdet.observation_blocks import Output as Output
@@ -39,6 +41,7 @@ class Observation:
     """A header and, unless the engine refused, the arrays of every prompt.
 
     `claims`: requests whose generated tokens were kept for re-execution, each with one output.
+    `hidden`: what was taken of the hidden states, if anything.
     `vllm`: the version that tells this observation's cell from the same cell of another version (`Cell.vllm`).
     """
 
@@ -47,6 +50,7 @@ class Observation:
     path: Path | None = None
     vllm: str = ""
     claims: tuple[PromptRecord, ...] = ()
+    hidden: HiddenStates | None = None
 
     @property
     def cell(self) -> Cell:
@@ -94,7 +98,10 @@ def prefill_gaps(one: PromptRecord, other: PromptRecord) -> NDArray[np.float64]:
     return gaps[np.ix_(one.header.runs, other.header.runs)]
 
 
-def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], claims: tuple[PromptRecord, ...] = ()) -> None:
+def write(
+    directory: Path, header: Header, prompts: tuple[PromptRecord, ...], claims: tuple[PromptRecord, ...] = (),
+    hidden: HiddenStates | None = None,
+) -> None:  # fmt: skip
     """Write header and arrays into an existing directory; the header last, since it completes the observation."""
     tensors: dict[str, NDArray[Any]] = {}
     for p, prompt in (*enumerate(prompts), *((f"claim{c}", claim) for c, claim in enumerate(claims))):
@@ -104,6 +111,8 @@ def write(directory: Path, header: Header, prompts: tuple[PromptRecord, ...], cl
             for phase in ("decode", "prefill"):
                 for name, array in output.block(phase).arrays().items():
                     tensors[f"{p}.{o}.{phase}.{name}"] = np.ascontiguousarray(array)
+    tensors |= hidden.arrays() if hidden is not None else {}
+    header = header.model_copy(update={"activations": hidden.header if hidden is not None else None})
     if prompts:
         payload = save_tensors(tensors)
         (directory / TENSORS_FILE).write_bytes(payload)
@@ -141,10 +150,11 @@ def read(directory: Path) -> Observation:
     )
     lengths = (header.claim_tokens, header.claim_top_k)
     claims = tuple(prompt_record(path, header, row, f"claim{c}", lengths, tensors) for c, row in enumerate(header.claims))
+    hidden = observation_activations.take(path, header, tensors)
     if tensors:
         raise ObservationError(f"{path}: {min(tensors)}: belongs to no prompt")
     check_claims(str(path), claims)
-    return Observation(header, prompts, directory, claims=claims)
+    return Observation(header, prompts, directory, claims=claims, hidden=hidden)
 
 
 def read_header(directory: Path) -> Header:
@@ -166,8 +176,8 @@ def read_header(directory: Path) -> Header:
         where = ".".join(map(str, first["loc"])) or "(file)"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ObservationError(f"{path}: {where}: {first['msg']}{more}") from None
-    if header.kind == "refusal" and (header.prompts or header.claims):
-        raise ObservationError(f"{path}: a refusal has no prompts and no claims")
+    if header.kind == "refusal" and (header.prompts or header.claims or header.activations):
+        raise ObservationError(f"{path}: a refusal has no prompts, no claims and no hidden states")
     if header.kind == "observation":
         if (header.executed is None and header.evidence == "logits") or not header.prompts:
             raise ObservationError(f"{path}: an observation needs 'executed' and 'prompts'")
@@ -176,6 +186,7 @@ def read_header(directory: Path) -> Header:
         for c, claim in enumerate(header.claims):
             check_prompt(f"{path}: claims.{c}", claim, 1)
         check_reported(str(path), header)
+        observation_activations.check(str(path), header)
         if header.claims and not (header.claim_tokens and header.claim_top_k):
             raise ObservationError(f"{path}: claims: need 'claim_tokens' and 'claim_top_k'")
         ids = [prompt.id for prompt in (*header.prompts, *header.claims)]

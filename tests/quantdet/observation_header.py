@@ -116,6 +116,26 @@ class Reported(_Part):
         return self.decode if phase == "decode" else self.prefill
 
 
+class Activations(_Part):
+    """What was taken of the hidden states, see `observation_activations`.
+
+    layers: names of the modules, in their order: decoder layers and the norm behind them; stream: what a decoder layer gives,
+    "hidden" or "hidden + residual"; width: elements of a hidden state; runs: by prompt and phase, the outcome that each of
+    `repeats` gave, in requests of their own behind those that the logits are from; projected: layers with fingerprints, by
+    index; problem: why nothing was taken; seconds: of these requests.
+    """
+
+    layers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=1025)
+    stream: Literal["", "hidden", "hidden + residual"] = ""
+    width: int = Field(0, ge=0, le=1 << 20)
+    repeats: int = Field(0, ge=0)
+    runs: tuple[dict[Phase, tuple[int, ...]], ...] = ()
+    projection: str = ""
+    projected: tuple[int, ...] = ()
+    problem: Words = ""
+    seconds: float = Field(0.0, ge=0)
+
+
 class Header(_Part):
     """Everything of an observation but its arrays.
 
@@ -162,6 +182,7 @@ class Header(_Part):
     claims: tuple[PromptHeader, ...] = ()
     evidence: Literal["logits", "reported"] = "logits"
     reported: tuple[Reported, ...] = ()
+    activations: Activations | None = None
     timings: dict[str, float] = {}
     tensors_sha256: str = ""
     header_sha256: str = ""
@@ -180,12 +201,12 @@ class Header(_Part):
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
 _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
-    "caches", "max_flip_rate",
+    "caches", "max_flip_rate", "activations",
 }  # fmt: skip
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
     "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
-    "tensors_sha256", "header_sha256",
+    "activations", "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.
 _PER_FORMAT = ("start", "masked", "onednn_fp8", "suite")

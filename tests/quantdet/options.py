@@ -33,6 +33,7 @@ class Options:
     fresh: bool = False
     inject: str = ""
     no_controls: bool = False
+    no_activations: bool = False
     max_flip_rate: float | None = None
     report: Path | None = None
 
@@ -57,6 +58,7 @@ def add(parser: pytest.Parser) -> None:
         "--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell; on CUDA the last one starts with cold caches"
     )
     group.addoption("--no-controls", action="store_true", help="Seed no defect; the report says that it is uncontrolled")
+    group.addoption("--no-activations", action="store_true", help="Take no hidden states, whatever the matrix says")
     group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
     group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
     group.addoption(
@@ -135,6 +137,7 @@ def parse(config: pytest.Config) -> Options:
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
         no_controls=config.getoption("--no-controls"),
+        no_activations=config.getoption("--no-activations"),
         max_flip_rate=rate,
         report=report,
     )

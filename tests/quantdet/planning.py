@@ -39,11 +39,13 @@ def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
     device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
+    activations: bool = False,
 ) -> Plan | str:  # fmt: skip
     """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
 
     `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
     `claimed`: the workload of the model's claims, if they are to be recorded.
+    `activations`: whether hidden states are taken too.
     """
     format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
     row = matrix.hardware[cell.hardware_id]
@@ -106,6 +108,7 @@ def plan_for(
             "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
             **({"hide": list(row.hides)} if row.hides else {}),
             **({} if max_flip_rate is None else {"least_repeats": least}),
+            **({"activations": True} if activations else {}),
             **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
         },
     )  # fmt: skip
@@ -135,7 +138,7 @@ def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
         "max_flip_rate": 0.0,
     }  # fmt: skip
     identity = {name: value for name, value in plan.identity.items() if not name.startswith("claim")} | changes
-    extra = {name: value for name, value in plan.extra.items() if name != "least_repeats"}
+    extra = {name: value for name, value in plan.extra.items() if name not in ("least_repeats", "activations")}
     return replace(
         plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, extra=extra, claims=(), claim_tokens=0,
         claim_top_k=0,

@@ -273,6 +273,7 @@ class Model(Row):
 
     `memory_gib`: of the host, or of each of `gpus` devices (tensor parallel size).
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
+    `activations`: whether hidden states are compared too, in eager cells.
     """
 
     title: str
@@ -283,6 +284,7 @@ class Model(Row):
     memory_gib: Annotated[float, Field(gt=0)] = 4
     gpus: PositiveInt = 1
     slow: bool = False
+    activations: bool = False
     run: ModelRun = ModelRun()
     claims: Claims | None = None
     synthetic: Synthetic | None = None

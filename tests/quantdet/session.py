@@ -120,6 +120,13 @@ class Session:
         asked = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
         return asked if self.replay is None else max(asked, self.replay.lifetimes(cell))
 
+    def activations(self, cell: Cell) -> bool:
+        """Whether hidden states of `cell` are taken, or were recorded."""
+        if self.replay is not None:
+            return self.replay.activations(cell)
+        eager = self.matrix.formats[cell.format_id].mode == "eager"
+        return eager and self.matrix.models[cell.model_id].activations and not self.options.no_activations
+
     def pinned(self, cell: Cell) -> bool:
         """Whether the installed vLLM can be told to use the cell's kernel, or needs not be told."""
         if self.replay is not None or self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
@@ -232,7 +239,8 @@ class Session:
         plan = self._prepare(cell, sequences.workload)
         if isinstance(plan, Missing):
             return plan
-        plan = verification.verifying(plan, self.matrix.verifying_dtype(cell, dtype), sequences.top_k)
+        dtype = self.matrix.verifying_dtype(cell, dtype)
+        plan = verification.verifying(plan, dtype, sequences.top_k, activations=sequences.activations)
         outcome, was_there = self._lifetime(cell, plan, 0)
         if not isinstance(outcome, Observation):
             return outcome
@@ -310,7 +318,7 @@ class Session:
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
             vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
             repeats=self.options.repeats, max_flip_rate=self.options.max_flip_rate, inject=self.inject,
-            claimed=self._claims(cell) if given is None else None,
+            claimed=self._claims(cell) if given is None else None, activations=given is None and self.activations(cell),
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 

@@ -30,7 +30,7 @@ from quantdet.engines.recorder import Recorder
 from quantdet.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
 from quantdet.store import Store
-from selftest import fake_layers
+from selftest import fake_hidden, fake_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -87,7 +87,9 @@ class FakeEngine:
                 "timings": {**header.timings, **_pace(plan)},
             }
         )
-        write(directory, header, tuple(recorder.records), tuple(claims.records))
+        records = tuple(recorder.records), tuple(claims.records)
+        whole = Observation(header, records[0], claims=records[1])
+        write(directory, header, *records, fake_hidden.measured(plan, whole, behaviour))
         if behaviour == "damaged":
             path = directory / "tensors.safetensors"
             path.write_bytes(path.read_bytes()[:-1])

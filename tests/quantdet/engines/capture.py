@@ -49,6 +49,7 @@ class LogitsTap:
         self._calls: list[NDArray[Any]] = []
         self._recording = False
         self._flips: dict[Phase, tuple[int, int]] = {}
+        self.beside: Any = None  # `activations.Recorded`, told where each request begins and ends
         compute = model.compute_logits
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -64,6 +65,8 @@ class LogitsTap:
         """Begin a request. `flips`: by phase (decode step or prefill position, token id): turn over the lowest bit of that
         logit, in the engine."""
         self._calls, self._recording, self._flips = [], True, dict(flips)
+        if self.beside is not None:
+            self.beside.start()
 
     def _inject(self, logits: Any) -> None:
         import torch
@@ -89,4 +92,7 @@ class LogitsTap:
                 f"captured {len(decode)} sampled and {rows} prompt rows of logits, the request has {decode_tokens} "
                 f"and {prompt_length - 1}"
             )
-        return np.concatenate(decode), np.concatenate(prefill)[: prompt_length - 1]
+        found = np.concatenate(decode), np.concatenate(prefill)[: prompt_length - 1]
+        if self.beside is not None:
+            self.beside.finish(prompt_length, *found)
+        return found

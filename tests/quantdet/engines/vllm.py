@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, NeedsSpawn, Plan, PlannedPrompt, device, faults, layers, masks, speed
+from quantdet.engines import (
+    FLIPS,
+    EngineRefused,
+    NeedsSpawn,
+    Plan,
+    PlannedPrompt,
+    activations,
+    device,
+    faults,
+    layers,
+    masks,
+    speed,
+)  # fmt: skip
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.recorder import Recorder
 from quantdet.engines.stopwatch import Stopwatch
@@ -64,10 +76,14 @@ class VllmEngine:
         executed = self._executed(llm)
         faults.fire(plan.inject)
         tap = LogitsTap(_model(llm))
+        hidden = activations.Recorded(tap, _model(llm), plan)
         recorder = self._run(vllm, llm, tap, plan)
         measured = time.monotonic()
+        hidden.repeat(lambda again: self._run(vllm, llm, tap, again))
+        repeated = time.monotonic()
         claims = self._run(vllm, llm, tap, plan.claiming)
         claimed = time.monotonic()
+        found = hidden.result(len(recorder.records))
         longest = max((self._ids(llm, prompt)[0] for prompt in plan.prompts), key=len)
         pace = speed.timings(plan, lambda ids, n_tokens: _generate(vllm, llm, ids, n_tokens), longest)
         header = Header.model_validate(
@@ -89,14 +105,14 @@ class VllmEngine:
                     "prepare_s": stopwatch.seconds["prepare"],
                     "compile_s": stopwatch.seconds["compile"] + recorder.first_call_s,
                     "measure_s": measured - loaded - recorder.first_call_s,
-                    **({"claims_s": claimed - measured} if plan.claims else {}),
+                    **({"claims_s": claimed - repeated} if plan.claims else {}),
                     "generate_s": recorder.generate_s,
                     "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
                     **pace,
                 },
             }
         )
-        write(directory, header, tuple(recorder.records), tuple(claims.records))
+        write(directory, header, tuple(recorder.records), tuple(claims.records), found)
 
     def _run(self, vllm: Any, llm: Any, tap: LogitsTap, plan: Plan) -> Recorder:
         """Every prompt of the plan, each repeat of one before the next."""

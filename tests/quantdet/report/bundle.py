@@ -54,7 +54,7 @@ def added(session: "Session", item: pytest.Item, judgement: Judgement, observati
     folder, cell = session.options.report, collect.cell_of(item)
     name = getattr(item, "originalname", item.name)
     seeded = item.get_closest_marker("control") is not None  # what is found there was put there
-    if folder is None or cell is None or isinstance(cell, Claim) or name == "test_versions" or seeded:
+    if folder is None or cell is None or isinstance(cell, Claim) or name in ("test_versions", "test_activations") or seeded:
         return judgement
     known = item.config.stash.setdefault(_KNOWN, {})
     place = folder / BUNDLES / cell.id.replace("/", ".")

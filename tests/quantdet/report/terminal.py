@@ -8,7 +8,7 @@ import pytest
 from quantdet import collect
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
-from quantdet.report import confidence, effects, nearest, rerun, speed
+from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import fitted, place, prose
 from quantdet.session import Clock
@@ -42,6 +42,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
         _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
+        _section(reporter, "hidden states", activations.sections(reexecution.verifications(records.cases, order), width))
         declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
         texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
         _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
@@ -104,7 +105,9 @@ def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
         if case["test"] in _APART:
             continue
         p = case["properties"]
-        name = case["test"].removeprefix("test_") + (f" {p['case.phase']}" if case["test"] == "test_repeat" else "")
+        name = case["test"].removeprefix("test_") + (
+            f" {p['case.phase']}" if case["test"] in ("test_repeat", "test_activations") else ""
+        )
         places.setdefault(place(p), {}).setdefault(p["case.format"], {})[name] = case
     return [
         _matrix_table(where, {name: formats[name] for name in order if name in formats}, width)
@@ -136,6 +139,7 @@ def version_tables(records: Records, width: int) -> list[str]:
 
 def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], width: int) -> str:
     restarts = any("restart" in cases for cases in formats.values())
+    hidden = any(name.startswith("activations") for cases in formats.values() for name in cases)
     rows = []
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
@@ -144,6 +148,7 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], wid
         words = [_word(cases.get(name)) for name in names]
         if "hardware" in cases:
             words = [_word(cases["hardware"]), *("" for _ in names[1:])]
+        words += [activations.word(cases)] if hidden else []
         executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
         bound = p.get("flip_rate_upper95", "")
         rows.append((
@@ -151,7 +156,8 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], wid
             p.get("runs", "") if bound else "",
             f"{float(bound):.3g}" if bound else "",
         ))  # fmt: skip
-    columns = ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct", "kernel", ">n", ">flips <")
+    columns = ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct")
+    columns = (*columns, *(["layers"] if hidden else []), "kernel", ">n", ">flips <")
     return fitted(columns, rows, width, fold=("kernel", "format"), title=where)
 
 

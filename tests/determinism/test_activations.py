@@ -1,0 +1,12 @@
+"""The same request in one engine process gives the same hidden states (eager cells of models with `activations`)."""
+
+import pytest
+
+from quantdet.judge import Judge
+from quantdet.schema import Cell, Phase
+
+
+@pytest.mark.hidden_states
+def test_activations(cell: Cell, phase: Phase, judge: Judge) -> None:
+    """Repeats have bit-identical hidden states in every layer, at every position."""
+    judge.activations(cell, phase)
