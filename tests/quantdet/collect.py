@@ -183,7 +183,7 @@ def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:
 def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tuple[str, str]]:
     """The properties that a case has whatever happens to it."""
     properties = [("case.model", cell.model_id), ("case.format", cell.format_id), ("case.hardware", cell.hardware_id)]
-    properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
+    properties.append(("case.engine", session.engine_name(cell)))
     if cell.vllm:
         properties.append(("case.vllm", cell.vllm))
     format_ = session.matrix.formats.get(cell.format_id)

@@ -188,7 +188,7 @@ _OUTCOME = {
     "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.
-_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite")
+_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
 # Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
 _UNIT = ("gpu_uuid", "device_uuid")
 

@@ -110,9 +110,21 @@ class Session:
         asked = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
         return asked if self.replay is None else max(asked, self.replay.lifetimes(cell))
 
+    def engine_for(self, cell: Cell) -> process.EngineSpec:
+        """Where the engine of the cell's format is."""
+        own = self.engine == process.VLLM and self.matrix.engine_of(cell) == "transformers"
+        return process.TRANSFORMERS if own else self.engine
+
+    def engine_name(self, cell: Cell) -> str:
+        """`vllm`, `transformers`, or where an engine is that stands in for vLLM."""
+        name = self.matrix.engine_of(cell)
+        return self.engine.target if name == "vllm" and self.engine != process.VLLM else name
+
     def pinned(self, cell: Cell) -> bool:
         """Whether the installed vLLM can be told to use the cell's kernel, or needs not be told."""
-        if self.replay is not None or self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
+        if self.replay is not None or self.matrix.engine_of(cell) != "vllm":
+            return True
+        if self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
             return True
         pin = self.matrix.pin_for(
             self.matrix.formats[cell.format_id], self.software.vllm or "0", self.matrix.models[cell.model_id]
@@ -298,7 +310,7 @@ class Session:
         planned = planning.plan_for(
             cell, self.matrix, work, checkpoint, self.environment_on(cell),
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
-            vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
+            vllm_version=self.software.vllm or "0", engine=self.engine_name(cell),
             repeats=self.options.repeats, max_flip_rate=self.options.max_flip_rate, inject=self.inject,
             claimed=self._claims(cell) if given is None else None,
         )  # fmt: skip
@@ -347,7 +359,7 @@ class Session:
         log = self.store.log(cell, f"{plan.identity.get('role', '')}{lifetime}")
         limit = self.matrix.run_for(cell).time_limit_s
         with held(), self.store.writing(cell, place, key) as folder:
-            outcome = process.run(self.engine, plan, folder, log, limit)
+            outcome = process.run(self.engine_for(cell), plan, folder, log, limit)
             identity = plan.identity
             what = changed(Path(plan.checkpoint), identity["checkpoint_sha256"], identity["checkpoint_files_sha256"])
             if what is not None:

@@ -32,10 +32,14 @@ _SHIM = Path(__file__).resolve().parent / "shim"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Where the engine class is (`module:Class`), and the module that a forkserver imports ahead for it."""
+    """Where the engine class is (`module:Class`), and the module that a forkserver imports ahead for it.
+
+    `apart`: that forkserver is this engine's own, so that its processes hold nothing of another engine.
+    """
 
     target: str
     preload: str = ""
+    apart: bool = False
 
     def load(self) -> Any:
         module, _, name = self.target.partition(":")
@@ -43,6 +47,11 @@ class EngineSpec:
 
 
 VLLM = EngineSpec("quantdet.engines.vllm:VllmEngine", "quantdet.engines.preload_vllm")
+TRANSFORMERS = EngineSpec(
+    "quantdet.engines.transformers:TransformersEngine", "quantdet.engines.preload_transformers", apart=True
+)
+
+_servers: dict[str, multiprocessing.forkserver.ForkServer] = {}
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
         try:
             # A spawned child reads the environment at import; a forked one sets it itself. Cut off here, the child that
             # may come yet ends by its lifeline.
-            with pending.allowed(), _environment(plan.env):
+            with pending.allowed(), _environment(plan.env), _server(spec):
                 child.start()
             reaper.watch(child.pid, place)
             theirs.close()
@@ -169,14 +178,34 @@ def _context(spec: EngineSpec, plan: Plan) -> Any:
     if plan.extra.get("spawn") or not spec.preload:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
+    if spec.apart and spec.preload not in _servers:
+        _servers[spec.preload] = multiprocessing.forkserver.ForkServer()
     # pytest too: multiprocessing imports the parent's main module in every child.
-    context.set_forkserver_preload([spec.preload, "pytest"])
+    (_servers[spec.preload] if spec.apart else context).set_forkserver_preload([spec.preload, "pytest"])
     # The variables too: OpenMP reads its own once, when its library is loaded.
-    with _environment(plan.env):
+    with _environment(plan.env), _server(spec):
         # Python 3.11 and 3.12 hand no sys.path to the server and swallow a failed preload: it must find the module
         # through PYTHONPATH, which is read when it starts.
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _server(spec: EngineSpec) -> Iterator[None]:
+    """For the time of the block, multiprocessing forks from the engine's own server, if it has one.
+
+    multiprocessing knows a single server, by functions of its module that are that server's methods.
+    """
+    module, names = multiprocessing.forkserver, ("connect_to_new_process", "ensure_running")
+    known = {name: getattr(module, name) for name in names}
+    try:
+        if spec.preload in _servers:
+            for name in names:
+                setattr(module, name, getattr(_servers[spec.preload], name))
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager

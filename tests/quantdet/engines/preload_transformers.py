@@ -1,0 +1,22 @@
+"""Imported once by the forkserver of transformers' engine; see `quantdet.engines.preload_vllm`.
+
+torchao stays out, since its import initialises CUDA, and so do packages that look at the device when they are imported.
+"""
+
+import contextlib
+import os
+
+from quantdet.engines import masks
+
+masks.hide(masks.in_forkserver())
+
+with contextlib.suppress(Exception):
+    # torch.cuda.is_available, which transformers calls, would otherwise initialise the driver, for a forked child too.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  (what every decoder's module imports too)
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    import quantdet.engines.transformers  # noqa: F401
+
+os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
