@@ -19,7 +19,7 @@ def describe(model: Any) -> Executed:
         if kind:
             counts[(kind, type(module).__name__, *_executed(module, kind))] += 1
     layers = tuple(
-        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)  # type: ignore[arg-type]
+        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)
         for (kind, module, method, scheme, kernel, detail), n in sorted(counts.items())
     )
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")

@@ -129,9 +129,9 @@ def refusing(*not_refusals: type[BaseException]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError, EngineRefused, *not_refusals):
-        raise
     except Exception as error:
+        if isinstance(error, (OSError, MemoryError, EngineRefused, *not_refusals)):
+            raise
         if _NOT_A_REFUSAL.search(str(error)) or "OutOfMemory" in type(error).__name__:
             raise
         import traceback

@@ -8,15 +8,20 @@ import os
 
 from quantdet.engines import masks
 
+_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_GIVEN = os.environ.get(_CHECK)
+
 masks.hide(masks.in_forkserver())
 
 with contextlib.suppress(Exception):
     # torch.cuda.is_available, which transformers calls, would otherwise initialise the driver, for a forked child too.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ[_CHECK] = "1"
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401  (what every decoder's module imports too)
     from transformers import AutoModelForCausalLM  # noqa: F401
 
     import quantdet.engines.transformers  # noqa: F401
 
-os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+os.environ.pop(_CHECK, None)
+if _GIVEN is not None:
+    os.environ[_CHECK] = _GIVEN

@@ -124,7 +124,8 @@ class _Loaded:
         whole, cache = self._forward(ids, None)
         rows: dict[Phase, Any] = {"prefill": whole[:-1], "decode": whole[-1:].clone()}
         _flip("prefill", rows, flips)
-        steps, tokens = [], []
+        steps: list[Any] = []
+        tokens: list[int] = []
         for step in range(plan.decode_tokens):
             if step:
                 rows["decode"], cache = self._forward(tokens[-1:], cache)
@@ -139,7 +140,8 @@ class _Loaded:
         return Answer(np.asarray(tokens, dtype=np.int32), logits, blocks, seconds)
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
-        found, cache, given = [], None, ids
+        found: list[int] = []
+        cache, given = None, ids
         for _ in range(tokens):
             logits, cache = self._forward(given, cache, logits_to_keep=1)
             given = [int(logits[-1].argmax())]
