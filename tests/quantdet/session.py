@@ -30,7 +30,7 @@ from quantdet.schema import Cell, matches_any
 from quantdet.verdicts import Pair, Verdict
 
 if TYPE_CHECKING:
-    from quantdet.controls import Status
+    from quantdet.controls import Place, Status
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Session:
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     _controls: dict[tuple[Cell, str], Result] = field(default_factory=dict)
-    controls: "dict[tuple[str, str], Status]" = field(default_factory=dict)
+    controls: "dict[Place, Status]" = field(default_factory=dict)
     _sequences: dict[tuple[str, str], verification.Sequences] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
