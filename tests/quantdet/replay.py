@@ -8,7 +8,7 @@ with, or the newest.
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -16,11 +16,9 @@ from quantdet import store
 from quantdet.observation import Observation, ObservationError
 from quantdet.observation_header import different
 from quantdet.results import Measured, Missing, Refusal, Result
-from quantdet.schema import Cell, EngineName
+from quantdet.schema import OTHER_ENGINES, Cell
 from quantdet.verdicts import Verdict
 from quantdet.verification import ROLE
-
-OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
 
 class Replay:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
@@ -27,6 +27,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 EngineName = Literal["vllm", "transformers"]
+OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
 # Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
 CARRIES: dict[str, set[tuple[str, str]]] = {

@@ -113,6 +113,8 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
         case "garbage":
             os.write(1, b"\xff\xfe not UTF-8 \x00\n" * 3)
             os._exit(1)
+        case "parent":
+            _note_pid(args, os.getppid())
         case "children" | "sleep" | "kill_with_children":
             for _ in range(2):
                 _note_pid(args, subprocess.Popen(["sleep", "300"]).pid)

@@ -4,6 +4,7 @@ torchao stays out, since its import initialises CUDA, and so do packages that lo
 """
 
 import contextlib
+import importlib
 import os
 
 from quantdet.engines import masks
@@ -21,6 +22,10 @@ with contextlib.suppress(Exception):
     from transformers import AutoModelForCausalLM  # noqa: F401
 
     import quantdet.engines.transformers  # noqa: F401
+
+    for _name in ("transformers.quantizers.auto", "accelerate", "compressed_tensors.compressors"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_name)
 
 os.environ.pop(_CHECK, None)
 if _GIVEN is not None:

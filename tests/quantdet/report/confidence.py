@@ -3,6 +3,7 @@
 from typing import Any
 
 from quantdet import stats
+from quantdet.schema import OTHER_ENGINES
 
 Case = dict[str, Any]
 
@@ -13,7 +14,7 @@ def controls(cases: list[Case]) -> dict[str, str]:
     for case in cases:
         if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT":
             p = case["properties"]
-            other = p.get("case.engine", "") if p.get("case.engine") == "transformers" else ""
+            other = p["case.engine"] if p.get("case.engine") in OTHER_ENGINES else ""
             place = " ".join(filter(None, (p["case.hardware"], p.get("case.vllm", ""), other)))
             places.setdefault(place, []).append(case)
     found = {}
