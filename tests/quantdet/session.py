@@ -373,6 +373,8 @@ class Session:
         match outcome:
             case process.Refused() if self.expectations(cell).unsupported(cell) is None:
                 return Refusal(outcome.message), False
+            case process.Lacking():
+                return Missing(Verdict.UNAVAILABLE, f"engine: {outcome.message}", str(log)), False
             case process.TimedOut():
                 return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
             case process.Invalid():

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
+from quantdet.engines import FLIPS, EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
@@ -100,6 +100,8 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
     match behaviour:
         case "refuse":
             raise EngineRefused("ValueError: the fake does not take this format")
+        case "lacking":
+            raise EngineLacks("no-such-kernel")
         case "invalid":
             raise InvalidMeasurement("the fake's rows do not add up")
         case "raise":

@@ -237,6 +237,19 @@ def test_an_engine_in_which_no_flip_is_seen_has_no_bit_exact(suite: Suite) -> No
     assert "10 of 10 BIT_EXACT count" in run.suite["controls.cpu-here"]
 
 
+def test_what_only_the_engine_finds_missing_is_unavailable(suite: Suite) -> None:
+    """A package or a kernel that it looks for when it loads: a skip with its words, unless the hardware is required."""
+    lacking = BOTH + setting("tf_int4", "lacking")
+    chosen = ("-k", "tf_int4 and cpu-here and test_repeat")
+
+    run = suite(*chosen, matrix=lacking, machine=BESIDE)
+    required = suite(*chosen, "--require-hardware=cpu-here", matrix=lacking, machine=BESIDE)
+
+    name = f"test_repeat[{TF_INT4.id}-decode]"
+    assert ("skipped", "UNAVAILABLE engine: no-such-kernel") == (run.cases[name].outcome, run.cases[name].message)
+    assert "UNAVAILABLE" == required.failures()[name]
+
+
 def test_each_engine_has_controls_of_its_own(suite: Suite) -> None:
     """One case of each control for each engine, in the first format of the engine that will do."""
     run = suite("-k", "test_controls or test_bit_flip", matrix=BOTH, machine=BESIDE, controls=True)

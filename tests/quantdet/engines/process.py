@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, reaper, scratch
+from quantdet.engines import EngineLacks, EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, reaper, scratch
 from quantdet.interrupts import Held, held
 from quantdet.untrusted import plain
 
@@ -70,6 +70,13 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """Something that the engine needs for the cell is not here; `message` is its own."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Crashed:
     """The child ended without a completion record, or with an unexpected exception."""
 
@@ -95,7 +102,7 @@ class TimedOut:
     log: Path
 
 
-Outcome = Completed | Refused | Invalid | Crashed | TimedOut
+Outcome = Completed | Refused | Lacking | Invalid | Crashed | TimedOut
 
 
 def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: float) -> Outcome:
@@ -153,6 +160,8 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
             return Completed(seconds)
         case "refused":
             return Refused(message, seconds)
+        case "lacking":
+            return Lacking(message)
         case "invalid":
             return Invalid(message, log, seconds)
     return Crashed(f"{message}{ended.tail(log)}", log, seconds)
@@ -247,6 +256,8 @@ def _child(
         answer = {"status": "completed"}
     except EngineRefused as refusal:
         answer = {"status": "refused", "message": str(refusal)}
+    except EngineLacks as error:
+        answer = {"status": "lacking", "message": str(error)}
     except NeedsSpawn as error:
         answer = {"status": "needs spawn", "message": str(error)}
     except InvalidMeasurement as error:

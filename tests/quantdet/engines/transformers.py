@@ -4,9 +4,10 @@ A forward pass over the whole prompt gives the logits of all of its positions; g
 token a step. No flag for determinism is set, and no precision: what is measured is what `from_pretrained` gives people.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, modules
 from quantdet.compare import stable_topk
-from quantdet.engines import InvalidMeasurement, NeedsSpawn, Plan, device, faults, lifetime, masks
+from quantdet.engines import EngineLacks, InvalidMeasurement, NeedsSpawn, Plan, device, faults, lifetime, masks
 from quantdet.engines.capture import digest_rows, to_numpy, turn_over
 from quantdet.engines.lifetime import Answer
 from quantdet.hardware import module_is_here
@@ -47,7 +48,7 @@ class TransformersEngine:
         loaded = _Loaded(model, plan)
         read = time.monotonic()
         with torch.inference_mode():
-            with lifetime.refusing():
+            with _refusing():
                 loaded.generate([1, 2], 2)  # what unpacks its weights, or looks for its kernel, does so in the first call
             ready = time.monotonic()
             if plan.identity.get("role") == diagnosis.ROLE:
@@ -70,10 +71,25 @@ class TransformersEngine:
         lifetime.save(plan, directory, executed, recorder, claims, timings)
 
 
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """See `lifetime.refusing`; a package, or a kernel from a hub, that is not here says nothing about the format.
+
+    Raises:
+        EngineLacks: that.
+    """
+    try:
+        with lifetime.refusing(ImportError):
+            yield
+    except ImportError as error:
+        raise EngineLacks(str(error)) from error
+
+
 def _load(auto: Any, plan: Plan) -> Any:
     """The model on its device, in evaluation mode.
 
     Raises:
+        EngineLacks: a package is missing.
         EngineRefused: transformers, or the package that it hands the format to, does not take it.
         InvalidMeasurement: it does, and leaves out or makes up tensors, which transformers only reports.
     """
@@ -83,7 +99,7 @@ def _load(auto: Any, plan: Plan) -> Any:
     where = plan.extra["device"]
     if where != "cpu" and module_is_here("accelerate"):
         arguments["device_map"] = {"": 0}  # weights are quantized, or unpacked, where they are used
-    with lifetime.refusing():
+    with _refusing():
         if "torchao" in plan.args:
             from transformers import TorchAoConfig
 
