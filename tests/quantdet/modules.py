@@ -60,7 +60,7 @@ def _executed(module: Any, kind: str) -> tuple[str, str, str, str]:
         status = getattr(module, "quantization_status", None)
         details = [str(getattr(status, "value", status))]
         if (activations := getattr(scheme, "input_activations", None)) is not None:
-            details.append(f"{activations.type}{activations.num_bits} activations simulated")
+            details.append(f"{activations.type}{activations.num_bits} simulated")
         return "compressed-tensors", str(getattr(scheme, "format", None) or ""), name, ",".join(details)
     if type(weight).__module__.partition(".")[0] == "torchao":  # the tensor subclass is the kernel
         return "torchao", "", type(weight).__name__, ""

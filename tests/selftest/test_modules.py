@@ -25,7 +25,7 @@ TORCHAO = module(fake.Linear, weight=fake.Int8Tensor())
         (TORCHAO, "Int8Tensor x2", "torchao"),
         (module(fake.FP8Linear), "FP8Linear x2", "FP8Linear"),
         (compressed(False), "Linear[decompressed] x2", "compressed-tensors"),
-        (compressed(True), "Linear[decompressed,int8 activations simulated] x2", "compressed-tensors"),
+        (compressed(True), "Linear[decompressed,int8 simulated] x2", "compressed-tensors"),
     ],
 )
 def test_linear_layers_show_what_multiplies(layer: Any, summary: str, method: str) -> None:
