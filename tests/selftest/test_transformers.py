@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import planning
+from quantdet import planning, reexecution
 from quantdet.devices import Gpu
 from quantdet.engines import Plan, process
 from quantdet.expectations import Expectations
@@ -333,6 +333,15 @@ def test_the_engine_forks_from_a_server_of_its_own(tmp_path: Path) -> None:
     assert servers[0] != servers[1] == servers[2]
     assert str(os.getpid()) not in servers
     assert before == multiprocessing.forkserver.connect_to_new_process
+
+
+def test_claims_are_verified_by_the_engine_that_made_them(tmp_path: Path) -> None:
+    """The formats of another engine have the same numbers, and are left out."""
+    replayed = SimpleNamespace(has_verified=lambda cell: True)
+    session: Any = SimpleNamespace(matrix=matrix(tmp_path, BOTH), replay=replayed)
+    claim: Any = SimpleNamespace(model_id="alpha", hardware_id="cpu-here")
+
+    assert ["bf16", "gptq", "ct", "awq", "int8"] == [cell.format_id for cell in reexecution.verifiers(claim, session)]
 
 
 def test_which_engine_a_cell_has(tmp_path: Path) -> None:
