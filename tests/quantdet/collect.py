@@ -31,7 +31,7 @@ MARKERS = (
     "slow: a full-size model",
     "compares_formats: judged after every cell of its model has been measured",
     "declared_unsupported: collected for the cells that the matrix declares unsupported",
-    "control(name): one case per hardware that is here: a seeded defect is found, or what is the same is the same",
+    "control(name): one case per hardware that is here, and engine: a seeded defect is found, or what is the same is the same",
     "hidden_states: collected for the cells whose hidden states are taken, or were recorded",
     "several_lifetimes: collected when cells have more than one engine lifetime",
     "several_versions: collected when --replay holds recordings of more than one vLLM version",
@@ -60,7 +60,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     if metafunc.definition.get_closest_marker("several_lifetimes"):
         cells = [cell for cell in cells if session.lifetimes(cell) > 1]
     if metafunc.definition.get_closest_marker("several_versions"):
-        cells = list(dict.fromkeys(replace(cell, vllm="") for cell in cells if cell.vllm))
+        known = [cell for cell in cells if cell.vllm and session.matrix.engine_of(cell) == "vllm"]
+        cells = list(dict.fromkeys(replace(cell, vllm="") for cell in known))
     if "phase" in metafunc.fixturenames:
         values = [(cell, phase) for cell in cells for phase in PHASES]
         metafunc.parametrize(("cell", "phase"), values, ids=[f"{cell.id}-{phase}" for cell, phase in values])
@@ -208,7 +209,7 @@ def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:
 def case_properties(item: pytest.Item, cell: Cell, session: Session) -> list[tuple[str, str]]:
     """The properties that a case has whatever happens to it."""
     properties = [("case.model", cell.model_id), ("case.format", cell.format_id), ("case.hardware", cell.hardware_id)]
-    properties.append(("case.engine", "vllm" if session.engine.target.startswith("quantdet.") else session.engine.target))
+    properties.append(("case.engine", session.engine_name(cell)))
     if cell.vllm:
         properties.append(("case.vllm", cell.vllm))
     format_ = session.matrix.formats.get(cell.format_id)

@@ -1,4 +1,4 @@
-"""Controls of a hardware: what has to be caught, and what has to be the same, before its BIT_EXACT counts.
+"""Controls of an engine on a hardware: what has to be caught, and what has to be the same, before its BIT_EXACT counts.
 
 Positive: a bit turned over in the real engine's logits in one repeat; one weight integer changed by one; and a kernel
 that is known to be noisy, where one exists here. Negative: the same weights under another name, in another process.
@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Literal
 from quantdet import judgements
 from quantdet.control_judgements import bit_flip
 from quantdet.results import Measured, Missing
-from quantdet.schema import PHASES, Cell
+from quantdet.schema import PHASES, Cell, EngineName, matches_any
 from quantdet.verdicts import Verdict
 
 if TYPE_CHECKING:
     from quantdet.session import Session
 
+Place = tuple[str, str, EngineName]
 Name = Literal["bit_flip", "same_weights", "one_integer", "known_noise"]
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a hardware's controls. `caught`: everything that had to be caught was; None: nothing was tried."""
+    """What is known of an engine's controls on a hardware.
+
+    `caught`: everything that had to be caught was; None: nothing was tried.
+    """
 
     caught: bool | None
     flip: str
@@ -35,12 +39,12 @@ class Status:
 
 
 def cells(session: "Session", name: Name) -> list[Cell]:
-    """The control cell of each hardware (and recorded vLLM version): the first in the matrix that will do."""
+    """The control cell of each place (`_place`): the first in the matrix that will do."""
     if session.options.no_controls:
         return []
-    found: dict[tuple[str, str], Cell] = {}
+    found: dict[Place, Cell] = {}
     for cell in session.cells():
-        place = (cell.hardware_id, cell.vllm)
+        place = _place(session, cell)
         if place not in found and _will_do(session, cell, name):
             found[place] = cell
     return list(found.values())
@@ -66,13 +70,13 @@ def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
 
 
 def status(session: "Session", cell: Cell) -> Status:
-    """Whether the controls of this cell's hardware fired; measures them on the first call.
+    """Whether the controls of this cell's engine, on its hardware, fired; measures them on the first call.
 
     Under --replay: what was recorded of them.
     """
     if session.options.no_controls:
         return Status(None, "uncontrolled: --no-controls")
-    place = (cell.hardware_id, cell.vllm)
+    place = _place(session, cell)
     if place not in session.controls:
         session.controls[place] = _status(session, cell)
     return session.controls[place]
@@ -102,9 +106,11 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
     """Whether the kernel that is known to be noisy here showed it; None where there is none."""
     noisy = _first(session, "known_noise", cell)
     if noisy is None:
-        formats = dict.fromkeys(row.when.format for row in session.matrix.expect if row.outcome == "noisy")
-        names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in formats if f) or "none in the matrix"
-        eligible = [one for one in session.cells() if _here(one, cell) and _known_noise(session, one)]
+        mine = [one for one in session.matrix.formats if session.matrix.formats[one].engine == session.matrix.engine_of(cell)]
+        rows = [row for row in session.matrix.expect if row.outcome == "noisy"]
+        formats = [row.when.format for row in rows if any(matches_any(one, row.when.format) for one in mine)]
+        names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in dict.fromkeys(formats)) or "none in the matrix"
+        eligible = [one for one in session.cells() if _here(session, one, cell) and _known_noise(session, one)]
         if eligible and session.replay is not None:
             return None, f"known noise not recorded ({', '.join(dict.fromkeys(one.format_id for one in eligible))})"
         return None, f"no kernel known to be noisy is eligible here ({names})"
@@ -120,11 +126,16 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
 
 
 def _first(session: "Session", name: Name, cell: Cell) -> Cell | None:
-    return next((one for one in cells(session, name) if _here(one, cell)), None)
+    return next((one for one in cells(session, name) if _here(session, one, cell)), None)
 
 
-def _here(one: Cell, cell: Cell) -> bool:
-    return (one.hardware_id, one.vllm) == (cell.hardware_id, cell.vllm)
+def _here(session: "Session", one: Cell, cell: Cell) -> bool:
+    return _place(session, one) == _place(session, cell)
+
+
+def _place(session: "Session", cell: Cell) -> Place:
+    """Hardware, recorded vLLM version and engine: what is caught in one says nothing of the next."""
+    return cell.hardware_id, cell.vllm, session.matrix.engine_of(cell)
 
 
 def _known_noise(session: "Session", cell: Cell) -> bool:

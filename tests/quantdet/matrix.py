@@ -19,6 +19,8 @@ from quantdet.schema import (
     ONLINE,
     Cell,
     Engine,
+    EngineCall,
+    EngineName,
     Expect,
     Format,
     Hardware,
@@ -54,6 +56,7 @@ class Matrix(Row):
     schema_: Literal[1] = Field(alias="schema")
     run: RunLengths = RunLengths()
     engine: Engine = Engine()
+    transformers: EngineCall = EngineCall()
     hardware: dict[str, Hardware] = Field(min_length=1)
     kernels: dict[str, Kernel]
     formats: dict[str, Format] = Field(min_length=1)
@@ -73,6 +76,15 @@ class Matrix(Row):
                     where = (model.hardware, format_.hardware, self.kernels[format_.kernel].hardware)
                     if all(matches_any(hardware_id, globs) for globs in where):
                         yield Cell(model_id, format_id, hardware_id)
+
+    def engine_of(self, cell: Cell) -> EngineName:
+        """The engine that loads and runs the cell's format (vLLM: one that this matrix does not know)."""
+        format_ = self.formats.get(cell.format_id)
+        return "vllm" if format_ is None else format_.engine
+
+    def settings(self, cell: Cell) -> Iterator[Setting]:
+        """The `[[setting]]` rows about `cell`."""
+        return (row for row in self.setting if row.when.matches(cell, engine=self.engine_of(cell)))
 
     def has_format(self, model: Model, format_id: str) -> bool:
         """Whether `model` names the format and its source can carry it."""
@@ -116,7 +128,7 @@ class Matrix(Row):
         bound = self.formats[cell.format_id].dtype
         if isinstance(bound, str):
             return bound
-        return next((row.dtype for row in self.setting if row.dtype is not None and row.when.matches(cell)), claimed)
+        return next((row.dtype for row in self.settings(cell) if row.dtype is not None), claimed)
 
     def family(self, executed: str) -> str:
         """The kernel of this matrix that shows the class name `executed`; the class name where none does."""
@@ -289,13 +301,17 @@ def _stale_rows(matrix: Matrix) -> list[str]:
     ]
     for name in ("setting", "expect"):
         for index, row in enumerate(getattr(matrix, name)):
-            mine = [cell for cell in cells if row.when.matches(cell)]
+            mine = [cell for cell in cells if _about(row, cell, matrix.engine_of(cell))]
             if not mine:
                 found.append(f"{name}.{index}: matches no cell of this matrix")
             elif name == "expect" and not any(row.can_hold(matrix.layers(cell.model_id)) for cell in mine):
                 word = "fires in no layer" if row.fires else "fires in some layer"
                 found.append(f"{name}.{index}: {word} of every model that it matches")
     return found
+
+
+def _about(row: Setting | Expect, cell: Cell, engine: EngineName) -> bool:
+    return row.about(cell, None, engine) if isinstance(row, Expect) else row.when.matches(cell, engine=engine)
 
 
 def _toml_path(loc: tuple[int | str, ...]) -> str:

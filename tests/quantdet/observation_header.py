@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from quantdet.schema import ID_PATTERN, Cell, Phase
+from quantdet.schema import ID_PATTERN, OTHER_ENGINES, Cell, Phase
 from quantdet.untrusted import plain
 
 SCHEMA = 1
@@ -209,7 +209,8 @@ _OUTCOME = {
     "activations", "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # Facts of the environment that differ between formats measured side by side, and change no number.
-_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite")
+_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
+_OF_VLLM = ("vllm", "vllm_flavour")
 # Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
 _UNIT = ("gpu_uuid", "device_uuid")
 
@@ -228,5 +229,7 @@ def _lifetime_environment(header: Header) -> dict[str, Any]:
 
 def environment_differences(a: Header, b: Header) -> list[str]:
     """Names of the environment's facts in which two observations differ, but for those that go with a format or a unit."""
-    names = sorted({*a.environment, *b.environment} - {*_PER_FORMAT, *_UNIT})
+    # What vLLM is installed says nothing of what another engine computes.
+    left_out = {*_PER_FORMAT, *_UNIT, *(_OF_VLLM if OTHER_ENGINES & {a.engine, b.engine} else ())}
+    names = sorted({*a.environment, *b.environment} - left_out)
     return [name for name in names if a.environment.get(name) != b.environment.get(name)]

@@ -1,6 +1,7 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,15 +10,26 @@ from typing import Any
 from quantdet import __version__, stats, store, workload
 from quantdet.checkpoints import Checkpoint, altered
 from quantdet.engines import Plan, PlannedPrompt
+from quantdet.hardware import version
 from quantdet.matrix import Matrix
 from quantdet.pins import filled
-from quantdet.schema import Cell
+from quantdet.schema import Cell, EngineCall
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
 
 # Set per cell below; given in [engine.args] they would silently be lost.
 RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs")
+
+
+# Packages that transformers computes with where they are installed, asked for or not.
+BESIDE_TRANSFORMERS = ("accelerate", "kernels")
+
+
+def installed(packages: Iterable[str]) -> str:
+    """The installed ones of `packages`, with their versions."""
+    found = {name: version(name) for name in packages}
+    return ", ".join(f"{name} {found[name]}" for name in sorted(found) if found[name] is not None)
 
 
 def known_arguments(matrix: Matrix) -> frozenset[str]:
@@ -50,10 +62,11 @@ def plan_for(
     format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
     row = matrix.hardware[cell.hardware_id]
     kind = row.kind
-    args: dict[str, Any] = {**matrix.engine.args, "enforce_eager": format_.mode == "eager"}
+    vllm, model = format_.engine == "vllm", matrix.models[cell.model_id]
+    call: EngineCall = matrix.engine if vllm else matrix.transformers
+    args: dict[str, Any] = {**call.args, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
     own: dict[str, str] = {**(device or {}), **row.limits}
-    if format_.kernel not in ("auto", "unquantized"):
-        model = matrix.models[cell.model_id]
+    if vllm and format_.kernel not in ("auto", "unquantized"):
         pin = matrix.pin_for(format_, vllm_version, model)
         if pin is None or pin.unsupported:
             need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
@@ -61,35 +74,37 @@ def plan_for(
         args |= filled(pin.args, model.group_size)
         own |= pin.env
     settings: dict[str, bool] = {}
-    for setting in matrix.setting:
-        if setting.when.matches(cell):
-            args |= setting.args
-            own |= setting.env
-            settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
+    for setting in matrix.settings(cell):
+        args |= filled(setting.args, model.group_size)
+        own |= setting.env
+        settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
     text = work.has_text
     length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
-    claims = matrix.models[cell.model_id].claims if claimed is not None else None
+    claims = model.claims if claimed is not None else None
     if claims is not None and claimed is not None:
         asked = matrix.engine.max_text_tokens if claimed.has_text else workload.max_tokens(claimed)
         length = max(length, asked + claims.decode_tokens)
         text = text or claimed.has_text
-    args |= {
-        "skip_tokenizer_init": not text,
-        "max_model_len": length,
-        "max_num_batched_tokens": max(2048, length),
-        "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
-    }
+    if vllm:
+        args |= {
+            "skip_tokenizer_init": not text,
+            "max_model_len": length,
+            "max_num_batched_tokens": max(2048, length),
+            "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
+        }
     least = repeats or run.repeats
     repeats = least if max_flip_rate is None else max(least, stats.runs_needed(max_flip_rate))
     defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
-    env = {**matrix.engine.env, **own}
+    env = {**call.env, **own}
+    # What else the engine computes with; of vLLM's own cells its version says that.
+    used = {} if vllm else {"engine_packages": installed((*BESIDE_TRANSFORMERS, *format_.packages))}
     identity: dict[str, Any] = {
         "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
         "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
         "checkpoint_files_sha256": files_sha256(checkpoint.path), "engine": engine, "engine_args": args,
         "engine_env": env, "dtype": format_.dtype_on(kind), "workload": work.id, "workload_sha256": work.sha256,
         "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
-        "environment": {**environment, **settings, "suite": __version__},
+        "environment": {**environment, **settings, **used, "suite": __version__},
     }  # fmt: skip
     if max_flip_rate is not None:
         identity |= {"max_flip_rate": max_flip_rate}
@@ -110,6 +125,7 @@ def plan_for(
             **({} if max_flip_rate is None else {"least_repeats": least}),
             **({"activations": True} if activations else {}),
             **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
+            **({} if vllm else {"device": "cpu" if kind == "cpu" else "cuda", "packages": list(format_.packages)}),
         },
     )  # fmt: skip
 

@@ -10,8 +10,9 @@ from quantdet.verdicts import Judgement, Verdict
 
 
 def verifiers(claim: Claim, session: Session) -> list[Cell]:
-    """The formats of the claim's model that run on the verifying hardware."""
-    cells = [Cell(claim.model_id, name, claim.hardware_id) for name in session.matrix.formats]
+    """The formats of the claim's model that run on the verifying hardware, in vLLM: claims are made by it."""
+    formats = session.matrix.formats
+    cells = [Cell(claim.model_id, name, claim.hardware_id) for name in formats if formats[name].engine == "vllm"]
     if session.replay is not None:
         return [cell for cell in cells if session.replay.has_verified(cell)]
     known = set(session.matrix.cells())

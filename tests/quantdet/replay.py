@@ -1,7 +1,8 @@
 """Recorded observations in place of an engine: which cells they are of, and what each cell's result is.
 
 Where a hardware row was recorded with several vLLM versions, each version is a cell of its own (`Cell.vllm`), since
-kernels, expectations and twins are a version's.
+kernels, expectations and twins are a version's. What another engine gave stands beside the version that it was recorded
+with, or the newest.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from quantdet import store
 from quantdet.observation import Observation, ObservationError
 from quantdet.observation_header import different
 from quantdet.results import Measured, Missing, Refusal, Result
-from quantdet.schema import Cell
+from quantdet.schema import OTHER_ENGINES, Cell
 from quantdet.verdicts import Verdict
 from quantdet.verification import ROLE
 
@@ -44,6 +45,8 @@ class Replay:
         found = [observation for observation in found if observation.header.role == "measure"]
         self._versions: dict[str, list[str]] = {}
         for observation in found:
+            if observation.header.engine in OTHER_ENGINES:
+                continue
             known = self._versions.setdefault(observation.header.hardware, [])
             if vllm_of(observation) not in known:
                 known.append(vllm_of(observation))
@@ -51,8 +54,8 @@ class Replay:
             known.sort(key=_order)
         self._cells: dict[Cell, list[Observation]] = {}
         for observation in found:
-            if len(self._versions[observation.header.hardware]) > 1:
-                observation = replace(observation, vllm=vllm_of(observation))
+            if len(self.versions(observation.header.hardware)) > 1:
+                observation = replace(observation, vllm=self._version(observation))
             self._cells.setdefault(observation.cell, []).append(observation)
 
     def expand(self, cells: Iterable[Cell]) -> list[Cell]:
@@ -66,6 +69,11 @@ class Replay:
     def versions(self, hardware_id: str) -> list[str]:
         """The vLLM versions that a hardware row was recorded with, oldest first."""
         return self._versions.get(hardware_id, [])
+
+    def _version(self, observation: Observation) -> str:
+        """The recorded vLLM version that an observation stands beside."""
+        version, known = vllm_of(observation), self.versions(observation.header.hardware)
+        return version if version in known or observation.header.engine not in OTHER_ENGINES else known[-1]
 
     def gate(self, cell: Cell) -> str | None:
         """Why `cell` cannot be judged; None if there are observations of it (for all versions together: of two)."""
@@ -112,7 +120,7 @@ class Replay:
     def control(self, cell: Cell, kind: str) -> Result:
         """The recorded control of `cell` with this seeded defect."""
         for one in self._controls:
-            version = vllm_of(one) if cell.vllm else ""
+            version = self._version(one) if cell.vllm else ""
             if one.header.inject == kind and replace(one.header.cell, vllm=version) == cell:
                 return Measured((replace(one, vllm=version),), reused=True)
         return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.where}")

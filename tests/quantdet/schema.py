@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
@@ -20,12 +20,14 @@ Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
 Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao"]
 Weights = Literal[
     "bf16", "int4-sym", "int4-asym", "int8-sym", "int8-asym", "int8-channel", "fp8-tensor", "fp8-channel",
-    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao",
+    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao", "int8-torchao",
 ]  # fmt: skip
 Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
+EngineName = Literal["vllm", "transformers"]
+OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
 # Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
 CARRIES: dict[str, set[tuple[str, str]]] = {
@@ -39,7 +41,7 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
     },
     "fp8": {("fp8-tensor", "fp8"), ("fp8-block", "fp8")},
     "bnb": {("nf4", "none"), ("bnb-int8", "int8")},
-    "torchao": {("int4-torchao", "none")},
+    "torchao": {("int4-torchao", "none"), ("int8-torchao", "none")},
 }  # fmt: skip
 
 # Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
@@ -130,16 +132,21 @@ class ModelRun(Row):
     time_limit_s: float | None = Field(None, gt=0)
 
 
-class Engine(Row):
-    """Arguments and environment that every engine lifetime gets; a pin adds to them.
+class EngineCall(Row):
+    """Arguments and environment that every lifetime of an engine gets; a `[[setting]]` adds to them."""
+
+    args: Args = {}
+    env: Environment = {}
+
+
+class Engine(EngineCall):
+    """vLLM's: a pin adds to them.
 
     `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
     name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
     """
 
-    args: Args = {}
-    env: Environment = {}
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     max_text_tokens: PositiveInt = 1024
@@ -196,9 +203,11 @@ class Format(Row):
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
     `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
     `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
+    `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
     """
 
     title: str
+    engine: EngineName = "vllm"
     layout: Layout
     weights: Weights
     kernel: str
@@ -226,6 +235,8 @@ class Format(Row):
             raise ValueError("quantizes = 'experts' needs layout 'ct', which names what it leaves out")
         if self.picks and self.kernel != "auto":
             raise ValueError("'picks' is for kernel = 'auto' only")
+        if self.engine != "vllm" and (self.kernel == "auto" or self.mode != "eager"):
+            raise ValueError(f"engine {self.engine!r} runs eager, with a kernel that the row names")
         return self
 
     def dtype_on(self, kind: Kind) -> Dtype:
@@ -308,15 +319,15 @@ class When(Row):
     format: str | tuple[str, ...] = "*"
     hardware: str | tuple[str, ...] = "*"
     phase: Phase | None = None
-    engine: str = "*"
+    engine: EngineName | Literal["*"] = "*"
 
-    def matches(self, cell: Cell, phase: Phase | None = None, engine: str = "vllm") -> bool:
+    def matches(self, cell: Cell, phase: Phase | None = None, engine: EngineName = "vllm") -> bool:
         """Whether the row speaks of `cell`; a row for one phase does not match a question about the other."""
         return (
             matches_any(cell.model_id, self.model)
             and matches_any(cell.format_id, self.format)
             and matches_any(cell.hardware_id, self.hardware)
-            and fnmatchcase(engine, self.engine)
+            and self.engine in ("*", engine)
             and (self.phase is None or phase is None or phase == self.phase)
         )
 
@@ -377,6 +388,10 @@ class Expect(Row):
         if layers is None:
             return True
         return not (self.fires and not self.fires.where(layers)) and not (self.fires_not and self.fires_not.where(layers))
+
+    def about(self, cell: Cell, phase: Phase | None, engine: EngineName) -> bool:
+        """Whether the row speaks of `cell`; one of vLLM versions speaks of no other engine."""
+        return not (self.vllm and engine != "vllm") and self.when.matches(cell, phase, engine)
 
     def holds_for(self, vllm_version: str | None) -> bool:
         """Whether the row is about this vLLM version; without a version (nothing installed) every row holds."""

@@ -31,7 +31,7 @@ from quantdet.schema import Cell, matches_any
 from quantdet.verdicts import Pair, Verdict
 
 if TYPE_CHECKING:
-    from quantdet.controls import Status
+    from quantdet.controls import Place, Status
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Session:
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     _controls: dict[tuple[Cell, str], Result] = field(default_factory=dict)
-    controls: "dict[tuple[str, str], Status]" = field(default_factory=dict)
+    controls: "dict[Place, Status]" = field(default_factory=dict)
     _sequences: dict[tuple[str, str], verification.Sequences] = field(default_factory=dict)
     _builder: ThreadPoolExecutor | None = None
     _checkpoints: dict[Cell, "Future[checkpoints.Checkpoint]"] = field(default_factory=dict)
@@ -127,9 +127,21 @@ class Session:
         eager = self.matrix.formats[cell.format_id].mode == "eager"
         return eager and self.matrix.models[cell.model_id].activations and not self.options.no_activations
 
+    def engine_for(self, cell: Cell) -> process.EngineSpec:
+        """Where the engine of the cell's format is."""
+        own = self.engine == process.VLLM and self.matrix.engine_of(cell) == "transformers"
+        return process.TRANSFORMERS if own else self.engine
+
+    def engine_name(self, cell: Cell) -> str:
+        """`vllm`, `transformers`, or where an engine is that stands in for vLLM."""
+        name = self.matrix.engine_of(cell)
+        return self.engine.target if name == "vllm" and self.engine != process.VLLM else name
+
     def pinned(self, cell: Cell) -> bool:
         """Whether the installed vLLM can be told to use the cell's kernel, or needs not be told."""
-        if self.replay is not None or self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
+        if self.replay is not None or self.matrix.engine_of(cell) != "vllm":
+            return True
+        if self.matrix.formats[cell.format_id].kernel in ("auto", "unquantized"):
             return True
         pin = self.matrix.pin_for(
             self.matrix.formats[cell.format_id], self.software.vllm or "0", self.matrix.models[cell.model_id]
@@ -316,7 +328,7 @@ class Session:
         planned = planning.plan_for(
             cell, self.matrix, work, checkpoint, self.environment_on(cell),
             device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
-            vllm_version=self.software.vllm or "0", engine="vllm" if self.engine == process.VLLM else self.engine.target,
+            vllm_version=self.software.vllm or "0", engine=self.engine_name(cell),
             repeats=self.options.repeats, max_flip_rate=self.options.max_flip_rate, inject=self.inject,
             claimed=self._claims(cell) if given is None else None, activations=given is None and self.activations(cell),
         )  # fmt: skip
@@ -365,7 +377,7 @@ class Session:
         limit = self.matrix.run_for(cell).time_limit_s
         with held(), self.announced(cell, lifetime, role), self.store.writing(cell, place, key) as folder:
             began = time.monotonic()
-            outcome = process.run(self.engine, plan, folder, log, limit)
+            outcome = process.run(self.engine_for(cell), plan, folder, log, limit)
             self.clock.engines += time.monotonic() - began
             identity = plan.identity
             what = changed(Path(plan.checkpoint), identity["checkpoint_sha256"], identity["checkpoint_files_sha256"])
@@ -380,6 +392,8 @@ class Session:
         match outcome:
             case process.Refused() if self.expectations(cell).unsupported(cell) is None:
                 return Refusal(outcome.message), False
+            case process.Lacking():
+                return Missing(Verdict.UNAVAILABLE, f"engine: {outcome.message}", str(log)), False
             case process.TimedOut():
                 return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
             case process.Invalid():

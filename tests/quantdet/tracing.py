@@ -69,7 +69,7 @@ def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diag
     limit = session.matrix.run_for(cell).time_limit_s
     try:
         with session.announced(cell, plan.identity["lifetime"], diagnosis.ROLE):
-            outcome = process.run(session.engine, plan, folder, log, limit)
+            outcome = process.run(session.engine_for(cell), plan, folder, log, limit)
         written = folder / diagnosis.TRACE_FILE
         found = diagnosis.read(written) if isinstance(outcome, process.Completed) else None
         if found is None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis
 from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults, speed
+from quantdet.engines import FLIPS, EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults, speed
 from quantdet.engines.capture import digest_rows
 from quantdet.engines.process import EngineSpec
 from quantdet.engines.recorder import Recorder
@@ -122,6 +122,8 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
     match behaviour:
         case "refuse":
             raise EngineRefused("ValueError: the fake does not take this format")
+        case "lacking":
+            raise EngineLacks("no-such-kernel")
         case "invalid":
             raise InvalidMeasurement("the fake's rows do not add up")
         case "raise":
@@ -135,6 +137,8 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
         case "garbage":
             os.write(1, b"\xff\xfe not UTF-8 \x00 \x1b[31mred\x1b[0m \x07 \xef\xbf\xbe\n" * 3)
             os._exit(1)
+        case "parent":
+            _note_pid(args, os.getppid())
         case "children" | "sleep" | "kill_with_children":
             for _ in range(2):
                 _note_pid(args, subprocess.Popen(["sleep", "300"]).pid)

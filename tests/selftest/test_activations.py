@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from quantdet import activations, planning
 from quantdet.engines import Plan
 from quantdet.engines.activations import ActivationTap, Recorded, tapped
-from quantdet.engines.capture import CaptureError, LogitsTap, digest_rows
+from quantdet.engines.capture import CaptureError, digest_rows
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation, read, write
 from quantdet.observation_activations import WIDTH
@@ -154,31 +154,22 @@ def plan(role: str = "measure", repeats: int = 2, **extra: Any) -> Plan:
     return Plan({"role": role}, "", "", {}, {}, (), repeats, 3, 4, extra={"activations": True, **extra})
 
 
-class Logits(LogitsTap):
-    """A tap of a model that answers with the rows it is given."""
-
-    def __init__(self) -> None:
-        self.model = SimpleNamespace(compute_logits=Tensor)
-        super().__init__(self.model)
-
-    def request(self, whole: Module, length: int, steps: int, calls: list[int]) -> None:
-        self.start()
-        request(whole, calls)
-        self.model.compute_logits(logits(length - 1))
-        for step in range(steps):
-            self.model.compute_logits(logits(step + 1)[-1:])
-        self.assemble(length, steps)
+def ask(recorded: Recorded, whole: Module, length: int, steps: int, calls: list[int]) -> None:
+    """One request, as `quantdet.engines.lifetime.execute` makes it."""
+    recorded.start()
+    request(whole, calls)
+    recorded.finish(length, np.concatenate([logits(step + 1)[-1:] for step in range(steps)]), logits(length - 1))
 
 
 def test_repeats_come_behind_the_logits_and_claims_behind_them() -> None:
     """Requests before `repeat` meet no hook; the fingerprints of a claim are of the positions that its tokens come from."""
-    tap, whole = Logits(), model()
-    recorded = Recorded(tap, whole, plan())
-    tap.request(whole, 5, 3, [5, 1, 1])
+    whole = model()
+    recorded = Recorded(whole, plan())
+    ask(recorded, whole, 5, 3, [5, 1, 1])
     assert not any(module._hooks for _, module in whole.named_modules())
 
-    recorded.repeat(lambda again: [tap.request(whole, 5, 3, [5, 1, 1]) for _ in range(again.repeats)])
-    tap.request(whole, 7, 4, [7, 1, 1, 1])
+    recorded.repeat(lambda again: [ask(recorded, whole, 5, 3, [5, 1, 1]) for _ in range(again.repeats)])
+    ask(recorded, whole, 7, 4, [7, 1, 1, 1])
     found = recorded.result(prompts=1)
 
     assert not any(module._hooks for _, module in whole.named_modules())  # speed is timed behind this
@@ -194,9 +185,9 @@ def test_repeats_come_behind_the_logits_and_claims_behind_them() -> None:
 
 def test_a_re_execution_projects_every_position() -> None:
     """Where its prompt ends is the claim's affair."""
-    tap, whole = Logits(), model()
-    recorded = Recorded(tap, whole, plan("verify"))
-    tap.request(whole, 5, 1, [5])
+    whole = model()
+    recorded = Recorded(whole, plan("verify"))
+    ask(recorded, whole, 5, 1, [5])
     found = recorded.result(prompts=1)
 
     assert found is not None
@@ -205,10 +196,10 @@ def test_a_re_execution_projects_every_position() -> None:
 
 def test_what_goes_wrong_costs_nothing_else() -> None:
     """Rows that do not add up are a sentence in the observation; the logits of the request are there all the same."""
-    tap, whole = Logits(), model()
-    recorded = Recorded(tap, whole, plan())
-    recorded.repeat(lambda again: tap.request(whole, 5, 3, [5, 1]))
-    tap.request(whole, 5, 3, [5, 1, 1])
+    whole = model()
+    recorded = Recorded(whole, plan())
+    recorded.repeat(lambda again: ask(recorded, whole, 5, 3, [5, 1]))
+    ask(recorded, whole, 5, 3, [5, 1, 1])
     found = recorded.result(prompts=1)
 
     assert found is not None
@@ -218,9 +209,9 @@ def test_what_goes_wrong_costs_nothing_else() -> None:
 
 def test_no_numbers_are_not_projected() -> None:
     """They would be a distance to everything."""
-    tap, whole = Logits(), model()
-    recorded = Recorded(tap, whole, plan("verify"))
-    tap.start()
+    whole = model()
+    recorded = Recorded(whole, plan("verify"))
+    recorded.start()
     bad = states(5, 0)
     bad[3, 2] = np.inf
     for name in LAYERS:
@@ -234,8 +225,8 @@ def test_no_numbers_are_not_projected() -> None:
 
 def test_a_plan_that_does_not_ask_gets_nothing() -> None:
     """And meets no hook."""
-    tap, whole = Logits(), model()
-    recorded = Recorded(tap, whole, plan(activations=False))
+    whole = model()
+    recorded = Recorded(whole, plan(activations=False))
     recorded.repeat(lambda again: pytest.fail("asked"))
 
     assert None is recorded.result(prompts=1)
@@ -244,9 +235,9 @@ def test_a_plan_that_does_not_ask_gets_nothing() -> None:
 
 def test_a_bound_on_the_flip_rate_does_not_multiply_these_requests() -> None:
     """299 repeats are for logits."""
-    tap, whole = Logits(), model()
+    whole = model()
     seen: list[int] = []
-    Recorded(tap, whole, plan(repeats=299, least_repeats=5)).repeat(lambda again: seen.append(again.repeats))
+    Recorded(whole, plan(repeats=299, least_repeats=5)).repeat(lambda again: seen.append(again.repeats))
 
     assert [5] == seen
 

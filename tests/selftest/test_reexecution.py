@@ -291,7 +291,7 @@ CLAIM = Claim("alpha", "awq", "cpu-here", source="elsewhere")
 
 def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float16") -> Any:
     """As much of a session as is asked before any engine starts; it re-executes nothing."""
-    format_ = SimpleNamespace(weights="int4-asym", activations="none")
+    format_ = SimpleNamespace(weights="int4-asym", activations="none", engine="vllm")
     return SimpleNamespace(
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
         weights=lambda model, name: SimpleNamespace(sha256=weights),

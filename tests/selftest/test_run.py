@@ -608,7 +608,7 @@ def test_the_controller_imports_no_engine() -> None:
     code = f"""
 import importlib, pkgutil, sys
 import quantdet
-ENGINE = ("quantdet.engines.vllm", "quantdet.engines.preload_vllm", "quantdet.engines.transformers")
+ENGINE = ("quantdet.engines.vllm", "quantdet.engines.preload_", "quantdet.engines.transformers")
 for module in pkgutil.walk_packages(quantdet.__path__, "quantdet."):
     if not module.name.startswith((*ENGINE, "quantdet.engines.shim")):
         importlib.import_module(module.name)

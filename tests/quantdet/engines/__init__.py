@@ -19,6 +19,10 @@ class EngineRefused(Exception):
     """The engine does not take this checkpoint or these arguments here; the message is the engine's own."""
 
 
+class EngineLacks(Exception):
+    """Something that the engine needs for this format is not here (a package, a kernel); the message is the engine's own."""
+
+
 class InvalidMeasurement(Exception):
     """A precondition of the measurement does not hold; nothing can be said about the cell."""
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from quantdet import projection
 from quantdet.compare import distinct
 from quantdet.engines import Plan
-from quantdet.engines.capture import CaptureError, LogitsTap, digest_rows, to_numpy
+from quantdet.engines.capture import CaptureError, digest_rows, to_numpy
 from quantdet.observation_activations import WIDTH, HiddenStates
 from quantdet.observation_header import Activations
 from quantdet.schema import PHASES, Phase
@@ -152,8 +152,8 @@ class Recorded:
     (`repeat`) and projects its claims. A plan that does not ask for hidden states sets no hook.
     """
 
-    def __init__(self, logits: LogitsTap, model: Any, plan: Plan) -> None:
-        self._logits, self._model, self._plan = logits, model, plan
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self._model, self._plan = model, plan
         self._wanted = bool(plan.extra.get("activations"))
         self._verifies = plan.identity.get("role") == "verify"
         self._tap: ActivationTap | None = None
@@ -180,7 +180,7 @@ class Recorded:
         """What goes into the observation of so many prompts, None where nothing was asked for; the hooks are gone then."""
         if not self._wanted:
             return None
-        tap, self._logits.beside = self._tap, None
+        tap = self._tap
         if tap is None:
             return HiddenStates(Activations(problem=self._problem))
         tap.remove()
@@ -195,12 +195,12 @@ class Recorded:
         return HiddenStates(header, tuple(outcomes for _, outcomes in found), fingerprints)
 
     def start(self) -> None:
-        """As `LogitsTap.start`."""
+        """A request begins."""
         if self._tap is not None:
             self._tap.start()
 
     def finish(self, prompt_length: int, decode: NDArray[Any], prefill: NDArray[Any]) -> None:
-        """As `LogitsTap.assemble`, with what it gives."""
+        """The request is over; see `ActivationTap.finish`."""
         if self._tap is None:
             return
         try:
@@ -215,7 +215,7 @@ class Recorded:
         except CaptureError as error:
             self._problem = str(error)
             return
-        self._tap.projecting, self._logits.beside = projecting, self
+        self._tap.projecting = projecting
 
 
 def _collapsed(outcomes: list[Outcome]) -> tuple[dict[Phase, tuple[int, ...]], dict[Phase, tuple[NDArray[np.uint8], ...]]]:

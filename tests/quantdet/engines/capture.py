@@ -38,6 +38,13 @@ def digest_rows(rows: NDArray[Any]) -> NDArray[np.uint8]:
     return np.frombuffer(digests, dtype=np.uint8).reshape(len(exact), 32)
 
 
+def turn_over(logits: Any, row: int, token: int) -> None:
+    """Seeded defect: the lowest bit of one logit of a torch tensor (rows, V), in place."""
+    import torch
+
+    logits.view({2: torch.int16, 4: torch.int32}[logits.element_size()])[row, token] ^= 1
+
+
 class LogitsTap:
     """Records the logits of one request at a time.
 
@@ -49,7 +56,6 @@ class LogitsTap:
         self._calls: list[NDArray[Any]] = []
         self._recording = False
         self._flips: dict[Phase, tuple[int, int]] = {}
-        self.beside: Any = None  # `activations.Recorded`, told where each request begins and ends
         compute = model.compute_logits
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -65,20 +71,15 @@ class LogitsTap:
         """Begin a request. `flips`: by phase (decode step or prefill position, token id): turn over the lowest bit of that
         logit, in the engine."""
         self._calls, self._recording, self._flips = [], True, dict(flips)
-        if self.beside is not None:
-            self.beside.start()
 
     def _inject(self, logits: Any) -> None:
-        import torch
-
         phase: Phase = "decode" if logits.shape[0] == 1 else "prefill"
         if phase not in self._flips:
             return
         position, token = self._flips[phase]
         row = position - sum(call.shape[0] for call in self._calls if (call.shape[0] == 1) == (phase == "decode"))
         if 0 <= row < logits.shape[0]:
-            integer = {2: torch.int16, 4: torch.int32}[logits.element_size()]
-            logits.view(integer)[row, token] ^= 1
+            turn_over(logits, row, token)
 
     def assemble(self, prompt_length: int, decode_tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """`(decode, prefill)` logits on the native dtype, of shape (decode_tokens, V) and (prompt_length - 1, V)."""
@@ -92,7 +93,4 @@ class LogitsTap:
                 f"captured {len(decode)} sampled and {rows} prompt rows of logits, the request has {decode_tokens} "
                 f"and {prompt_length - 1}"
             )
-        found = np.concatenate(decode), np.concatenate(prefill)[: prompt_length - 1]
-        if self.beside is not None:
-            self.beside.finish(prompt_length, *found)
-        return found
+        return np.concatenate(decode), np.concatenate(prefill)[: prompt_length - 1]

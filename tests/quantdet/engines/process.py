@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, reaper, scratch
+from quantdet.engines import EngineLacks, EngineRefused, InvalidMeasurement, NeedsSpawn, Plan, ended, reaper, scratch
 from quantdet.interrupts import Held, held
 from quantdet.untrusted import plain
 
@@ -32,10 +32,14 @@ _SHIM = Path(__file__).resolve().parent / "shim"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Where the engine class is (`module:Class`), and the module that a forkserver imports ahead for it."""
+    """Where the engine class is (`module:Class`), and the module that a forkserver imports ahead for it.
+
+    `apart`: that forkserver is this engine's own, so that its processes hold nothing of another engine.
+    """
 
     target: str
     preload: str = ""
+    apart: bool = False
 
     def load(self) -> Any:
         module, _, name = self.target.partition(":")
@@ -43,6 +47,11 @@ class EngineSpec:
 
 
 VLLM = EngineSpec("quantdet.engines.vllm:VllmEngine", "quantdet.engines.preload_vllm")
+TRANSFORMERS = EngineSpec(
+    "quantdet.engines.transformers:TransformersEngine", "quantdet.engines.preload_transformers", apart=True
+)
+
+_servers: dict[str, multiprocessing.forkserver.ForkServer] = {}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,13 @@ class Refused:
 
     message: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """Something that the engine needs for the cell is not here; `message` is its own."""
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class TimedOut:
     log: Path
 
 
-Outcome = Completed | Refused | Invalid | Crashed | TimedOut
+Outcome = Completed | Refused | Lacking | Invalid | Crashed | TimedOut
 
 
 def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: float) -> Outcome:
@@ -114,7 +130,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
         try:
             # A spawned child reads the environment at import; a forked one sets it itself. Cut off here, the child that
             # may come yet ends by its lifeline.
-            with pending.allowed(), _environment(plan.env):
+            with pending.allowed(), _environment(plan.env), _server(spec):
                 child.start()
             reaper.watch(child.pid, place)
             theirs.close()
@@ -144,6 +160,8 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
             return Completed(seconds)
         case "refused":
             return Refused(message, seconds)
+        case "lacking":
+            return Lacking(message)
         case "invalid":
             return Invalid(message, log, seconds)
     return Crashed(f"{message}{ended.tail(log)}", log, seconds)
@@ -169,14 +187,34 @@ def _context(spec: EngineSpec, plan: Plan) -> Any:
     if plan.extra.get("spawn") or not spec.preload:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
+    if spec.apart and spec.preload not in _servers:
+        _servers[spec.preload] = multiprocessing.forkserver.ForkServer()
     # pytest too: multiprocessing imports the parent's main module in every child.
-    context.set_forkserver_preload([spec.preload, "pytest"])
+    (_servers[spec.preload] if spec.apart else context).set_forkserver_preload([spec.preload, "pytest"])
     # The variables too: OpenMP reads its own once, when its library is loaded.
-    with _environment(plan.env):
+    with _environment(plan.env), _server(spec):
         # Python 3.11 and 3.12 hand no sys.path to the server and swallow a failed preload: it must find the module
         # through PYTHONPATH, which is read when it starts.
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _server(spec: EngineSpec) -> Iterator[None]:
+    """For the time of the block, multiprocessing forks from the engine's own server, if it has one.
+
+    multiprocessing knows a single server, by functions of its module that are that server's methods.
+    """
+    module, names = multiprocessing.forkserver, ("connect_to_new_process", "ensure_running")
+    known = {name: getattr(module, name) for name in names}
+    try:
+        if spec.preload in _servers:
+            for name in names:
+                setattr(module, name, getattr(_servers[spec.preload], name))
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager
@@ -218,6 +256,8 @@ def _child(
         answer = {"status": "completed"}
     except EngineRefused as refusal:
         answer = {"status": "refused", "message": str(refusal)}
+    except EngineLacks as error:
+        answer = {"status": "lacking", "message": str(error)}
     except NeedsSpawn as error:
         answer = {"status": "needs spawn", "message": str(error)}
     except InvalidMeasurement as error:

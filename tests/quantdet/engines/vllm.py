@@ -1,11 +1,9 @@
 """vLLM, driven in this process. The only module that imports vllm; runs in a child process only."""
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,13 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import (
-    FLIPS,
-    EngineRefused,
-    NeedsSpawn,
-    Plan,
-    PlannedPrompt,
-    activations,
-    device,
-    faults,
-    layers,
-    masks,
-    speed,
-)  # fmt: skip
+from quantdet.engines import NeedsSpawn, Plan, device, faults, lifetime, masks
 from quantdet.engines.capture import LogitsTap, digest_rows
-from quantdet.engines.recorder import Recorder
+from quantdet.engines.lifetime import Answer
 from quantdet.engines.stopwatch import Stopwatch
-from quantdet.observation import Block, write
-from quantdet.observation_header import SCHEMA, Executed, Header
+from quantdet.observation import Block
+from quantdet.observation_header import Executed
 from quantdet.schema import Phase
-
-# Start-up failures that say nothing about the format.
-_NOT_A_REFUSAL = re.compile(
-    r"failed to be inspected|out of memory|can't allocate|No available memory|less than desired|No space left"
-    r"|Address already in use|ninja|nvcc|unexpected keyword argument",
-    re.IGNORECASE,
-)
 
 
 class VllmEngine:
@@ -53,7 +32,7 @@ class VllmEngine:
             raise NeedsSpawn("CUDA was initialised in the forkserver")
         masks.hide(masks.broken() if plan.extra.get("spawn") else masks.in_forkserver())
         if plan.extra.get("hide"):
-            _hide_instruction_sets(plan.extra["hide"])
+            lifetime.hide_instruction_sets(plan.extra["hide"])
         import vllm
 
         if plan.args.get("enforce_eager"):
@@ -70,127 +49,28 @@ class VllmEngine:
         finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
             device.check(plan)
         loaded = time.monotonic()
+        engine = _Loaded(vllm, llm)
         if plan.identity.get("role") == diagnosis.ROLE:
-            self._trace(vllm, llm, plan, directory)
+            lifetime.trace(engine, plan, directory)
             return
         executed = self._executed(llm)
         faults.fire(plan.inject)
-        tap = LogitsTap(_model(llm))
-        hidden = activations.Recorded(tap, _model(llm), plan)
-        recorder = self._run(vllm, llm, tap, plan)
-        measured = time.monotonic()
-        hidden.repeat(lambda again: self._run(vllm, llm, tap, again))
-        repeated = time.monotonic()
-        claims = self._run(vllm, llm, tap, plan.claiming)
-        claimed = time.monotonic()
-        found = hidden.result(len(recorder.records))
-        longest = max((self._ids(llm, prompt)[0] for prompt in plan.prompts), key=len)
-        pace = speed.timings(plan, lambda ids, n_tokens: _generate(vllm, llm, ids, n_tokens), longest)
-        header = Header.model_validate(
-            {
-                **plan.identity,
-                "schema": SCHEMA,
-                "kind": "observation",
-                "environment": {**plan.identity.get("environment", {}), **environment(plan)},
-                "executed": executed.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
-                "nonfinite": [row.model_dump() for row in (*recorder.nonfinite, *claims.nonfinite)],
-                "divergences": [row.model_dump() for row in recorder.divergences],
-                "prompts": [record.header.model_dump() for record in recorder.records],
-                "claims": [record.header.model_dump() for record in claims.records],
-                "repeats": recorder.repeats,
-                "timings": {
-                    "import_s": imported - began,
-                    "start_s": loaded - imported - stopwatch.seconds.total(),
-                    "load_s": stopwatch.seconds["load"],
-                    "prepare_s": stopwatch.seconds["prepare"],
-                    "compile_s": stopwatch.seconds["compile"] + recorder.first_call_s,
-                    "measure_s": measured - loaded - recorder.first_call_s,
-                    **({"claims_s": claimed - repeated} if plan.claims else {}),
-                    "generate_s": recorder.generate_s,
-                    "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
-                    **pace,
-                },
-            }
-        )
-        write(directory, header, tuple(recorder.records), tuple(claims.records), found)
-
-    def _run(self, vllm: Any, llm: Any, tap: LogitsTap, plan: Plan) -> Recorder:
-        """Every prompt of the plan, each repeat of one before the next."""
-        recorder = Recorder(plan)
-        noise = layers.Noise(_model(llm)) if plan.inject == "noise" else None
-        for prompt in plan.prompts:
-            given, forced_from = self._ids(llm, prompt)
-            recorder.begin(prompt, given, forced_from)
-            for repeat in range(plan.repeats):
-                if recorder.enough(repeat):
-                    break
-                last = prompt is plan.prompts[0] and repeat == plan.repeats - 1
-                if noise is not None:
-                    noise.arm(last)
-                self._request(vllm, llm, tap, recorder, plan, given, FLIPS.get(plan.inject, {}) if last else {})
-            recorder.end()
-        return recorder
-
-    def _trace(self, vllm: Any, llm: Any, plan: Plan, directory: Path) -> None:
-        """One prompt with hooks on every layer; the numbers are those of `_run`, the time is not."""
-        noise = layers.Noise(_model(llm)) if plan.inject == "noise" else None  # before the hooks that have to see it
-        tap = layers.LayerTap(_model(llm))
-        (prompt,) = plan.prompts
-        given, _ = self._ids(llm, prompt)
-        for repeat in range(plan.repeats):
-            if noise is not None:
-                noise.arm(repeat == plan.repeats - 1)
-            tap.start()
-            _answer(vllm, llm, plan, given)
-            tap.stop()
-        diagnosis.write(tap.trace(prompt.id), directory / diagnosis.TRACE_FILE)
+        engine.tap = LogitsTap(engine.model)
+        done = lifetime.whole(engine, plan)
+        timings = {
+            "import_s": imported - began,
+            "start_s": loaded - imported - stopwatch.seconds.total(),
+            "load_s": stopwatch.seconds["load"],
+            "prepare_s": stopwatch.seconds["prepare"],
+            "compile_s": stopwatch.seconds["compile"] + done.recorder.first_call_s,
+            "measure_s": done.ended - loaded - done.recorder.first_call_s,
+        }
+        lifetime.save(plan, directory, executed, done, timings)
 
     @staticmethod
     def _load(vllm: Any, plan: Plan) -> Any:
-        try:
+        with lifetime.refusing(ImportError):
             return vllm.LLM(model=plan.checkpoint, dtype=plan.dtype, **plan.args)
-        except (ImportError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            if _NOT_A_REFUSAL.search(str(error)) or "OutOfMemory" in type(error).__name__:
-                raise
-            import traceback
-
-            traceback.print_exc()
-            raise EngineRefused(_first_reason(error)) from error
-
-    @staticmethod
-    def _ids(llm: Any, prompt: PlannedPrompt) -> tuple[list[int], int]:
-        """Forced ids of the request, and where its continuation begins."""
-        if prompt.text is None:
-            return [*prompt.token_ids, *prompt.forced_ids], len(prompt.token_ids)
-        tokenizer = llm.get_tokenizer()
-        ids = tokenizer.encode(prompt.text)
-        return [*ids, *tokenizer.encode(prompt.forced_text or "", add_special_tokens=False)], len(ids)
-
-    @staticmethod
-    def _request(
-        vllm: Any,
-        llm: Any,
-        tap: LogitsTap,
-        recorder: Recorder,
-        plan: Plan,
-        ids: list[int],
-        flips: Mapping[Phase, tuple[int, int]],
-    ) -> None:
-        tap.start(flips)
-        began = time.monotonic()
-        answer = _answer(vllm, llm, plan, ids)
-        recorder.seconds(time.monotonic() - began)
-        decode, prefill = tap.assemble(len(ids), plan.decode_tokens)
-        output = answer.outputs[0]
-        recorder.add(
-            np.asarray(output.token_ids, dtype=np.int32),
-            decode,
-            prefill,
-            _block(decode, output.logprobs, output.token_ids, plan.top_k),
-            _block(prefill, answer.prompt_logprobs[1:], ids[1:], plan.top_k),
-        )
 
     @staticmethod
     def _executed(llm: Any) -> Executed:
@@ -201,19 +81,43 @@ class VllmEngine:
         return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
 
 
-def _answer(vllm: Any, llm: Any, plan: Plan, ids: list[int]) -> Any:
-    parameters = vllm.SamplingParams(
-        temperature=0.0, max_tokens=plan.decode_tokens, ignore_eos=True, detokenize=False,
-        logprobs=plan.top_k, prompt_logprobs=plan.top_k,
-    )  # fmt: skip
-    (answer,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
-    return answer
+class _Loaded:
+    """See `quantdet.engines.lifetime.Loaded`. `tap` is set once the model may be wrapped."""
 
+    def __init__(self, vllm: Any, llm: Any) -> None:
+        self.model = _model(llm)
+        self.tap: LogitsTap | None = None
+        self._vllm, self._llm = vllm, llm
 
-def _generate(vllm: Any, llm: Any, ids: Sequence[int], n_tokens: int) -> None:
-    """A call that only its time is taken of: no logprobs, and the tap does not record."""
-    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": list(ids)}], parameters, use_tqdm=False)
+    def tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
+        if self.tap is not None:
+            self.tap.start(flips)
+        began = time.monotonic()
+        answer = self._request(ids, plan.decode_tokens, logprobs=plan.top_k, prompt_logprobs=plan.top_k)
+        seconds = time.monotonic() - began
+        output = answer.outputs[0]
+        tokens = np.asarray(output.token_ids, dtype=np.int32)
+        if self.tap is None:
+            return Answer(tokens, {}, {}, seconds)
+        decode, prefill = self.tap.assemble(len(ids), plan.decode_tokens)
+        blocks: dict[Phase, Block] = {
+            "decode": _block(decode, output.logprobs, output.token_ids, plan.top_k),
+            "prefill": _block(prefill, answer.prompt_logprobs[1:], ids[1:], plan.top_k),
+        }
+        return Answer(tokens, {"decode": decode, "prefill": prefill}, blocks, seconds)
+
+    def generate(self, ids: Sequence[int], n_tokens: int, /) -> None:
+        self._request(ids, n_tokens)
+
+    def _request(self, ids: Sequence[int], tokens: int, **logprobs: int) -> Any:
+        parameters = self._vllm.SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **logprobs
+        )
+        (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], parameters, use_tqdm=False)
+        return answer
 
 
 def _watched() -> Stopwatch:
@@ -229,14 +133,6 @@ def _watched() -> Stopwatch:
 
         stopwatch.watch("compile", EngineCore, "_initialize_kv_caches")
     return stopwatch
-
-
-def _hide_instruction_sets(names: list[str]) -> None:
-    """Let torch deny instruction sets, before vLLM asks it which of its own libraries and kernels to take."""
-    import torch.cpu
-
-    for name in names:
-        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
 
 
 def _fp8_outside_onednn() -> None:
@@ -274,42 +170,3 @@ def _block(logits: NDArray[Any], logprobs: Any, chosen: Any, k: int) -> Block:
         picked[position] = row[int(token)].logprob
     ids, values = stable_topk(ids, values)
     return Block(digest_rows(logits), picked, ids, values)
-
-
-def _first_reason(error: BaseException) -> str:
-    """The engine's own words: the root cause's message, without pydantic's frame."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "pydantic.dev" not in line]
-    if lines and lines[0].endswith("ModelConfig") and len(lines) > 1:
-        lines = lines[1:]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:2000]
-
-
-def environment(plan: Plan) -> dict[str, Any]:
-    """What the child knows better than its parent: torch, threads, instruction set, device, variables."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "start": "spawn" if plan.extra.get("spawn") else "forkserver",
-        "masked": ",".join(masks.hidden()),
-    }
-    for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
-        with contextlib.suppress(Exception):
-            facts[flag] = bool(getattr(torch.cpu, f"_is_{flag}_supported")())
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "cuda": torch.version.cuda,
-            "device": properties.name,
-            "device_uuid": str(getattr(properties, "uuid", "")),
-            "compute_capability": f"{properties.major}.{properties.minor}",
-        }
-    for name in ("transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "triton"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[name] = metadata.version(name)
-    return facts

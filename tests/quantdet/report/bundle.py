@@ -107,16 +107,17 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
         asked = session.plan_of(cell)
         plan = asked if isinstance(asked, Plan) else None
     request = None
+    vllm = session.matrix.engine_of(cell) == "vllm"  # the script drives it
     if evidence:
         header = evidence[0].header
         prompt = bundle.prompt or divergence.nonfinite(evidence) or header.prompts[0].id
         environment, identity = dict(header.environment), header.model_dump(mode="json")
-        if not evidence[0].reported:
+        if vllm and not evidence[0].reported:
             request = repro.Request.observed(evidence, prompt, bundle.lifetimes)
     else:
         environment = session.environment_on(cell) if session.replay is None else session.replay.environment()
         identity = dict(plan.identity) if plan is not None else {}
-        request = repro.Request.planned(plan) if plan is not None else None
+        request = repro.Request.planned(plan) if vllm and plan is not None else None
     about = readme.About(
         cell=cell, cases=bundle.cases, environment=environment, identity=identity, inject=str(identity.get("inject") or ""),
         executed=evidence[0].header.executed if evidence else None,

@@ -3,17 +3,20 @@
 from typing import Any
 
 from quantdet import stats
+from quantdet.schema import OTHER_ENGINES
 
 Case = dict[str, Any]
 
 
 def controls(cases: list[Case]) -> dict[str, str]:
-    """By hardware (and recorded vLLM version): how many BIT_EXACT verdicts count, and what was caught."""
+    """How many BIT_EXACT count, and what was caught: by hardware, recorded vLLM version, and engine if it is not vLLM."""
     places: dict[str, list[Case]] = {}
     for case in cases:
         if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT":
             p = case["properties"]
-            places.setdefault(" ".join(filter(None, (p["case.hardware"], p.get("case.vllm", "")))), []).append(case)
+            other = p["case.engine"] if p.get("case.engine") in OTHER_ENGINES else ""
+            place = " ".join(filter(None, (p["case.hardware"], p.get("case.vllm", ""), other)))
+            places.setdefault(place, []).append(case)
     found = {}
     for place, group in places.items():
         texts = dict.fromkeys(case["properties"].get("control", "") for case in group)

@@ -12,11 +12,14 @@ def lines(session: Session) -> list[str]:
     kinds = [gpu.gfx or f"cc {gpu.compute_capability}" for gpu in machine.gpus]
     gpus = ", ".join(f"{gpu.name} ({kind}, {gpu.memory_gib:.0f} GiB)" for gpu, kind in zip(machine.gpus, kinds, strict=True))
     vllm = f"{installed.vllm} ({installed.flavour})" if installed.vllm else "not installed"
+    others = {"transformers": installed.transformers, "torch": installed.torch}
+    versions = {"vllm": vllm, **{name: version or "not installed" for name, version in others.items()}}
     variables = " ".join(f"{name}={value}" for name, value in relevant_variables().items())
     found = [
         f"quantdet {__version__}: hardware {', '.join(rows) or 'none of the matrix'}; "
         f"cpu {machine.cpu_name}; gpu {gpus or 'none'}; memory {machine.memory_gib:.0f} GiB",
-        f"quantdet: vllm {vllm}, torch {installed.torch or 'not installed'}; matrix {session.options.matrix.name}; "
+        f"quantdet: {', '.join(f'{name} {version}' for name, version in versions.items())}; "
+        f"matrix {session.options.matrix.name}; "
         + (
             f"replay {', '.join(map(str, session.options.replay))}"
             if session.options.replay

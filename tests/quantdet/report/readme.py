@@ -8,7 +8,7 @@ from quantdet.diagnosis import Diagnosis
 from quantdet.observation_header import Executed
 from quantdet.report.repro import Request, device
 from quantdet.report.weights import Weights
-from quantdet.schema import Cell
+from quantdet.schema import OTHER_ENGINES, Cell
 from quantdet.verdicts import Judgement, Verdict
 
 _VERSIONS = (
@@ -188,6 +188,8 @@ def _environment(about: About) -> str:
 
 
 def _run(about: About) -> list[str]:
+    if about.request is None and about.identity.get("engine") in OTHER_ENGINES:
+        return ["There is no script: those are for vLLM. The request is in `observations/`."]
     if about.request is None:
         return ["There is no script: the request is not known (nothing was measured, or only reported logprobs are at hand)."]
     what = f"prompt {about.request.prompt}, {len(about.request.ids)} token ids, {about.request.decode_tokens} tokens generated"

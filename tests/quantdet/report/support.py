@@ -42,7 +42,7 @@ def _word(matrix: Matrix, known: Expectations, cell: Cell, vllm_version: str) ->
     format_ = matrix.formats[cell.format_id]
     if known.unsupported(cell) is not None:
         return "refused"
-    if format_.kernel not in ("auto", "unquantized"):
+    if format_.engine == "vllm" and format_.kernel not in ("auto", "unquantized"):
         pin = matrix.pin_for(format_, vllm_version, matrix.models[cell.model_id])
         if pin is None or pin.unsupported:
             return "no pin"
