@@ -9,7 +9,7 @@ import numpy as np
 
 from quantdet import stats
 from quantdet.compare import distinct
-from quantdet.divergences import at, has_to_be_exact
+from quantdet.divergences import at, beyond, has_to_be_exact
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import Observation
 from quantdet.observation_activations import HiddenStates
@@ -85,7 +85,7 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     message = f"NOISY {where}: {flips} of {calls} repeats differ, first {_words(phase, first)} in layer {first.layer}{equal}"
     long = _noisy_beyond(parts, phase, row)
     if long:
-        message = f"NOISY {where}: noise beyond the declared {row.max_rows} rows, in prompt {long}: {message}"  # type: ignore[union-attr]
+        message = f"NOISY {where}: noise beyond the declared {beyond(row)}, in prompt {long}: {message}"
         return Judgement(Verdict.NOISY, message, False, figures, declared=False)
     return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures)
 

@@ -105,5 +105,17 @@ def at(phase: Phase, position: int) -> str:
 
 
 def has_to_be_exact(prompt: PromptRecord, phase: Phase, row: Expect | None) -> bool:
-    """Whether the declared noise does not reach `prompt`; decode is one row at a time."""
-    return row is None or (phase == "prefill" and row.max_rows is not None and prompt.header.length > row.max_rows)
+    """Whether the declared noise does not reach `prompt`.
+
+    Decode is one row at a time; but its first step comes out of the prompt's pass, and the others read what that one wrote.
+    """
+    if row is None or (row.min_rows is not None and prompt.header.length < row.min_rows):
+        return True
+    return phase == "prefill" and row.max_rows is not None and prompt.header.length > row.max_rows
+
+
+def beyond(row: Expect | None) -> str:
+    """The rows that declared noise is in, in words."""
+    assert row is not None
+    bounds = (f"up to {row.max_rows}" if row.max_rows else "", f"from {row.min_rows} on" if row.min_rows else "")
+    return f"rows ({', '.join(filter(None, bounds))})"

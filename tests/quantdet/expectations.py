@@ -63,7 +63,7 @@ def resolved(row: Expect, layers: Layers | None) -> Expect | None:
     """`row` as it holds for a model with these layers (None: not known); None where it does not.
 
     The outcome becomes weaker where the layers are not known; the reason says where the kernel's noise comes from, and
-    `max_rows` is computed where it follows from the number of experts.
+    `max_rows` or `min_rows` is computed where it follows from the number of experts.
     """
     condition = row.fires or row.fires_not
     if condition is None:
@@ -78,9 +78,10 @@ def resolved(row: Expect, layers: Layers | None) -> Expect | None:
     if not where:
         return row.model_copy(update={"reason": f"{row.reason}; fires in no layer of this model"})
     update: dict[str, object] = {"reason": f"{row.reason}; fires in {', '.join(map(str, where))} (N x K)"}
-    rows = [condition.rows(layer) for layer in where]
-    if rows[0] is not None:
-        update["max_rows"] = max(number for number in rows if number is not None)
+    if most := [rows for layer in where if (rows := condition.rows(layer)) is not None]:
+        update["max_rows"] = max(most)
+    if least := [rows for layer in where if (rows := condition.rows_from(layer)) is not None]:
+        update["min_rows"] = min(least)
     return row.model_copy(update=update)
 
 

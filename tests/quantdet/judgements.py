@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from quantdet import stats
 from quantdet.distinctness import distinctness as distinctness
-from quantdet.divergences import at, first_divergence, has_to_be_exact, runs_of
+from quantdet.divergences import at, beyond, first_divergence, has_to_be_exact, runs_of
 from quantdet.divergences import first_position_between as first_position_between
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import Observation
@@ -62,7 +62,7 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     detail = f"{outputs} distinct outputs; flip rate < {bound:.3g} per call at 95 %"
     long = _noisy_beyond(observations, phase, row)
     if long:
-        message = f"NOISY {where}: noise beyond the declared {row.max_rows} rows, in prompt {long}: {message}"  # type: ignore[union-attr]
+        message = f"NOISY {where}: noise beyond the declared {beyond(row)}, in prompt {long}: {message}"
         return Judgement(Verdict.NOISY, message, False, figures, detail, declared=False)
     return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures, detail)
 

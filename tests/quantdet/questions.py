@@ -78,11 +78,12 @@ def answer(
     `apart`: DISTINCT if every two are, else the verdict of the first pair that is not. `repeatable`: BIT_EXACT if all are,
     else NOISY. Expected, where every repeat is as the matrix expects, and every pair of `apart` is distinct.
     """
-    lacking = [cell.format_id for cell in case.of if cell not in measured]
-    if not measured or (question.answer == "apart" and lacking):
-        text = f"UNAVAILABLE {case}: needs {', '.join(lacking)}, have no measurement of them"
+    known = {cell: _repeats(cell, found, expectations(cell)) for cell, found in measured.items()}
+    told = {cell: found for cell, found in known.items() if found is not None}
+    lacking = [cell.format_id for cell in case.of if cell not in told]
+    if not told or (question.answer == "apart" and lacking):
+        text = f"UNAVAILABLE {case} needs repeats of {', '.join(lacking)}, have none"
         return Judgement(Verdict.UNAVAILABLE, text, False)
-    told = {cell: _repeats(cell, found, expectations(cell)) for cell, found in measured.items()}
     wrong = [text for text, fine in told.values() if not fine]
     figures: dict[str, object] = {"asks": question.asks, "expectation": f"{question.answer}: {', '.join(question.formats)}"}
     if question.answer == "repeatable":
@@ -95,7 +96,7 @@ def answer(
         text = "; ".join(f"{word}: {names}" for word, names in groups.items())
         figures |= {f"answer.{word}": names for word, names in groups.items()}
         return Judgement(verdict, f"{verdict} {case}: {text}", not wrong, figures, "\n".join(wrong))
-    pairs = tuple(compare(measured[a][0], measured[b][0]) for a, b in combinations(measured, 2))
+    pairs = tuple(compare(measured[a][0], measured[b][0]) for a, b in combinations(told, 2))
     other = next((pair for pair in pairs if pair.verdict is not Verdict.DISTINCT), None)
     closest = min(pairs, key=lambda pair: pair.l2) if other is None else other
     verdict = closest.verdict
@@ -106,19 +107,22 @@ def answer(
     return Judgement(verdict, f"{verdict} {case}: {repeats}; {gap}", expected, figures, "\n".join(wrong), pairs)
 
 
-def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> tuple[str, bool]:
-    """What the repeats of both phases say, and whether the matrix expects it."""
-    verdicts = {phase: judgements.repeat(found, phase, known) for phase in PHASES}
+def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> tuple[str, bool] | None:
+    """What the repeats of both phases say, and whether the matrix expects it; None where there are no repeats to judge."""
+    judged_phases = {phase: judgements.repeat(found, phase, known) for phase in PHASES}
+    verdicts = {phase: one for phase, one in judged_phases.items() if one.verdict is not Verdict.UNAVAILABLE}
+    if not verdicts:
+        return None
     fine = True
     for phase, judged in verdicts.items():
         row = known.noise(cell, phase)
         declared = row is not None and row.outcome == "noisy" and judged.verdict is Verdict.NOISY and judged.declared
         fine = fine and (judged.expected or declared)
-    noisy = [str(phase) for phase in PHASES if verdicts[phase].verdict is Verdict.NOISY]
+    noisy = [str(phase) for phase, judged in verdicts.items() if judged.verdict is Verdict.NOISY]
     if noisy:
         return f"NOISY in {' and '.join(noisy)}", fine
     worst = next((judged.verdict for judged in verdicts.values() if judged.verdict is not Verdict.BIT_EXACT), Verdict.BIT_EXACT)
-    return f"{worst} (n = {verdicts['decode'].figures.get('runs', 0)})", fine
+    return f"{worst} (n = {next(iter(verdicts.values())).figures.get('runs', 0)})", fine
 
 
 def _names(cells: list[Cell], measured: Mapping[Cell, tuple[Observation, ...]]) -> str:

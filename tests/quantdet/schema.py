@@ -336,7 +336,8 @@ class Expect(Row):
     """A declared departure from the default (bit-exact, distinct, accepted).
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
-    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `fires`: the noise is in
+    is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `min_rows`: of at least this many;
+    a shorter prompt has to be exact, in decode too. `fires`: the noise is in
     layers that meet this condition; a model without any has to be exact. `fires_not`: the formats are the same where no
     layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
     the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
@@ -353,6 +354,7 @@ class Expect(Row):
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
     max_rows: PositiveInt | None = None
+    min_rows: PositiveInt | None = None
     max_l2: Annotated[float, Field(gt=0)] | None = None
     fires: Fires | None = None
     fires_not: Fires | None = None
@@ -365,6 +367,8 @@ class Expect(Row):
         same = self.outcome in ("identical_to", "may_be_identical_to")
         if same != bool(self.formats):
             raise ValueError("'formats' names the twins of 'identical_to', 'may_be_identical_to'; belongs to no other outcome")
+        if self.min_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
+            raise ValueError("'min_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'max_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if (self.max_l2 is not None) != (self.outcome == "may_recompile"):
@@ -375,6 +379,8 @@ class Expect(Row):
             raise ValueError("'fires_not' belongs to the outcome 'identical_to'")
         if self.max_rows is not None and self.fires is not None and self.fires.tokens_per_expert_at_most is not None:
             raise ValueError("'max_rows' follows from 'tokens_per_expert_at_most'")
+        if self.min_rows is not None and self.fires is not None and self.fires.tokens_per_expert_above is not None:
+            raise ValueError("'min_rows' follows from 'tokens_per_expert_above'")
         if self.same_kernel and self.outcome != "identical_to":
             raise ValueError("'same_kernel' belongs to the outcome 'identical_to'")
         if self.match and self.outcome != "unsupported":

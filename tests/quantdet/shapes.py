@@ -141,18 +141,27 @@ def _projections(inner: int, hidden: int, prefix: str = "") -> Layers:
 class Fires(_Row):
     """When a kernel's noise can show in a layer: every key that is given has to hold for [N, K].
 
-    `tokens_per_expert_at_most`: of a layer of experts, and only for forward passes of so few rows (tokens) that each
-    expert gets at most this many of them on average; without it the condition is about the other layers.
+    Two keys are about layers of experts; without either the condition is about the other layers. `tokens_per_expert_at_most`:
+    only for forward passes of so few rows (tokens) that each expert gets at most this many of them on average.
+    `tokens_per_expert_above`: only where one expert may get more rows than this, and in layers of up to
+    `experts_sorted` experts only in passes of at least `routes_at_least` routes (rows x experts of a token).
     """
 
     n_below: PositiveInt | None = None
     k_at_least: PositiveInt | None = None
     tokens_per_expert_at_most: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_expert_above: PositiveInt | None = None
+    experts_sorted: PositiveInt = 1
+    routes_at_least: PositiveInt = 1
 
     @model_validator(mode="after")
     def _something(self) -> "Fires":
         if not self.model_fields_set:
-            raise ValueError("needs one of n_below, k_at_least, tokens_per_expert_at_most")
+            raise ValueError("needs one of n_below, k_at_least, tokens_per_expert_at_most, tokens_per_expert_above")
+        if self.tokens_per_expert_above is None and {"experts_sorted", "routes_at_least"} & self.model_fields_set:
+            raise ValueError("'experts_sorted' and 'routes_at_least' belong to 'tokens_per_expert_above'")
+        if self.tokens_per_expert_above is not None and self.tokens_per_expert_at_most is not None:
+            raise ValueError("'tokens_per_expert_above' and 'tokens_per_expert_at_most' exclude each other")
         return self
 
     def where(self, layers: Layers) -> Layers:
@@ -165,9 +174,19 @@ class Fires(_Row):
             return None
         return int(self.tokens_per_expert_at_most * layer.experts / layer.experts_per_token)
 
+    def rows_from(self, layer: LinearLayer) -> int | None:
+        """The number of rows from which a layer that meets the condition does; None: any number."""
+        if self.tokens_per_expert_above is None:
+            return None
+        least = self.tokens_per_expert_above + 1  # a token passes an expert once
+        if layer.experts <= self.experts_sorted:
+            least = max(least, -(-self.routes_at_least // layer.experts_per_token))
+        return least
+
     def _met(self, layer: LinearLayer) -> bool:
+        of_experts = self.tokens_per_expert_at_most is not None or self.tokens_per_expert_above is not None
         return (
-            bool(layer.experts) == (self.tokens_per_expert_at_most is not None)
+            bool(layer.experts) == of_experts
             and (self.n_below is None or layer.n < self.n_below)
             and (self.k_at_least is None or layer.k >= self.k_at_least)
             and self.rows(layer) != 0

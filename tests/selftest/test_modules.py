@@ -61,7 +61,7 @@ def test_a_format_that_was_ignored_is_no_format() -> None:
     ignored = observation().header.model_copy(update={"executed": modules.describe(Model({"q_proj": PLAIN}))})
     unpacked = ignored.model_copy(update={"executed": modules.describe(Model({"q_proj": compressed(False)}))})
     verdicts = [
-        kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), True).verdict
+        kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), "all").verdict
         for header in (ignored, unpacked)
     ]
 
@@ -74,7 +74,7 @@ def test_one_layer_that_was_left_out_is_a_mixture() -> None:
         found = modules.describe(Model({"a": compressed(False), "b": other}))
         header = observation().header.model_copy(update={"executed": found})
 
-        judged = kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), True)
+        judged = kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), "all")
 
         assert (Verdict.INVALID, True) == (judged.verdict, "mixed kernels" in judged.message)
 

@@ -34,6 +34,10 @@ def backend(name: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 NO_DEEPGEMM = {"VLLM_USE_DEEP_GEMM": "0"}
+MOE_MARLIN: tuple[dict[str, Any], dict[str, str]] = ({"linear_backend": "marlin", "moe_backend": "marlin"}, {})
+MOE_TRITON: tuple[dict[str, Any], dict[str, str]] = (
+    {"linear_backend": "cutlass", "moe_backend": "triton"}, NO_DEEPGEMM,
+)  # fmt: skip
 FORCED = {"VLLM_TEST_FORCE_FP8_MARLIN": "1"}
 INT4 = (
     '{"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"group_size": 128, '
@@ -89,6 +93,27 @@ TABLE: dict[str, dict[str, Told]] = {
     "gptq_moe_marlin": {
         "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
         "0.22.1": ({"linear_backend": "marlin", "moe_backend": "marlin"}, {}),
+    },
+    "gptq_int8_moe_marlin": {
+        "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
+        "0.22.1": MOE_MARLIN,
+    },
+    "awq_moe_marlin": {"0.20.2": ({"quantization": "awq_marlin"}, without(INTEGER, "Marlin")), "0.22.1": MOE_MARLIN},
+    "awq_moe_wna16": {
+        "0.20.2": ({"quantization": "moe_wna16"}, without(INTEGER, "Marlin")),
+        "0.22.1": ({"quantization": "moe_wna16", "linear_backend": "marlin"}, {}),
+        "0.27.1": "out of reach",
+    },
+    "ct_moe_w4a16": {"0.20.2": ({}, without(INTEGER, "Marlin")), "0.22.1": MOE_MARLIN},
+    "int8_w8a8_moe_triton": {"0.20.2": ({"moe_backend": "triton"}, {}), "0.22.1": MOE_TRITON},
+    "fp8_channel_moe_triton": {"0.20.2": ({"moe_backend": "triton"}, {}), "0.22.1": MOE_TRITON},
+    "fp8_channel_moe_cutlass": {
+        "0.20.2": ({"moe_backend": "cutlass"}, {}),
+        "0.22.1": ({"linear_backend": "cutlass", "moe_backend": "cutlass"}, {}),
+    },
+    "fp8_block_moe_triton": {
+        "0.20.2": ({"moe_backend": "triton"}, without(BLOCK, "Cutlass", **NO_DEEPGEMM)),
+        "0.22.1": MOE_TRITON,
     },
     "pytorch_int4": {"0.20.2": ONLINE_INT4},
     "bnb_nf4": {"0.20.2": ({}, {}), "0.28.0": "vllm-bnb-plugin"},
