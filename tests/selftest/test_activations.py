@@ -340,7 +340,7 @@ def test_noise_beyond_the_declared_rows_is_not_excused() -> None:
     short, long = (judged(differing(sample(), p, "prefill", (1, 1)), "prefill", **rows) for p in (0, 1))
 
     assert (True, False, False) == (short.expected, long.expected, long.declared)
-    assert "noise beyond the declared 8 rows, in prompt p1" in long.message
+    assert "noise beyond the declared rows (up to 8), in prompt p1" in long.message
 
 
 def test_lifetimes_add_up() -> None:

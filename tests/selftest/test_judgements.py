@@ -261,9 +261,21 @@ def test_noise_beyond_the_declared_rows_is_not_the_declared_noise(outcome: str) 
 
     assert outcome == "noisy" or (within.expected and decode.expected)
     assert (Verdict.NOISY, False) == (beyond.verdict, beyond.expected)
-    assert "noise beyond the declared 6 rows, in prompt p1" in beyond.message
+    assert "noise beyond the declared rows (up to 6), in prompt p1" in beyond.message
     with pytest.raises(Violation):
         beyond.enforce()
+
+
+def test_noise_below_the_declared_rows_is_not_the_declared_noise() -> None:
+    """A prompt with fewer rows than `min_rows` has to be exact, in decode too: its first step comes out of the same pass."""
+    expectations = row({"when": {}, "outcome": "may_be_noisy", "min_rows": 9})
+
+    for phase in PHASES:
+        enough = repeat(one_flip(observation(lengths=(6, 9)), 1, phase, 1), phase, expectations)
+        short = repeat(one_flip(observation(lengths=(6, 9)), 0, phase, 1), phase, expectations)
+
+        assert (True, False) == (enough.expected, short.expected)
+        assert "noise beyond the declared rows (from 9 on), in prompt p0" in short.message
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel

@@ -188,6 +188,33 @@ def test_rows_up_to_which_experts_are_noisy_are_computed() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("experts", "each", "least"),
+    [(8, 2, 512), (64, 6, 171), (64, 8, 128), (65, 8, 9), (128, 8, 9), (384, 8, 9), (64, 1024, 9)],
+)
+def test_rows_from_which_sorted_experts_are_noisy_are_computed(experts: int, each: int, least: int) -> None:
+    """Few experts are sorted in order up to so many routes; more of them never, but one block holds eight rows."""
+    condition = {"tokens_per_expert_above": 8, "experts_sorted": 64, "routes_at_least": 1024}
+    layer = LinearLayer("w13", 512, 512, experts, each)
+
+    found = resolved(row("may_be_noisy", fires=condition), (layer,))
+
+    assert found is not None and (least, None) == (found.min_rows, found.max_rows)
+    assert resolved(row("may_be_noisy", fires=condition), layers()) is None  # no experts
+
+
+@pytest.mark.parametrize(
+    ("fires", "words"),
+    [
+        ({"routes_at_least": 9}, "belong to 'tokens_per_expert_above'"),
+        ({"tokens_per_expert_above": 8, "tokens_per_expert_at_most": 6}, "exclude each other"),
+    ],
+)
+def test_conditions_on_experts_that_do_not_go_together(fires: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Fires.model_validate(fires)
+
+
 @pytest.mark.parametrize("verdict", [Verdict.DISTINCT, Verdict.IDENTICAL])
 @pytest.mark.parametrize(
     ("known", "wanted"),
