@@ -15,6 +15,7 @@ PLACES = [
 ]  # fmt: skip
 RECIPES = [place for place in PLACES if not place.endswith("README.md") and place != "CONTRIBUTING.md"]
 PYTESTS_OWN = {"--junitxml"}
+MUTATIONS = {"--part"}  # of tests/mutation
 
 
 def text(place: str) -> str:
@@ -47,7 +48,7 @@ def test_options_exist(place: str) -> None:
     options.add(parser)  # type: ignore[arg-type]
     given = {option for command in commands(place) for option in re.findall(r"(?<!\S)--[a-z][a-z-]+", command)}
 
-    assert given <= parser.names | PYTESTS_OWN
+    assert given <= parser.names | PYTESTS_OWN | MUTATIONS
 
 
 @pytest.mark.parametrize("place", PLACES)
