@@ -197,9 +197,10 @@ class Judge:
         __tracebackhide__ = True
         judgement = bundle.added(self.session, self.item, judgement, observations)
         figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
-        # What repeats say is the figures of these tests too; of lifetimes and of seeded defects it would be another's.
-        own = self.item.get_closest_marker("control") or self.item.get_closest_marker("several_lifetimes")
-        if observations and observations[0].header.kind == "observation" and own is None:
+        # What repeats say is the figures of these tests too; of lifetimes, of hidden states and of seeded defects it would be
+        # another's.
+        own = any(map(self.item.get_closest_marker, ("control", "several_lifetimes", "hidden_states")))
+        if observations and observations[0].header.kind == "observation" and not own:
             known = self.session.expectations(observations[0].cell)
             figures |= judgements.repeat(observations, self._phase(), known).figures
         if observations:
@@ -216,8 +217,10 @@ class Judge:
             }
         figures |= judgement.figures
         figures["verdict"] = str(judgement.verdict)
+        # Pairs of a question are of any two of its formats; other pairs have the case's own format as their first side.
+        asked = getattr(self.item, "originalname", "") == "test_question"
         for pair in judgement.pairs:
-            figures[f"pair.{pair.b}"] = (
+            figures[f"pair.{pair.a}.{pair.b}" if asked else f"pair.{pair.b}"] = (
                 f"{pair.verdict} l2={pair.l2:.6g} max_abs={pair.max_abs:.6g} differing={pair.differing}/{pair.positions} "
                 f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
                 f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "

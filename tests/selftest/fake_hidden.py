@@ -124,6 +124,8 @@ def measured(plan: Plan, whole: Observation, behaviour: str) -> HiddenStates | N
             ids = prompt.prompt_ids
             rows.append(np.concatenate([_position(numerics, ids[: n + 1]) for n in range(len(ids))], axis=1))
         return HiddenStates(header, (), tuple(rows))
+    if behaviour == "hidden_lost":
+        return HiddenStates(Activations(problem="rows of a layer do not add up"))
     found = hidden(whole, repeats=plan.repeats)
     if whole.claims:
         numerics = str(plan.args.get("numerics", plan.identity["format"]))

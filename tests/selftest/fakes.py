@@ -540,6 +540,22 @@ reason = "the same integers"
 source = "by construction"
 """
 
+# A question about three formats, whose words would be markup, and one about formats that repeat; to append to MATRIX.
+QUESTIONS = """
+[questions.three]
+asks = "Are <b>three</b> formats | apart?"
+source = "here"
+answer = "apart"
+model = ["alpha"]
+formats = ["awq", "ct", "int8"]
+
+[questions.which]
+asks = "Which formats repeat?"
+source = "here"
+answer = "repeatable"
+formats = ["bf16", "awq"]
+"""
+
 # A model with experts and a format of theirs, to append to MATRIX; "*" of the other models does not reach the format.
 EXPERTS = """
 [kernels.moe4]

@@ -544,6 +544,19 @@ def test_noise_fails_its_case_and_survives_a_recording(suite: Suite) -> None:
         assert " NOISY ! " in run.output
 
 
+@pytest.mark.parametrize("behaviour", ["hidden_lost", "hidden_noise"])
+def test_figures_of_the_logits_are_not_those_of_hidden_states(suite: Suite, behaviour: str) -> None:
+    """INVALID or NOISY without a figure of its own: none, and not that of the repeats' logits."""
+    run = suite("-k", "beta/bf16 and decode", matrix=ASKED + setting("bf16", behaviour))
+
+    logits, own = run.cases["test_repeat[beta/bf16/cpu-here-decode]"].properties, run.cases[BF16.format("decode")].properties
+    assert {"hidden_lost": "INVALID", "hidden_noise": "NOISY"}[behaviour] == own["verdict"]
+    assert logits["flip_rate_upper95.lifetime"] and logits["logits.sha256"]
+    assert not own.get("flip_rate_upper95.lifetime") and not own["logits.sha256"]
+    if behaviour == "hidden_lost":
+        assert ("", "", "") == (own["flip_rate_upper95"], own["distinct_outputs"], own["first_divergence"])
+
+
 def test_declared_noise_is_a_strict_xfail(suite: Suite) -> None:
     """Satisfied by the divergence; without it the case fails."""
     declared = ASKED + expect("bf16", "noisy", "decode")

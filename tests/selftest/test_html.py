@@ -11,13 +11,14 @@ import pytest
 
 from quantdet.observation import write
 from quantdet.report import evidence
-from quantdet.report.html import data, svg
+from quantdet.report.html import data, gather, svg
 from quantdet.report.html import page as html_page
 from quantdet.report.html.__main__ import main
 from quantdet.report.record import Records
 from quantdet.verdicts import Judgement, Verdict
-from selftest.fakes import MATRIX, changed_output, last_repeat, make_suite, observation, setting
+from selftest.fakes import MATRIX, QUESTIONS, changed_output, last_repeat, make_suite, observation, setting
 from selftest.inner import Run, Suite
+from selftest.test_activations import ASKED
 
 pytest_plugins = ["pytester"]
 
@@ -91,6 +92,75 @@ def test_the_page_says_what_was_found(suite: Suite) -> None:
     links = [a["href"] for a in found.all("a") if not a["href"].startswith("#")]
     assert {"cases.jsonl", "../report.xml", "bundles/alpha.ct.cpu-here/README.md"} <= set(links)
     assert [] == [link for link in links if not Path("r", link).exists()]
+
+
+def test_questions_have_their_answers(suite: Suite) -> None:
+    """Expected or not: what was asked, where, the verdict with its symbol, the answer; and nothing of it is markup."""
+    run = suite("-k", "test_question and cpu-here", "--report", "r", matrix=NOISY + QUESTIONS)
+
+    found = page()
+    said = " ".join(found.sections["questions"].split())
+    outcomes = {name: (case.outcome, case.verdict) for name, case in run.ran().items() if "/alpha/" in name}
+    assert {
+        "test_question[three/alpha/cpu-here]": ("failure", "DISTINCT"),
+        "test_question[which/alpha/cpu-here]": ("passed", "BIT_EXACT"),
+    } == outcomes
+    assert "Are <b>three</b> formats | apart? three" in said
+    assert "alpha on cpu-here\N{NOT EQUAL TO} DISTINCT ! unexpectedct NOISY in decode, awq BIT_EXACT (n = 3), int8" in said
+    assert "alpha on cpu-here= BIT_EXACTBIT_EXACT: bf16 (UnquantizedLinearMethod), awq (Fake4Kernel)" in said
+    assert "beta on cpu-here" in said
+    assert {"href": "#questions"} in found.all("a")
+    assert "Nothing was measured" not in found.sections["unexpected"]
+
+
+def test_hidden_states_stand_in_the_matrix(suite: Suite) -> None:
+    """A column for both phases, the message of each with the figures; not among the control cases."""
+    suite("-k", "cpu-here and (bf16 or beta)", "--report", "r", matrix=ASKED + setting("bf16", "hidden_noise"))
+
+    found = page()
+    matrix = " ".join(found.sections["matrix"].split())
+    assert 1 == found.source.count('<th scope="col">hidden states</th>')
+    assert 2 == matrix.count("hidden states, decode") == matrix.count("hidden states, prefill")
+    assert "hidden states, decodeNOISY beta/bf16/cpu-here decode activations: 1 of 3 repeats differ" in matrix
+    row = matrix.partition("Verdicts of beta")[2].partition("bf16")[2]
+    assert "~ NOISY ! unexpected" in row.partition("CONFIRMED")[0]
+    assert "control cases" not in matrix
+
+
+def test_hidden_states_alone_lend_no_figure_to_the_logits(suite: Suite) -> None:
+    """Their n and bound are of other requests."""
+    suite("-k", "beta and test_activations", "--report", "r", matrix=ASKED)
+
+    matrix = page().sections["matrix"]
+    assert "= BIT_EXACT" in " ".join(matrix.partition("Verdicts of beta")[2].split())
+    assert "repeats n" not in matrix and "flip rate below" not in matrix
+
+
+def test_paths_begin_at_the_root_folder(suite: Suite, pytester: pytest.Pytester) -> None:
+    """A page that is uploaded does not say where the machine keeps its files."""
+    suite("-k", "alpha/bf16/cpu-here", "--record", "kept/here")
+    for required in ((), ("--require-hardware=cpu-here",)):
+        suite("--replay=kept/here", "--report", f"r{len(required)}", "-k", "cpu-here", *required)
+
+    skipped, broken = page("r0"), page("r1")
+    assert "replay of kept/here" in skipped.sections[""]
+    assert "replay: needs a recording, have none in kept/here" in skipped.sections["coverage"]
+    assert "replay: needs a recording, have none in kept/here" in broken.sections["unexpected"]
+    for folder in ("r0", "r1"):
+        assert str(pytester.path) not in page(folder).source
+        assert str(pytester.path) not in Path(folder, "cases.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("none in /a/b/c, /a/b/d/e", "none in c, d/e"), ("none in /a/b", "none in ."), ("'/a/b'", "'.'"), ("/a/b/", "/a/b/"),
+        ("/a/bc/d", "/a/bc/d"), ("/x/a/b/c", "/x/a/b/c"), ("--store=/a/b/s", "--store=s"), ("/else/where", "/else/where"),
+    ],
+)  # fmt: skip
+def test_only_paths_below_the_root_are_shortened(text: str, shown: str) -> None:
+    assert shown == gather._inside(text, Path("/a/b"))
+    assert text == gather._inside(text, Path("/"))
 
 
 def test_devices_of_all_machines() -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from quantdet.report import markdown
 from quantdet.report.record import Records
+from selftest.fakes import QUESTIONS, setting
 from selftest.inner import Suite
+from selftest.test_activations import ASKED
 
 pytest_plugins = ["pytester"]
 
@@ -49,3 +51,27 @@ def test_a_summary_that_cannot_be_written_fails_nothing(suite: Suite, tmp_path: 
     monkeypatch.setenv(markdown.VARIABLE, str(tmp_path / "none" / "summary.md"))
 
     assert 0 == suite("-k", "alpha and cpu-here and bf16 and test_kernel").code
+
+
+def test_hidden_states_and_answers(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column where some cell has them; questions below the tables, each once, as plain text."""
+    path = tmp_path / "summary.md"
+    monkeypatch.setenv(markdown.VARIABLE, str(path))
+
+    suite("-k", "cpu-here and (beta or question)", matrix=ASKED + QUESTIONS + setting("bf16", "hidden_noise"))
+
+    text = path.read_text(encoding="utf-8")
+    tables, _, answers = text.partition("### Published questions\n\n")
+    assert "| format | decode | prefill | distinct | hidden states | kernel | n |\n|---|---|---|---|---|---|---|\n" in tables
+    assert "| bf16 | BIT_EXACT | BIT_EXACT | DISTINCT | **NOISY !** | CONFIRMED " in tables
+    assert "| ct | BIT_EXACT | BIT_EXACT | DISTINCT | BIT_EXACT | CONFIRMED " in tables
+    assert (
+        "- Are &lt;b&gt;three&lt;/b&gt; formats \\| apart?\n  - DISTINCT three/alpha/cpu-here: ct BIT\\_EXACT (n = 3), "
+        in answers
+    )
+    assert 1 == answers.count("- Which formats repeat?\n  - BIT_EXACT which/alpha/cpu-here: ")
+    assert "\n  - BIT_EXACT which/beta/cpu-here: BIT\\_EXACT: bf16" in answers
+
+
+def test_a_run_without_questions_has_no_word_of_them() -> None:
+    assert "questions" not in markdown.summary(Records([case("BIT_EXACT")]), "fine")

@@ -111,6 +111,15 @@ def test_multiplicity_is_over_every_case_that_rests_on_a_p_value() -> None:
     assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, case("DETECTABLE", p="0.04")])
 
 
+def test_a_question_is_no_further_test() -> None:
+    """Its pairs are in the cases of its formats; counted again, they would make Holm's correction harder than it is."""
+    cases = [case("DISTINCT", (0.03, "DISTINCT"))]
+    again = [*cases, {**cases[0], "test": "test_question"}]
+
+    assert confidence.multiplicity(again) == confidence.multiplicity(cases)
+    assert "1 cases rest on a p-value: of 1 that found a difference 1 stay" in confidence.multiplicity(again)
+
+
 def test_exact_formats_need_no_test() -> None:
     """Bits decide: no p-value, however few the repeats."""
     found = pair(observation("gptq"), observation("bf16"))

@@ -11,8 +11,11 @@ from quantdet.pairs import pair
 from quantdet.questions import Asked
 from quantdet.schema import Cell, Expect, Phase, Question
 from quantdet.verdicts import Judgement, Verdict
-from selftest.fakes import observation
+from selftest.fakes import MATRIX, QUESTIONS, observation
+from selftest.inner import Suite
 from selftest.test_judgements import one_flip
+
+pytest_plugins = ["pytester"]
 
 A, B = Cell("alpha", "a", "cpu-here"), Cell("alpha", "b", "cpu-here")
 
@@ -100,3 +103,11 @@ def test_no_answer_without_the_formats(kind: str, known: dict[Cell, Observation]
 def test_apart_needs_two_formats() -> None:
     with pytest.raises(ValueError, match="needs two formats"):
         question("apart", "a", "a")
+
+
+def test_every_pair_of_a_question_has_its_property(suite: Suite) -> None:
+    """Three formats: two of the three pairs have the same second side, two the same first."""
+    run = suite("-k", "test_question and three and cpu-here", matrix=MATRIX + QUESTIONS)
+
+    (case,) = run.ran().values()
+    assert {"pair.ct.awq", "pair.ct.int8", "pair.awq.int8"} == {name for name in case.properties if name.startswith("pair.")}

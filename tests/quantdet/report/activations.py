@@ -12,13 +12,32 @@ LEGEND = (
 )
 
 
-def word(cases: Mapping[str, Mapping[str, Any]]) -> str:
+def cases_of(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases about hidden states among those of a cell, which are named `activations` and the phase."""
+    return [case for name, case in cases.items() if name.startswith("activations")]
+
+
+def others(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases about anything else: n and bound of a cell are theirs, since hidden states are of further requests."""
+    return [case for name, case in cases.items() if not name.startswith("activations")]
+
+
+def deciding(cases: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Of a cell's cases about hidden states the one that speaks for both phases; None without any.
+
+    What is not expected stands before what is not BIT_EXACT, and that before the rest.
+    """
+    return min(cases_of(cases), key=lambda case: (case["expected"], case["verdict"] == "BIT_EXACT"), default=None)
+
+
+def word(cases: Mapping[str, dict[str, Any]]) -> str:
     """`exact` where no layer differs in either phase; else the verdict, `!` where it is not expected; empty without any."""
-    known = [case for name, case in cases.items() if name.startswith("activations")]
-    worst = next((case for case in known if case["verdict"] != "BIT_EXACT" or not case["expected"]), None)
-    if worst is None:
-        return "exact" if known else ""
-    return str(worst["verdict"]) + ("" if worst["expected"] else " !")
+    found = deciding(cases)
+    if found is None:
+        return ""
+    if not found["expected"]:
+        return f"{found['verdict']} !"
+    return "exact" if found["verdict"] == "BIT_EXACT" else str(found["verdict"])
 
 
 def sections(found: Sequence[Verification], width: int) -> list[str]:

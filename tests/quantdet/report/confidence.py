@@ -57,10 +57,13 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
 
     Source: Holm (1979) over the cases that rest on a p-value; that of a format against all others is the largest of its
     pairs (intersection-union, Berger 1982). Whatever is true, any false alarm among those that stay has at most
-    probability `alpha`. Where bits decide there is no test: no difference, no alarm.
+    probability `alpha`. Where bits decide there is no test: no difference, no alarm. A published question is no further test:
+    its pairs are those of its formats' cases.
     """
     tests: list[tuple[float, bool]] = []
     for case in cases:
+        if case["test"] == "test_question":
+            continue
         pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None]
         if pairs:
             tests.append((max(pairs), case["verdict"] != "INDISTINCT"))

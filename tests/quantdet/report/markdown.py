@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from quantdet.report import confidence, junit
+from quantdet.report import activations, confidence, junit
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
+_TABLED = ("test_repeat", "test_distinct", "test_kernel", "test_hardware", "test_activations")
 _MOST_BYTES = 900_000  # GitHub refuses a summary of more than 1 MiB
 
 
@@ -32,7 +33,7 @@ def append(session: pytest.Session) -> None:
 
 
 def summary(records: Records, first: str) -> str:
-    """Summary line, controls, what is unexpected, and a table of verdicts for each model and hardware."""
+    """Summary line, controls, what is unexpected, a table of verdicts for each model and hardware, answers to questions."""
     lines = ["## quantdet", "", _plain(first), ""]
     lines += [f"- controls on {_plain(where)}: {_plain(text)}" for where, text in confidence.controls(records.cases).items()]
     lines += [
@@ -46,23 +47,37 @@ def summary(records: Records, first: str) -> str:
     places: dict[str, dict[str, dict[str, Any]]] = {}
     for case in records.cases:
         properties = case["properties"]
-        if "case.format" in properties and case["test"] in ("test_repeat", "test_distinct", "test_kernel", "test_hardware"):
-            column = properties["case.phase"] if case["test"] == "test_repeat" else case["test"].removeprefix("test_")
+        if "case.format" in properties and case["test"] in _TABLED:
+            phase, name = properties["case.phase"], case["test"].removeprefix("test_")
+            column = {"repeat": phase, "activations": f"activations {phase}"}.get(name, name)
             places.setdefault(place(properties), {}).setdefault(properties["case.format"], {})[column] = case
     for where, formats in places.items():
-        lines += [
-            "",
-            f"### {_plain(where)}",
-            "",
-            "| format | decode | prefill | distinct | kernel | n |",
-            "|---|---|---|---|---|---|",
-        ]
+        hidden = any(map(activations.cases_of, formats.values()))
+        columns = ["format", "decode", "prefill", "distinct", *(["hidden states"] if hidden else []), "kernel", "n"]
+        lines += ["", f"### {_plain(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
             words = [_word(cases.get(column) or cases.get("hardware")) for column in ("decode", "prefill", "distinct")]
-            some = next(iter(cases.values()))["properties"]
+            words += [_word(activations.deciding(cases))] if hidden else []
+            logits = activations.others(cases)
+            some = (logits or activations.cases_of(cases))[0]["properties"]
             executed = f"{_word(cases.get('kernel'))} {_plain(some.get('kernel.executed', ''))}".strip()
-            lines.append(f"| {_plain(name)} | {' | '.join(words)} | {executed} | {_plain(some.get('runs', ''))} |")
-    return "\n".join(lines)
+            n = _plain(some.get("runs", "")) if logits else ""
+            lines.append(f"| {_plain(name)} | {' | '.join(words)} | {executed} | {n} |")
+    return "\n".join(lines + _questions(records))
+
+
+def _questions(records: Records) -> list[str]:
+    """Each question once, below it the answers."""
+    asked: dict[str, list[str]] = {}
+    for case in records.cases:
+        if case["test"] == "test_question":
+            text = case["properties"].get("asks", "") or case["properties"]["case.format"]
+            answer = case["message"].removeprefix(case["verdict"])
+            asked.setdefault(text, []).append(f"  - {_word(case)} {_plain(answer)}")
+    lines = ["", "### Published questions", ""] if asked else []
+    for text, answers in asked.items():
+        lines += [f"- {_plain(text)}", *answers]
+    return lines
 
 
 def _word(case: dict[str, Any] | None) -> str:

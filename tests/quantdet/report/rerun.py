@@ -13,7 +13,7 @@ VALUES = (
     "--matrix", "--store", "--replay", "--reference", "--hardware", "--require-hardware", "--repeats", "--max-flip-rate",
     "--lifetimes",
 )  # fmt: skip
-FLAGS = ("--ignore-native", "--no-controls", "--allow-download")
+FLAGS = ("--ignore-native", "--no-controls", "--no-activations", "--allow-download")
 
 
 def command(config: pytest.Config, nodeid: str) -> str:

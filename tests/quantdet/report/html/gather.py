@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ def gather(config: pytest.Config, folder: Path) -> Data:
     matrix = session.matrix
     order = {"model": list(matrix.models), "format": list(matrix.formats), "hardware": list(matrix.hardware)}
     roots = (session.replay.folders if session.replay is not None else ()) or (session.options.store,)
+    root = config.rootpath.resolve()
     cases = []
     for case in ordered(records.cases, order):
         properties = {name: value for name, value in case["properties"].items() if not name.startswith("pair.")}
         evidence = dict(case.get("evidence") or {})
-        row: Case = {**case, "properties": properties, "evidence": evidence}
+        row: Case = {**case, "message": _inside(case["message"], root), "properties": properties, "evidence": evidence}
         row["link"] = _link(properties.get("observation", ""), roots, folder)
         row["command"] = "" if case["expected"] else rerun.command(config, case["nodeid"])
         cases.append(row)
@@ -39,9 +41,9 @@ def gather(config: pytest.Config, folder: Path) -> Data:
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "mode": "live" if session.replay is None else "replay",
-        "replay": [_relative(path, config.rootpath) for path in roots] if session.replay is not None else [],
+        "replay": [_relative(path, root) for path in roots] if session.replay is not None else [],
         "machine": _machine(session),
-        "suite": {name: text for name, text in junit.properties(config) if not name.startswith(_APART)},
+        "suite": {name: _inside(text, root) for name, text in junit.properties(config) if not name.startswith(_APART)},
         "junit": _junit(config, folder),
         "titles": {
             "model": {name: row.title for name, row in matrix.models.items()},
@@ -49,11 +51,12 @@ def gather(config: pytest.Config, folder: Path) -> Data:
             "hardware": {name: row.title for name, row in matrix.hardware.items()},
         },
         "environments": _environments(cases),
-        "coverage": coverage(matrix, session, records),
+        "coverage": [{name: _inside(text, root) for name, text in row.items()} for row in coverage(matrix, session, records)],
     }
-    skipped = [{"nodeid": nodeid, "reason": reason} for nodeid, reason in sorted(records.skipped)]
+    skipped = [{"nodeid": nodeid, "reason": _inside(reason, root)} for nodeid, reason in sorted(records.skipped)]
     broken = [
-        {"nodeid": nodeid, "text": text, "command": rerun.command(config, nodeid)} for nodeid, text in sorted(records.broken)
+        {"nodeid": nodeid, "text": _inside(text, root), "command": rerun.command(config, nodeid)}
+        for nodeid, text in sorted(records.broken)
     ]
     return Data(run, cases, skipped, broken)
 
@@ -144,3 +147,11 @@ def _junit(config: pytest.Config, folder: Path) -> str:
 def _relative(path: Path, root: Path) -> str:
     """A folder as somebody would write it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _inside(text: str, root: Path) -> str:
+    """A text whose paths below `root` begin there: where a machine keeps its files is nobody's business on a page."""
+    if root == Path(root.anchor):
+        return text
+    below = re.sub(rf"(?<![\w./-]){re.escape(str(root))}/(?=[^\s,:;])", "", text)
+    return re.sub(rf"(?<![\w./-]){re.escape(str(root))}(?=$|[\s,:;)'\"])", ".", below)

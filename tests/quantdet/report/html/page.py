@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from quantdet.report import confidence, speed
-from quantdet.report.html import coverage, distances, reexecutions, svg, verdicts
+from quantdet.report.html import coverage, distances, questions, reexecutions, svg, verdicts
 from quantdet.report.html.data import CASES, Data
 
 _TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
@@ -47,7 +47,7 @@ def view(data: Data) -> dict[str, Any]:
         "broken": data.broken, "skipped": skips(data), "counted": confidence.counted(cases),
         "controls_said": confidence.controls(cases), "tables": verdicts.tables(cases), "controls": verdicts.controls(cases),
         "kernels": verdicts.kernels(cases), "noisy": verdicts.noisy(cases), "heat": heat, "scale": scale, "steps": svg.STEPS,
-        "equal": distances.equal(cases), "drift": distances.drift(cases),
+        "equal": distances.equal(cases), "drift": distances.drift(cases), "questions": questions.answered(cases),
         "reexecutions": reexecutions.verified(cases, order), "covered": covered, "reasons": reasons,
         "symbols": used(cases), "data_file": CASES, "speed_note": speed.NOTE,
     }  # fmt: skip
@@ -104,7 +104,8 @@ def used(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def sections(found: dict[str, Any]) -> list[tuple[str, str]]:
     """`(anchor, name)` of the sections that this page has."""
     names = (
-        ("matrix", "Verdicts", "tables"), ("machines", "Machines and versions", "equal"),
+        ("matrix", "Verdicts", "tables"), ("questions", "Published questions", "questions"),
+        ("machines", "Machines and versions", "equal"),
         ("machines", "Machines and versions", "drift"), ("distances", "Distances", "heat"),
         ("reexecutions", "Re-executions", "reexecutions"), ("kernels", "Kernels", "kernels"),
         ("noise", "Noise", "noisy"), ("environment", "Environment", "run"), ("coverage", "Coverage", "covered"),

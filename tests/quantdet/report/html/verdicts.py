@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantdet.report import speed
+from quantdet.report import activations, speed
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
 from quantdet.report.tables import place as tables_place
@@ -19,8 +19,9 @@ SYMBOLS = {
 }  # fmt: skip
 _GOOD = ("BIT_EXACT", "CONFIRMED", "DISTINCT", "DETECTABLE")
 _NONE = ("UNSUPPORTED", "UNAVAILABLE")
-_CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware")
+_CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware", "test_activations")
 _APART = ("test_versions", "test_reexecution", "test_question")
+LAYERS = "hidden states"  # the column of test_activations, both phases
 _DROPPED = ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM")  # no news, much room
 
 
@@ -115,11 +116,13 @@ def tables(cases: Sequence[Case]) -> list[Table]:
         cells: dict[tuple[str, Place], dict[str, Case]] = {}
         for case in group:
             name = case["test"].removeprefix("test_")
-            name = case["properties"]["case.phase"] if name == "repeat" else name
+            phase = case["properties"]["case.phase"]
+            name = {"repeat": phase, "activations": f"activations {phase}"}.get(name, name)
             cells.setdefault((case["properties"]["case.format"], place(case)), {})[name] = case
         places = list(dict.fromkeys(where for _, where in cells))
         formats = list(dict.fromkeys(format_ for format_, _ in cells))
         columns = [name for name in ("decode", "prefill", "restart", "distinct") if any(name in c for c in cells.values())]
+        columns += [LAYERS] if any(map(activations.cases_of, cells.values())) else []
         paces = speed.paces(group)
         rows = [(one, [_entry(cells.get((one, where)), paces) for where in places]) for one in formats]
         made.append(Table(model, places, columns, rows))
@@ -130,8 +133,11 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     if cases is None:
         return None
     tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
-    some = cases.get("decode") or cases.get("prefill") or next(iter(cases.values()))
-    p = some["properties"]
+    if (layers := tag(activations.deciding(cases))) is not None:
+        tags[LAYERS] = layers
+    hidden, logits = activations.cases_of(cases), activations.others(cases)
+    some = cases.get("decode") or cases.get("prefill") or (logits or hidden)[0]
+    p = some["properties"] if logits else {**some["properties"], "runs": "", "flip_rate_upper95": "", "first_divergence": ""}
     executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
     bound = p.get("flip_rate_upper95", "")
     pace = paces.get(tables_place(p), {}).get(p["case.format"])
@@ -148,6 +154,7 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
         ("closest format", (cases.get("distinct", some))["properties"].get("closest", "")),
         ("first divergence", p.get("first_divergence", "")),
         ("first divergent layer", _first(cases, "first_divergent_layer")),
+        *((f"hidden states, {case['properties']['case.phase']}", case["message"]) for case in hidden),
         ("expectation", " | ".join(expected)),
     ]  # fmt: skip
     bundle, link = _first(cases, "bundle"), next(filter(None, (c.get("link", "") for c in cases.values())), "")
