@@ -99,6 +99,15 @@ def test_no_answer_without_the_formats(kind: str, known: dict[Cell, Observation]
     assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
 
 
+def test_two_of_three_formats_are_no_answer() -> None:
+    """`apart` is about all of them."""
+    third = Cell("alpha", "c", "cpu-here")
+    found = answered("apart", {A: observation("a"), B: observation("b")}, of=(A, B, third))
+
+    assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
+    assert "needs repeats of c" in found.message
+
+
 def test_apart_needs_two_formats() -> None:
     with pytest.raises(ValueError, match="needs two formats"):
         question("apart", "a", "a")
