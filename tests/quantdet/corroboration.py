@@ -107,7 +107,11 @@ def judge(
     if found.closest:
         how += f", closest {found.closest}: SNR {_times(found.snr)} (of logprobs {_times(logprobs.snr)}, {logprobs.closest})"
     words = {found.word, logprobs.word}
-    if len(words) == 1:
+    if words == {"contradicted"}:
+        word = "agree" if found.closest == logprobs.closest else "DISAGREE"
+    elif words == {"undecided"}:
+        word = "neither tells"
+    elif len(words) == 1:
         word = "agree"
     elif "contradicted" in words:
         word = "DISAGREE"

@@ -44,10 +44,7 @@ def distinctness(
         if why is not None:
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
             return Judgement(Verdict.INVALID, message, False)
-        result = compare(own, observation)
-        spread = max(spreads.get(cell, 0.0), spreads.get(other, 0.0))
-        if spread and result.verdict is Verdict.DISTINCT and result.l2 <= spread:
-            result = replace(result, verdict=Verdict.INDISTINCT, within=max(result.within, spread))
+        result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
         row = expectations.twins(cell, other)
         if row is not None and row.same_kernel and not _same_kernel(own, observation):
             row = None
@@ -98,6 +95,13 @@ def distinctness(
         return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))
     text += f"; closest {closest.b} ({_size(closest)})"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
+
+
+def above_lifetimes(result: Pair, spread: float) -> Pair:
+    """`result`, INDISTINCT where the formats are no farther apart than the engine lifetimes of one of them (`spread`, nats)."""
+    if spread and result.verdict is Verdict.DISTINCT and result.l2 <= spread:
+        return replace(result, verdict=Verdict.INDISTINCT, within=max(result.within, spread))
+    return result
 
 
 def _preposition(result: Pair) -> str:

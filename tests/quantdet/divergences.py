@@ -109,9 +109,11 @@ def has_to_be_exact(prompt: PromptRecord, phase: Phase, row: Expect | None) -> b
 
     Decode is one row at a time; but its first step comes out of the prompt's pass, and the others read what that one wrote.
     """
-    if row is None or (row.min_rows is not None and prompt.header.length < row.min_rows):
+    length = prompt.header.length
+    if row is None or (row.min_rows is not None and length < row.min_rows):
         return True
-    return phase == "prefill" and row.max_rows is not None and prompt.header.length > row.max_rows
+    beyond_most = row.max_rows is not None and length > row.max_rows
+    return beyond_most and (phase == "prefill" or (row.min_rows or 1) > 1)
 
 
 def beyond(row: Expect | None) -> str:

@@ -45,7 +45,7 @@ class Judge:
         observations = self._measured(cell)
         judgement = activations.repeat(observations, phase, self.session.expectations(cell))
         self._available(cell, judgement)
-        self._say(judgement, observations)
+        self._say(self._controlled(cell, judgement), observations)
 
     def _controlled(self, cell: Cell, judgement: Judgement) -> Judgement:
         """BIT_EXACT with what is known of its hardware's controls; INVALID where a turned-over bit was not seen."""
@@ -55,7 +55,8 @@ class Judge:
         words = {True: "yes", False: "missed", None: "no"}
         figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
         if status.blind:
-            text = f"INVALID {cell} {judgement.figures['phase']}: no repeat differs, but no seeded difference was seen either"
+            where = f"{cell} {judgement.figures.get('phase', '')}"
+            text = f"INVALID {where}: no repeat differs, but no seeded difference was seen either"
             return Judgement(Verdict.INVALID, f"{text}: {status.flip}", False, figures, judgement.text)
         return replace(judgement, figures=figures)
 
@@ -142,9 +143,13 @@ class Judge:
     def question(self, case: Asked) -> None:
         """A question of a published experiment, answered from the verdicts of its cells."""
         row = self.session.matrix.questions[case.format_id]
-        measured = questions.observations(case, self.session)
-        judgement = questions.answer(case, row, measured, self.session.expectations, self.session.compare)
+        results = {cell: self.session.result(cell) for cell in questions.available(case, self.session)}
+        spreads = {cell: self.session.spread(cell) for cell in results}
+        judgement = questions.answer(case, row, results, self.session.expectations, self.session.compare, spreads)
         self._available(case, judgement)
+        if any(controls.status(self.session, cell).blind for cell, found in results.items() if isinstance(found, Measured)):
+            text = f"INVALID {case}: no seeded difference was seen on this hardware: {judgement.message}"
+            judgement = Judgement(Verdict.INVALID, text, False, judgement.figures)
         self._say(judgement, ())
 
     def refused(self, cell: Cell) -> None:

@@ -126,8 +126,9 @@ def kernel(
     asked = f"requested {requested}" if classes else "nothing requested: vLLM's own choice, the same in every layer"
     if precision:
         # Whatever the capitals: MarlinMxFp8 of one vLLM is MarlinMxfp8 of another.
-        first = executed.linear[0].executed
-        substituted = first.casefold() in {name.casefold() for name in weight_only}
+        known_names = {name.casefold() for name in weight_only}
+        names_found = [layer.executed for layer in executed.linear + executed.moe if layer.executed.casefold() in known_names]
+        substituted, first = bool(names_found), next(iter(names_found), "")
         figures["kernel.weight_only"] = substituted
         if substituted and native:
             return invalid(f"{precision} requested, weight-only kernel {first} executed: activations are not quantized")

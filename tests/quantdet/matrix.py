@@ -137,7 +137,9 @@ class Matrix(Row):
     @property
     def weight_only_classes(self) -> frozenset[str]:
         """Class names of the kernel families that do not quantize activations."""
-        return frozenset(name for kernel in self.kernels.values() if kernel.weight_only for name in kernel.classes)
+        return frozenset(
+            name for kernel in self.kernels.values() if kernel.weight_only for name in (*kernel.classes, *kernel.moe_classes)
+        )
 
     def multiplies(self, cell: Cell) -> bool:
         """Whether the chip multiplies the number format of the cell's activations."""

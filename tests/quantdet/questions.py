@@ -7,12 +7,15 @@ A row of the matrix names formats of a model. `apart`: each of them repeats as t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quantdet import judgements
+from quantdet.distinctness import above_lifetimes
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
-from quantdet.results import Measured
+from quantdet.pairs import comparable, pair
+from quantdet.results import Measured, Missing, Refusal, Result
 from quantdet.schema import PHASES, Cell, Question, matches_any
 from quantdet.verdicts import Judgement, Pair, Verdict
 
@@ -28,7 +31,7 @@ class Asked(Cell):
 
     @property
     def id(self) -> str:
-        return f"{self.format_id}/{self.model_id}/{self.hardware_id}{f'@{self.vllm}' if self.vllm else ''}"
+        return super().id
 
     def __str__(self) -> str:
         return self.id
@@ -52,59 +55,83 @@ def asked(session: "Session") -> list[Asked]:
 
 def gate(case: Asked, session: "Session") -> str | None:
     """Why the question cannot be answered here; None if it can be tried."""
-    reasons = [session.gate(cell) for cell in case.of]
+    reasons = [_reason(cell, session) for cell in case.of]
     if session.matrix.questions[case.format_id].answer == "apart":
         return next((reason for reason in reasons if reason is not None), None)
     return None if None in reasons else reasons[0]
 
 
+def _reason(cell: Cell, session: "Session") -> str | None:
+    row = session.expectations(cell).unsupported(cell)
+    declared = None if row is None else f"question: needs {cell}, which is declared unsupported: {row.reason}"
+    return session.gate(cell) or declared
+
+
 def available(case: Asked, session: "Session") -> tuple[Cell, ...]:
     """The cells of the question that can be measured here."""
-    return tuple(cell for cell in case.of if session.gate(cell) is None)
-
-
-def observations(case: Asked, session: "Session") -> dict[Cell, tuple[Observation, ...]]:
-    """What was measured of the question's cells; what is refused or missing is left out."""
-    results = {cell: session.result(cell) for cell in available(case, session)}
-    return {cell: result.observations for cell, result in results.items() if isinstance(result, Measured)}
+    return tuple(cell for cell in case.of if _reason(cell, session) is None)
 
 
 def answer(
-    case: Asked, question: Question, measured: Mapping[Cell, tuple[Observation, ...]],
-    expectations: Callable[[Cell], Expectations], compare: Callable[[Observation, Observation], Pair],
+    case: Asked, question: Question, results: Mapping[Cell, Result], expectations: Callable[[Cell], Expectations],
+    compare: Callable[[Observation, Observation], Pair] = pair, spreads: Mapping[Cell, float] = MappingProxyType({}),
 ) -> Judgement:  # fmt: skip
     """The verdict and the answer in one line.
 
     `apart`: DISTINCT if every two are, else the verdict of the first pair that is not. `repeatable`: BIT_EXACT if all are,
-    else NOISY. Expected, where every repeat is as the matrix expects, and every pair of `apart` is distinct.
+    else NOISY. Expected, where every repeat is as the matrix expects, and every pair of `apart` is distinct. INVALID where
+    a format broke down, or its numbers cannot be judged. `compare`, `spreads`: see `quantdet.distinctness`.
     """
+    measured = {cell: found.observations for cell, found in results.items() if isinstance(found, Measured)}
     known = {cell: _repeats(cell, found, expectations(cell)) for cell, found in measured.items()}
     told = {cell: found for cell, found in known.items() if found is not None}
+    figures: dict[str, object] = {"asks": question.asks, "expectation": f"{question.answer}: {', '.join(question.formats)}"}
+    broken = [f"{cell.format_id}: {why}" for cell, found in results.items() if (why := _broken(found))]
+    broken += [f"{cell.format_id}: {text}" for cell, (text, _) in told.items() if text.startswith(Verdict.INVALID)]
+    if broken:
+        return Judgement(Verdict.INVALID, f"INVALID {case}: {broken[0]}", False, figures, "\n".join(broken[1:]))
     lacking = [cell.format_id for cell in case.of if cell not in told]
     if not told or (question.answer == "apart" and lacking):
         text = f"UNAVAILABLE {case} needs repeats of {', '.join(lacking)}, have none"
-        return Judgement(Verdict.UNAVAILABLE, text, False)
-    wrong = [text for text, fine in told.values() if not fine]
-    figures: dict[str, object] = {"asks": question.asks, "expectation": f"{question.answer}: {', '.join(question.formats)}"}
+        return Judgement(Verdict.UNAVAILABLE, text, False, figures)
+    wrong = [f"{cell.format_id} {text}" for cell, (text, fine) in told.items() if not fine]
     if question.answer == "repeatable":
         words = {cell: text.partition(" ")[0] for cell, (text, _) in told.items()}
         groups = {
             word: _names([cell for cell in words if words[cell] == word], measured)
             for word in sorted(set(words.values()), reverse=True)  # NOISY before BIT_EXACT: what is the news
-        }  # fmt: skip
+        }
         verdict = Verdict.BIT_EXACT if set(words.values()) == {"BIT_EXACT"} else Verdict.NOISY
-        text = "; ".join(f"{word}: {names}" for word, names in groups.items())
+        parts = [f"{word}: {names}" for word, names in groups.items()]
+        parts += [f"not judged: {', '.join(lacking)}"] if lacking else []
         figures |= {f"answer.{word}": names for word, names in groups.items()}
-        return Judgement(verdict, f"{verdict} {case}: {text}", not wrong, figures, "\n".join(wrong))
-    pairs = tuple(compare(measured[a][0], measured[b][0]) for a, b in combinations(told, 2))
-    other = next((pair for pair in pairs if pair.verdict is not Verdict.DISTINCT), None)
-    closest = min(pairs, key=lambda pair: pair.l2) if other is None else other
+        return Judgement(verdict, f"{verdict} {case}: {'; '.join(parts)}", not wrong, figures, "\n".join(wrong))
+    for a, b in combinations(told, 2):
+        if obstacle := comparable(measured[a][0], measured[b][0]):
+            text = f"INVALID {case}: {a.format_id} cannot be compared with {b.format_id}: {obstacle}"
+            return Judgement(Verdict.INVALID, text, False, figures)
+    pairs = tuple(
+        above_lifetimes(compare(measured[a][0], measured[b][0]), max(spreads.get(a, 0.0), spreads.get(b, 0.0)))
+        for a, b in combinations(told, 2)
+    )
+    other = next((found for found in pairs if found.verdict is not Verdict.DISTINCT), None)
+    closest = min(pairs, key=lambda found: found.l2) if other is None else other
     verdict = closest.verdict
-    gap = f"{closest.a} and {closest.b} {closest.l2:.3g} nats apart ({closest.differing}/{closest.positions} positions)"
+    apart = f"{closest.a} and {closest.b} {closest.l2:.3g} nats apart ({closest.differing}/{closest.positions} positions)"
     repeats = ", ".join(f"{cell.format_id} {text}" for cell, (text, _) in told.items())
     figures |= {"l2": closest.l2, "max_abs_diff": closest.max_abs, "closest": f"{closest.a},{closest.b}"}
     expected = other is None and not wrong
-    return Judgement(verdict, f"{verdict} {case}: {repeats}; {gap}", expected, figures, "\n".join(wrong), pairs)
+    return Judgement(verdict, f"{verdict} {case}: {repeats}; {apart}", expected, figures, "\n".join(wrong), pairs)
+
+
+def _broken(result: Result) -> str:
+    """What of a cell's result leaves no answer: it died, took too long, or was refused though nobody said so."""
+    match result:
+        case Missing(verdict=Verdict.ERROR | Verdict.TIMEOUT | Verdict.INVALID):
+            return f"{result.verdict}: {result.reason.partition(chr(10))[0]}"
+        case Refusal():
+            return f"refused: {result.message.partition(chr(10))[0]}"
+    return ""
 
 
 def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> tuple[str, bool] | None:

@@ -73,7 +73,9 @@ class Replay:
     def _version(self, observation: Observation) -> str:
         """The recorded vLLM version that an observation stands beside."""
         version, known = vllm_of(observation), self.versions(observation.header.hardware)
-        return version if version in known or observation.header.engine not in OTHER_ENGINES else known[-1]
+        if version in known or observation.header.engine not in OTHER_ENGINES:
+            return version
+        return known[-1] if known else ""
 
     def gate(self, cell: Cell) -> str | None:
         """Why `cell` cannot be judged; None if there are observations of it (for all versions together: of two)."""
@@ -120,8 +122,10 @@ class Replay:
     def control(self, cell: Cell, kind: str) -> Result:
         """The recorded control of `cell` with this seeded defect."""
         for one in self._controls:
+            if one.header.inject != kind or one.header.cell != replace(cell, vllm=""):
+                continue
             version = self._version(one) if cell.vllm else ""
-            if one.header.inject == kind and replace(one.header.cell, vllm=version) == cell:
+            if version == cell.vllm:
                 return Measured((replace(one, vllm=version),), reused=True)
         return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.where}")
 

@@ -367,6 +367,8 @@ class Expect(Row):
         same = self.outcome in ("identical_to", "may_be_identical_to")
         if same != bool(self.formats):
             raise ValueError("'formats' names the twins of 'identical_to', 'may_be_identical_to'; belongs to no other outcome")
+        if self.min_rows is not None and self.max_rows is not None and self.min_rows > self.max_rows:
+            raise ValueError("'min_rows' is at most 'max_rows'")
         if self.min_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):
             raise ValueError("'min_rows' belongs to the outcomes 'noisy' and 'may_be_noisy'")
         if self.max_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):

@@ -223,6 +223,44 @@ def test_no_numbers_are_not_projected() -> None:
     assert "non-finite hidden states in model.layers.1" == found.header.problem
 
 
+def test_a_layer_that_returns_something_else_costs_nothing_else() -> None:
+    """A sentence; the request goes on."""
+    whole = model()
+    recorded = Recorded(whole, plan("verify"))
+    recorded.start()
+    dict(whole.named_modules())[LAYERS[0]]({"no": "tensor"})
+    recorded.finish(5, logits(1), logits(4))
+    found = recorded.result(prompts=1)
+
+    assert found is not None
+    assert found.header.problem.startswith(f"what {LAYERS[0]} returns: IndexError")
+
+
+def test_an_engine_that_fails_there_has_been_measured() -> None:
+    """The logits' repeats are over by then."""
+    whole = model()
+    recorded = Recorded(whole, plan())
+
+    def fails(_: Plan) -> None:
+        raise MemoryError("no room")
+
+    recorded.repeat(fails)
+    found = recorded.result(prompts=1)
+
+    assert found is not None
+    assert "MemoryError: no room" == found.header.problem
+    assert not any(module._hooks for _, module in whole.named_modules())
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.0, 5), (5.0, 5), (10.0, 2), (100.0, 2), (6.0, 4)])
+def test_a_slow_engine_repeats_them_less(seconds: float, repeats: int) -> None:
+    """Five seconds, or two repeats."""
+    seen: list[int] = []
+    Recorded(model(), plan(repeats=5)).repeat(lambda again: seen.append(again.repeats), seconds)
+
+    assert [repeats] == seen
+
+
 def test_a_plan_that_does_not_ask_gets_nothing() -> None:
     """And meets no hook."""
     whole = model()

@@ -100,10 +100,10 @@ def test_questions_have_their_answers(suite: Suite) -> None:
 
     found = page()
     said = " ".join(found.sections["questions"].split())
-    outcomes = {name: (case.outcome, case.verdict) for name, case in run.ran().items() if "/alpha/" in name}
+    outcomes = {name: (case.outcome, case.verdict) for name, case in run.ran().items() if "[alpha/" in name}
     assert {
-        "test_question[three/alpha/cpu-here]": ("failure", "DISTINCT"),
-        "test_question[which/alpha/cpu-here]": ("passed", "BIT_EXACT"),
+        "test_question[alpha/three/cpu-here]": ("failure", "DISTINCT"),
+        "test_question[alpha/which/cpu-here]": ("passed", "BIT_EXACT"),
     } == outcomes
     assert "Are <b>three</b> formats | apart? three" in said
     assert "alpha on cpu-here\N{NOT EQUAL TO} DISTINCT ! unexpectedct NOISY in decode, awq BIT_EXACT (n = 3), int8" in said

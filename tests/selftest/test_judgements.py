@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantdet import judgements
+from quantdet.divergences import has_to_be_exact
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
 from quantdet.observation_header import Divergence as Difference
@@ -380,6 +381,34 @@ def test_other_kernels_and_formats_are_not_called_weight_only(native: bool) -> N
     assert not cutlass.figures["kernel.weight_only"]
     assert "kernel.weight_only" not in w4a16.figures
     assert "weight-only" not in cutlass.message + w4a16.message
+
+
+@pytest.mark.parametrize(("native", "verdict"), [(True, Verdict.INVALID), (False, Verdict.CONFIRMED)])
+def test_experts_alone_may_be_weight_only(native: bool, verdict: Verdict) -> None:
+    """Linear layers that quantize activations do not vouch for experts that do not."""
+    whole = observation(kernels=("CutlassInt8ScaledMMLinearKernel",), experts=("MarlinExperts",))
+    found = judgements.kernel(
+        whole, "auto", (), "all", precision="W8A8", weight_only={"MarlinExperts"}, native=native
+    )  # fmt: skip
+
+    assert (verdict, True) == (found.verdict, found.figures["kernel.weight_only"])
+    assert "MarlinExperts" in found.message
+
+
+@pytest.mark.parametrize(
+    ("bounds", "length", "exact"),
+    [
+        ({"min_rows": 20, "max_rows": 40}, 50, {"prefill", "decode"}), ({"max_rows": 40}, 50, {"prefill"}),
+        ({"min_rows": 20, "max_rows": 40}, 30, set()), ({"min_rows": 20}, 10, {"prefill", "decode"}),
+        ({"min_rows": 20}, 50, set()), ({}, 50, set()),
+    ],
+)  # fmt: skip
+def test_rows_that_noise_does_not_reach(bounds: dict[str, int], length: int, exact: set[str]) -> None:
+    """Decode is passes of one row, which read what the prompt's pass wrote."""
+    (prompt,) = observation(lengths=(length,)).prompts
+    declared = Expect.model_validate({"outcome": "may_be_noisy", "reason": "r", "source": "s", **bounds})
+
+    assert exact == {phase for phase in PHASES if has_to_be_exact(prompt, phase, declared)}
 
 
 def experts(*names: str, linear: str = "K", quantizes: str = "all", moe_classes: tuple[str, ...] = ("E",)) -> Judgement:

@@ -66,11 +66,11 @@ def test_hidden_states_and_answers(suite: Suite, tmp_path: Path, monkeypatch: py
     assert "| bf16 | BIT_EXACT | BIT_EXACT | DISTINCT | **NOISY !** | CONFIRMED " in tables
     assert "| ct | BIT_EXACT | BIT_EXACT | DISTINCT | BIT_EXACT | CONFIRMED " in tables
     assert (
-        "- Are &lt;b&gt;three&lt;/b&gt; formats \\| apart?\n  - DISTINCT three/alpha/cpu-here: ct BIT\\_EXACT (n = 3), "
+        "- Are &lt;b&gt;three&lt;/b&gt; formats \\| apart?\n  - DISTINCT alpha/three/cpu-here: ct BIT\\_EXACT (n = 3), "
         in answers
     )
-    assert 1 == answers.count("- Which formats repeat?\n  - BIT_EXACT which/alpha/cpu-here: ")
-    assert "\n  - BIT_EXACT which/beta/cpu-here: BIT\\_EXACT: bf16" in answers
+    assert 1 == answers.count("- Which formats repeat?\n  - BIT_EXACT alpha/which/cpu-here: ")
+    assert "\n  - BIT_EXACT beta/which/cpu-here: BIT\\_EXACT: bf16" in answers
 
 
 def test_a_run_without_questions_has_no_word_of_them() -> None:

@@ -7,11 +7,11 @@ import pytest
 from quantdet import questions
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
-from quantdet.pairs import pair
 from quantdet.questions import Asked
+from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Expect, Phase, Question
 from quantdet.verdicts import Judgement, Verdict
-from selftest.fakes import MATRIX, QUESTIONS, observation
+from selftest.fakes import MATRIX, QUESTIONS, make_suite, observation, setting
 from selftest.inner import Suite
 from selftest.test_judgements import one_flip
 
@@ -24,10 +24,10 @@ def question(answer: str, *formats: str) -> Question:
     return Question.model_validate({"asks": "does it?", "source": "here", "answer": answer, "formats": formats})
 
 
-def answered(kind: str, known: dict[Cell, Observation], *expect: dict[str, Any], of: tuple[Cell, ...] = (A, B)) -> Judgement:
+def answered(kind: str, known: dict[Cell, Any], *expect: dict[str, Any], of: tuple[Cell, ...] = (A, B)) -> Judgement:
     rows = Expectations(tuple(Expect.model_validate({"reason": "r", "source": "s", **row}) for row in expect))
-    measured = {cell: (one,) for cell, one in known.items()}
-    return questions.answer(Asked("alpha", "q", "cpu-here", "", of), question(kind, "a", "b"), measured, lambda _: rows, pair)
+    results = {cell: Measured((one,)) if isinstance(one, Observation) else one for cell, one in known.items()}
+    return questions.answer(Asked("alpha", "q", "cpu-here", "", of), question(kind, "a", "b"), results, lambda _: rows)
 
 
 DECLARED = {"outcome": "noisy", "when": {"format": "b", "phase": "decode"}}
@@ -42,7 +42,7 @@ def test_two_formats_that_repeat_and_are_distinct() -> None:
     found = answered("apart", {A: observation("a"), B: observation("b")})
 
     assert (Verdict.DISTINCT, True) == (found.verdict, found.expected)
-    assert found.message.startswith("DISTINCT q/alpha/cpu-here: a BIT_EXACT (n = 3), b BIT_EXACT (n = 3); a and b ")
+    assert found.message.startswith("DISTINCT alpha/q/cpu-here: a BIT_EXACT (n = 3), b BIT_EXACT (n = 3); a and b ")
     assert "nats apart" in found.message
     assert ("does it?", "a,b") == (found.figures["asks"], found.figures["closest"])
 
@@ -80,7 +80,7 @@ def test_what_repeats_and_what_does_not() -> None:
     found = answered("repeatable", {A: observation("a"), B: noisy("b")}, DECLARED)
 
     wanted = "NOISY: b (UnquantizedLinearMethod); BIT_EXACT: a (UnquantizedLinearMethod)"
-    assert f"NOISY q/alpha/cpu-here: {wanted}" == found.message
+    assert f"NOISY alpha/q/cpu-here: {wanted}" == found.message
     assert "a (UnquantizedLinearMethod)" == found.figures["answer.BIT_EXACT"]
 
 
@@ -100,6 +100,15 @@ def test_no_answer_without_the_formats(kind: str, known: dict[Cell, Observation]
     assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
 
 
+def test_two_of_three_formats_are_no_answer() -> None:
+    """`apart` is about all of them."""
+    third = Cell("alpha", "c", "cpu-here")
+    found = answered("apart", {A: observation("a"), B: observation("b")}, of=(A, B, third))
+
+    assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
+    assert "needs repeats of c" in found.message
+
+
 def test_apart_needs_two_formats() -> None:
     with pytest.raises(ValueError, match="needs two formats"):
         question("apart", "a", "a")
@@ -111,3 +120,58 @@ def test_every_pair_of_a_question_has_its_property(suite: Suite) -> None:
 
     (case,) = run.ran().values()
     assert {"pair.ct.awq", "pair.ct.int8", "pair.awq.int8"} == {name for name in case.properties if name.startswith("pair.")}
+
+
+@pytest.mark.parametrize("kind", ["apart", "repeatable"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Missing(Verdict.ERROR, "died by SIGKILL"), Missing(Verdict.TIMEOUT, "took too long"),
+        Missing(Verdict.INVALID, "changed"), Refusal("no kernel"),
+        observation("b", nonfinite=[{"prompt": "p0", "phase": "decode", "repeat": 0, "position": 0}]),
+    ],
+    ids=["error", "timeout", "invalid", "refusal", "nan"],
+)  # fmt: skip
+def test_a_format_that_broke_down_leaves_no_answer(kind: str, broken: Any) -> None:
+    """It is not left out: the question is INVALID, and fails."""
+    found = answered(kind, {A: observation("a"), B: broken})
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "INVALID alpha/q/cpu-here: b: " in found.message
+
+
+def test_what_is_not_here_is_named() -> None:
+    """Weights that are missing leave an answer about the others, which says so."""
+    found = answered("repeatable", {A: observation("a"), B: Missing(Verdict.UNAVAILABLE, "weights: none")})
+
+    assert (Verdict.BIT_EXACT, True) == (found.verdict, found.expected)
+    assert found.message.endswith("; not judged: b")
+
+
+def test_formats_of_two_environments_are_not_compared() -> None:
+    other = observation("b", environment={"vllm": "0.0.1", "torch": "0"})
+    found = answered("apart", {A: observation("a"), B: other})
+
+    assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+    assert "cannot be compared with b" in found.message
+
+
+QUESTION = """
+[questions.repeatable]
+asks = "Which repeat?"
+source = "here"
+answer = "repeatable"
+formats = ["*"]
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_a_noisy_question_in_a_whole_run(more: list[str], pytester: pytest.Pytester) -> None:
+    """With a report, and over workers: each cell is measured once, the question fails where noise was not declared."""
+    make_suite(pytester.path, MATRIX + setting("awq", "flip_decode") + QUESTION)
+
+    result = pytester.runpytest_subprocess("-k", "alpha", "--report", "out", "-q", *more)
+
+    result.stdout.fnmatch_lines(["*NOISY alpha/repeatable/cpu-here: NOISY: awq*"])
+    assert 1 == result.ret
+    assert (pytester.path / "out" / "report.html").is_file()

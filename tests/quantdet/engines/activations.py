@@ -25,6 +25,8 @@ from quantdet.observation_activations import WIDTH, HiddenStates
 from quantdet.observation_header import Activations
 from quantdet.schema import PHASES, Phase
 
+BUDGET_S = 5.0
+
 Outcome = dict[Phase, NDArray[np.uint8]]
 
 
@@ -89,10 +91,10 @@ class ActivationTap:
             CaptureError: the rows that were seen are not those of the request, or a hidden state is not finite.
         """
         self._recording = False
+        if self._bad:
+            raise CaptureError(self._bad)
         for (name, _), calls in zip(self.modules, self._rows, strict=True):
             _check_rows(name, [len(call) for call in calls], prompt_length, len(decode))
-        if self._bad:
-            raise CaptureError(f"non-finite hidden states in {self._bad}")
         if self.projecting:
             rows = np.stack([np.concatenate(self._rows[index]) for index in self.kept])
             self.fingerprints.append((rows, prompt_length))
@@ -103,13 +105,18 @@ class ActivationTap:
         self.outcomes.append({"decode": whole[:, prompt_length:], "prefill": whole[:, :prompt_length]})
 
     def _after(self, index: int) -> Any:
-        def hook(_: Any, args: Any, output: Any) -> None:
-            if not self._recording:
-                return
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if self._recording and not self._bad:
+                try:
+                    take(output)
+                except Exception as error:  # what a layer returns is its own; the request is not to end of it
+                    self._bad = f"what {self.modules[index][0]} returns: {type(error).__name__}: {error}"
+
+        def take(output: Any) -> None:
             parts = _parts(output)
             stream = sum((part.astype(np.float32) for part in parts[1:]), parts[0].astype(np.float32))
             if not np.isfinite(stream).all():
-                self._bad = self._bad or self.modules[index][0]
+                self._bad = f"non-finite hidden states in {self.modules[index][0]}"
             if index < self._decoders:
                 self.stream, self.width = "hidden" if len(parts) == 1 else "hidden + residual", stream.shape[1]
             if not self.projecting:
@@ -162,8 +169,11 @@ class Recorded:
         if self._wanted and self._verifies:
             self._watch(projecting=True)
 
-    def repeat(self, run: Callable[[Plan], object]) -> None:
-        """`run` every prompt once more, each repeat of one before the next; what comes then are claims."""
+    def repeat(self, run: Callable[[Plan], object], seconds: float = 0.0) -> None:
+        """`run` every prompt once more, each repeat of one before the next; what comes then are claims.
+
+        `seconds`: what the repeats of the logits took. Where that is more than `BUDGET_S`, fewer repeats, at least two.
+        """
         if not self._wanted or self._verifies:
             return
         began = time.monotonic()
@@ -171,7 +181,11 @@ class Recorded:
         if self._tap is not None:
             # Logprobs are only asked for so that the engine computes every logit: one is enough, and quicker.
             repeats = int(self._plan.extra.get("least_repeats", self._plan.repeats))
-            run(replace(self._plan, repeats=repeats, top_k=1))
+            repeats = max(2, min(repeats, int(repeats * BUDGET_S / seconds))) if seconds > BUDGET_S else repeats
+            try:
+                run(replace(self._plan, repeats=repeats, top_k=1))
+            except Exception as error:  # the logits have been measured
+                self._drop(f"{type(error).__name__}: {error}")
         self._seconds = time.monotonic() - began
         if self._tap is not None:
             self._tap.projecting = True
@@ -206,8 +220,13 @@ class Recorded:
         try:
             self._tap.finish(prompt_length, decode, prefill)
         except CaptureError as error:
+            self._drop(str(error))
+
+    def _drop(self, problem: str) -> None:
+        """Hidden states cannot be had; nothing else is to suffer from it."""
+        if self._tap is not None:
             self._tap.remove()
-            self._tap, self._problem = None, str(error)
+        self._tap, self._problem = None, problem
 
     def _watch(self, *, projecting: bool) -> None:
         try:

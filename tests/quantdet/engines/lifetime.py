@@ -76,7 +76,7 @@ def whole(loaded: Loaded, plan: Plan) -> Done:
     hidden = activations.Recorded(loaded.model, plan)
     recorder = execute(loaded, plan, hidden)
     ended = time.monotonic()
-    hidden.repeat(lambda again: execute(loaded, again, hidden))
+    hidden.repeat(lambda again: execute(loaded, again, hidden), recorder.generate_s)
     began = time.monotonic()
     claims = execute(loaded, plan.claiming, hidden)
     claimed = time.monotonic() - began

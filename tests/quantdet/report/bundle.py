@@ -21,6 +21,7 @@ from quantdet.engines import Plan
 from quantdet.environment import git_revision
 from quantdet.observation import Observation
 from quantdet.planning import known_arguments
+from quantdet.questions import Asked
 from quantdet.report import divergence, readme, repro, weights
 from quantdet.schema import Cell, Synthetic
 from quantdet.shapes import layers_of
@@ -54,7 +55,8 @@ def added(session: "Session", item: pytest.Item, judgement: Judgement, observati
     folder, cell = session.options.report, collect.cell_of(item)
     name = getattr(item, "originalname", item.name)
     seeded = item.get_closest_marker("control") is not None  # what is found there was put there
-    if folder is None or cell is None or isinstance(cell, Claim) or name in ("test_versions", "test_activations") or seeded:
+    apart = isinstance(cell, Claim | Asked) or name in ("test_versions", "test_activations")
+    if folder is None or cell is None or apart or seeded:
         return judgement
     known = item.config.stash.setdefault(_KNOWN, {})
     place = folder / BUNDLES / cell.id.replace("/", ".")
