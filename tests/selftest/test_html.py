@@ -106,8 +106,8 @@ def test_questions_have_their_answers(suite: Suite) -> None:
         "test_question[alpha/which/cpu-here]": ("passed", "BIT_EXACT"),
     } == outcomes
     assert "Are <b>three</b> formats | apart? three" in said
-    assert "alpha on cpu-here\N{NOT EQUAL TO} DISTINCT ! unexpectedct NOISY in decode, awq BIT_EXACT (n = 3), int8" in said
-    assert "alpha on cpu-here= BIT_EXACTBIT_EXACT: bf16 (UnquantizedLinearMethod), awq (Fake4Kernel)" in said
+    assert "alpha on cpu-here \N{NOT EQUAL TO} DISTINCT ! unexpected ct NOISY in decode, awq BIT_EXACT (n = 3), int8" in said
+    assert "alpha on cpu-here = BIT_EXACT BIT_EXACT: bf16 (UnquantizedLinearMethod), awq (Fake4Kernel)" in said
     assert "beta on cpu-here" in said
     assert {"href": "#questions"} in found.all("a")
     assert "Nothing was measured" not in found.sections["unexpected"]
