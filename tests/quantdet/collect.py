@@ -137,6 +137,8 @@ def mark(items: Iterable[pytest.Item], session: Session) -> None:
             continue
         row, format_ = session.matrix.hardware[cell.hardware_id], session.matrix.formats.get(cell.format_id)
         item.add_marker(row.kind)
+        if isinstance(cell, Asked) and session.matrix.models[cell.model_id].slow:
+            item.add_marker("slow")
         if isinstance(cell, Claim) or format_ is None:  # what is claimed ran elsewhere
             continue
         if format_.native is not None:
