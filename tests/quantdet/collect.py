@@ -121,11 +121,8 @@ def order(items: list[pytest.Item], session: Session) -> None:
 
 def _empty(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    given = (
-        [callspec.params[name] for name in ("cell", "claim", "question") if name in callspec.params]
-        if callspec is not None
-        else []
-    )
+    params = callspec.params if callspec is not None else {}
+    given = [params[name] for name in ("cell", "claim", "question") if name in params]
     return bool(given) and not isinstance(given[0], Cell)
 
 
