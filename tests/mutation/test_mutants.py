@@ -1,5 +1,6 @@
 """Each mutant of the judging code is killed by the self-test that it names: `pytest tests/mutation -n 2`."""
 
+import ast
 import re
 import shutil
 from collections.abc import Iterator
@@ -114,6 +115,38 @@ def test_a_mutant_is_killed(mutant: Mutant, copy: Path, warm: Warm) -> None:
         pytest.fail(why, pytrace=False)
 
 
+def test_every_mutant_fits_the_code() -> None:
+    """Its old text stands there once, and its test exists: told at each push, whatever part of the mutants is run."""
+    assert not (moved := _moved(MUTANTS)), "\n".join(moved)
+
+
+def _moved(mutants: list[Mutant]) -> list[str]:
+    """What does not fit the code any more."""
+    found = []
+    for mutant in mutants:
+        try:
+            mutant.mutated(ROOT)
+        except Moved as error:
+            found.append(str(error))
+        file, *names = mutant.killed_by.partition("[")[0].split("::")
+        if not _defines(ROOT / "tests" / "selftest" / file, names):
+            found.append(f"{mutant.id}: {mutant.killed_by} is not there: update the mutant")
+    return found
+
+
+def _defines(path: Path, names: list[str]) -> bool:
+    """Whether the file has the function, in the classes before it."""
+    if not path.is_file():
+        return False
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    for name in names:
+        found = [one for one in body if isinstance(one, ast.ClassDef | ast.FunctionDef) and one.name == name]
+        if not found:
+            return False
+        body = found[0].body
+    return bool(names)
+
+
 def test_the_table_is_that_of_the_mutants() -> None:
     """README.md is what `(cd tests && python -m mutation.table)` writes."""
     assert table.text(MUTANTS) == table.README.read_text(encoding="utf-8")
@@ -171,6 +204,17 @@ def test_a_mutant_that_does_not_fit_the_code_is_an_error(change: dict[str, str],
     """Nothing is run, and the message says what to do."""
     with pytest.raises(Moved, match=words):
         replace(EXACT, **change).mutated(ROOT)
+
+
+def test_a_mutant_whose_text_or_test_is_gone_is_told() -> None:
+    """The text, the class, the function and the file of the test."""
+    gone = ["test_stats.py::TestFlipRate::test_no_flips_at_95_percent", "test_stats.py::TestFlipRateUpper::test_flips",
+            "test_statistics.py::test_nothing"]  # fmt: skip
+    bad = [replace(EXACT, old="no such text"), *(replace(EXACT, killed_by=test) for test in gone)]
+
+    assert [] == _moved([EXACT])
+    assert len(bad) == len(found := _moved(bad))
+    assert all("update the mutant" in line for line in found)
 
 
 def test_a_control_that_fails_or_skips_is_none(tmp_path: Path) -> None:
