@@ -27,7 +27,7 @@ MARKERS = (
     "rocm: the case needs an AMD GPU",
     "native_fp8: the format multiplies FP8; skipped on a GPU without native FP8 (below compute capability 8.9)",
     "native_fp4: the format multiplies FP4; skipped on a GPU without native FP4 (below compute capability 10.0)",
-    "multi_gpu: the case needs several GPUs",
+    "multi_gpu: layers are divided over several GPUs (tensor parallelism)",
     "slow: a full-size model",
     "compares_formats: judged after every cell of its model has been measured",
     "declared_unsupported: collected for the cells that the matrix declares unsupported",
@@ -140,6 +140,8 @@ def mark(items: Iterable[pytest.Item], session: Session) -> None:
             continue
         if format_.native is not None:
             item.add_marker(f"native_{format_.native}")
+        if row.kind != "cpu" and session.matrix.tensor_parallel_size(cell) > 1:
+            item.add_marker("multi_gpu")
         if session.matrix.models[cell.model_id].slow:
             item.add_marker("slow")
 

@@ -56,16 +56,18 @@ def detect() -> tuple[Gpu, ...]:
     return nvidia() or amd()
 
 
-def variables(gpu: Gpu, vllm: str | None) -> dict[str, str]:
-    """The environment that shows a process of this vLLM `gpu` alone.
+def variables(gpus: Sequence[Gpu], vllm: str | None) -> dict[str, str]:
+    """The environment that shows a process of this vLLM `gpus` alone, at least one, of one vendor.
 
     A MIG device goes by its GPU's index where it is the first: vLLM takes the NVML index of a MIG UUID, which counts the
     MIG devices of one GPU, for that of a GPU (seen in the source of 0.32).
     """
-    if gpu.gfx:  # HIP reads both names and wants them equal
-        return {name: str(gpu.index or 0) for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}
-    by_index = gpu.index is not None and (bool(gpu.parent) or (vllm is not None and Version(vllm) < _TAKES_UUIDS))
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index) if by_index else gpu.uuid}
+    if gpus[0].gfx:  # HIP reads both names and wants them equal
+        shown = ",".join(str(gpu.index or 0) for gpu in gpus)
+        return dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), shown)
+    takes_uuids = vllm is None or Version(vllm) >= _TAKES_UUIDS
+    names = (gpu.uuid if gpu.index is None or (takes_uuids and not gpu.parent) else str(gpu.index) for gpu in gpus)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- NVIDIA

@@ -1,6 +1,6 @@
 """What the matrix expects of a cell: rows of `[[expect]]` looked up for a question."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -9,19 +9,23 @@ from quantdet.schema import Cell, EngineName, Expect, Phase
 from quantdet.shapes import Layers
 
 
+def _unknown(_: Cell) -> Layers | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Expectations:
-    """The rows that hold for the installed vLLM (all of them where none is installed), and the models' known layers."""
+    """The rows that hold for the installed vLLM (all of them where none is installed), and the layers of cells."""
 
     rows: tuple[Expect, ...]
-    layers: Mapping[str, Layers | None] = field(default_factory=dict)
+    layers: Callable[[Cell], Layers | None] = _unknown
     engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
 
     @classmethod
     def of(cls, matrix: Matrix, vllm_version: str | None) -> "Expectations":
         rows = tuple(row for row in matrix.expect if row.holds_for(vllm_version))
         engines = {name: format_.engine for name, format_ in matrix.formats.items()}
-        return cls(rows, {model_id: matrix.layers(model_id) for model_id in matrix.models}, engines)
+        return cls(rows, matrix.layers_in, engines)
 
     def noise(self, cell: Cell, phase: Phase) -> Expect | None:
         """The row that says that `cell` is, or may be, noisy in `phase`."""
@@ -45,13 +49,13 @@ class Expectations:
             if row.outcome in ("identical_to", "may_be_identical_to"):
                 for one, other in ((a, b), (b, a)):
                     if self._about(row, one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
-                        found = resolved(row, self.layers.get(a.model_id))
+                        found = resolved(row, self.layers(a))
                         if found is not None:
                             return found
         return None
 
     def _first(self, cell: Cell, phase: Phase | None, *outcomes: str) -> Expect | None:
-        layers = self.layers.get(cell.model_id)
+        layers = self.layers(cell)
         rows = (row for row in self.rows if row.outcome in outcomes and self._about(row, cell, phase))
         return next((found for row in rows if (found := resolved(row, layers)) is not None), None)
 

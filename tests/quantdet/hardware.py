@@ -110,8 +110,8 @@ def _cpu() -> tuple[str, frozenset[str]]:
     return name, frozenset(flags)
 
 
-def variables_for(machine: Machine, row: Hardware, installed: Software) -> dict[str, str]:
-    """The environment that an engine needs to run on a GPU of `row`; nothing where CUDA takes such a GPU by itself.
+def variables_for(machine: Machine, row: Hardware, installed: Software, ranks: int = 1) -> dict[str, str]:
+    """The environment that an engine needs to run on `ranks` GPUs of `row`; nothing where CUDA takes such GPUs by itself.
 
     CUDA counts the fastest first unless CUDA_DEVICE_ORDER says otherwise: among GPUs of several kinds its first may not
     be NVML's first.
@@ -119,9 +119,9 @@ def variables_for(machine: Machine, row: Hardware, installed: Software) -> dict[
     fitting = machine.gpus_of(row)
     if not fitting or len({gpu.architecture for gpu in machine.gpus}) < 2:
         return {}
-    if fitting[0] == machine.gpus[0] and (fitting[0].gfx or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
+    if fitting[:ranks] == machine.gpus[:ranks] and (fitting[0].gfx or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
         return {}
-    return devices.variables(fitting[0], installed.vllm)
+    return devices.variables(fitting[:ranks], installed.vllm)
 
 
 def module_is_here(name: str) -> bool:
@@ -185,12 +185,13 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
     if format_.modules and not any(map(module_is_here, format_.modules)):
         return f"module: needs {' or '.join(format_.modules)}, have none of them"
     model = matrix.models[cell.model_id]
+    size = matrix.tensor_parallel_size(cell)
+    if size > 1 and format_.engine != "vllm":
+        return f"tensor parallelism: needs size {size}, have size 1 in {format_.engine}"
     gpus = [] if row.kind == "cpu" else machine.gpus_of(row)
     has = gpus[0].memory_gib if gpus else machine.memory_gib
-    if has < model.memory_gib or (gpus and len(gpus) < model.gpus):
-        several = f"{model.gpus} GPUs of " if model.gpus > 1 else ""
-        found = f"{len(gpus)} of " if model.gpus > 1 else ""
+    if has < model.memory_gib or (gpus and len(gpus) < size):
+        several = f"{size} GPUs of " if size > 1 else ""
+        found = f"{len(gpus)} of " if size > 1 else ""
         return f"memory: needs {several}{model.memory_gib:g} GiB, have {found}{has:.0f} GiB"
-    if model.gpus > 1:
-        return f"tensor parallelism: needs size {model.gpus}, have size 1: logits are taken in one process"
     return None

@@ -146,13 +146,20 @@ class Matrix(Row):
         format_ = self.formats[cell.format_id]
         return (format_.native or format_.activations) in self.hardware[cell.hardware_id].native
 
-    def layers(self, model_id: str) -> Layers | None:
-        """The linear layers of a model; None: the matrix does not tell its dimensions."""
-        return self._layers(self.models[model_id])
+    def tensor_parallel_size(self, cell: Cell) -> int:
+        """Over how many devices the cell's layers are divided."""
+        own = self.formats[cell.format_id].tensor_parallel_size
+        return self.models[cell.model_id].tensor_parallel_size if own is None else own
 
-    def _layers(self, model: Model) -> Layers | None:
+    def layers_in(self, cell: Cell) -> Layers | None:
+        """The linear layers of the cell's model as they are on one device; None: the matrix does not tell its dimensions."""
+        if cell.model_id not in self.models or cell.format_id not in self.formats:  # recorded with another matrix
+            return None
+        return self._layers(self.models[cell.model_id], self.tensor_parallel_size(cell))
+
+    def _layers(self, model: Model, ranks: int = 1) -> Layers | None:
         spec = (model if model.layers_as is None else self.models[model.layers_as]).synthetic
-        return None if spec is None else layers_of(spec)
+        return None if spec is None else layers_of(spec, ranks)
 
     def pin_for(self, format_: Format, vllm_version: str, model: Model | None = None) -> Pin | None:
         """The row about the format's kernel in this vLLM version; None: there is no way that the matrix knows.
@@ -306,7 +313,7 @@ def _stale_rows(matrix: Matrix) -> list[str]:
             mine = [cell for cell in cells if _about(row, cell, matrix.engine_of(cell))]
             if not mine:
                 found.append(f"{name}.{index}: matches no cell of this matrix")
-            elif name == "expect" and not any(row.can_hold(matrix.layers(cell.model_id)) for cell in mine):
+            elif name == "expect" and not any(row.can_hold(matrix.layers_in(cell)) for cell in mine):
                 word = "fires in no layer" if row.fires else "fires in some layer"
                 found.append(f"{name}.{index}: {word} of every model that it matches")
     return found

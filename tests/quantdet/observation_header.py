@@ -45,6 +45,7 @@ class Executed(_Part):
     mode: Literal["eager", "compiled"] = "eager"
     runner: str = ""
     logits_dtype: str = ""
+    tensor_parallel_size: int = Field(1, gt=0)  # rank 0's layers are told; the others execute the same
 
     @property
     def linear(self) -> tuple[Layer, ...]:
@@ -61,7 +62,8 @@ class Executed(_Part):
         for layer in self.linear + self.moe:
             name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
             counts[name] = counts.get(name, 0) + layer.count
-        return " + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer"
+        divided = f", each on {self.tensor_parallel_size} ranks" if self.tensor_parallel_size > 1 else ""
+        return (" + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer") + divided
 
 
 class Divergence(_Part):
@@ -191,6 +193,8 @@ class Header(_Part):
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
         younger = {name for name in _YOUNGER if getattr(self, name) == type(self).model_fields[name].default}
         rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *younger})
+        if rest["executed"] is not None and rest["executed"]["tensor_parallel_size"] == 1:  # younger too
+            del rest["executed"]["tensor_parallel_size"]
         return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property

@@ -19,7 +19,10 @@ from quantdet.schema import Cell, EngineCall
 MEASUREMENT = 2
 
 # Set per cell below; given in [engine.args] they would silently be lost.
-RESERVED = ("model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs")
+RESERVED = (
+    "model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs",
+    "tensor_parallel_size",
+)  # fmt: skip
 
 
 # Packages that transformers computes with where they are installed, asked for or not.
@@ -91,6 +94,7 @@ def plan_for(
             "max_model_len": length,
             "max_num_batched_tokens": max(2048, length),
             "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
+            "tensor_parallel_size": matrix.tensor_parallel_size(cell),
         }
     least = repeats or run.repeats
     repeats = least if max_flip_rate is None else max(least, stats.runs_needed(max_flip_rate))

@@ -27,6 +27,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 EngineName = Literal["vllm", "transformers"]
+TensorParallelSize = Annotated[int, Field(gt=0, le=64)]
 OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
 # Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
@@ -204,6 +205,7 @@ class Format(Row):
     `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
     `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
     `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
+    `tensor_parallel_size`: instead of the model's, in vLLM.
     """
 
     title: str
@@ -219,6 +221,7 @@ class Format(Row):
     modules: tuple[str, ...] = ()
     mode: Literal["eager", "compiled"] = "eager"
     quantizes: Literal["all", "experts"] = "all"
+    tensor_parallel_size: TensorParallelSize | None = None
     hardware: tuple[str, ...] = ("*",)
 
     @model_validator(mode="after")
@@ -237,6 +240,8 @@ class Format(Row):
             raise ValueError("'picks' is for kernel = 'auto' only")
         if self.engine != "vllm" and (self.kernel == "auto" or self.mode != "eager"):
             raise ValueError(f"engine {self.engine!r} runs eager, with a kernel that the row names")
+        if self.engine != "vllm" and self.tensor_parallel_size is not None:
+            raise ValueError("'tensor_parallel_size' is for engine = 'vllm' only")
         return self
 
     def dtype_on(self, kind: Kind) -> Dtype:
@@ -282,7 +287,8 @@ class Claims(Row):
 class Model(Row):
     """A model: where its weights come from, its workload and the formats it has (globs).
 
-    `memory_gib`: of the host, or of each of `gpus` devices (tensor parallel size).
+    `memory_gib`: of the host, or of each device.
+    `tensor_parallel_size`: over how many GPUs, or processes of a CPU, each layer is divided; a format may say otherwise.
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
     `activations`: whether hidden states are compared too, in eager cells.
     """
@@ -293,7 +299,7 @@ class Model(Row):
     hardware: tuple[str, ...] = ("*",)
     group_size: Literal[32, 64, 128] = 128
     memory_gib: Annotated[float, Field(gt=0)] = 4
-    gpus: PositiveInt = 1
+    tensor_parallel_size: TensorParallelSize = 1
     slow: bool = False
     activations: bool = False
     run: ModelRun = ModelRun()

@@ -325,9 +325,10 @@ class Session:
             return Missing(Verdict.ERROR, f"checkpoint: {error}")
         finally:
             self.clock.checkpoints += time.monotonic() - began
+        ranks = self.matrix.tensor_parallel_size(cell)
         planned = planning.plan_for(
             cell, self.matrix, work, checkpoint, self.environment_on(cell),
-            device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software),
+            device=variables_for(self.machine, self.matrix.hardware[cell.hardware_id], self.software, ranks),
             vllm_version=self.software.vllm or "0", engine=self.engine_name(cell),
             repeats=self.options.repeats, max_flip_rate=self.options.max_flip_rate, inject=self.inject,
             claimed=self._claims(cell) if given is None else None, activations=given is None and self.activations(cell),

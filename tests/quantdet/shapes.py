@@ -97,25 +97,29 @@ class LinearLayer:
 Layers = tuple[LinearLayer, ...]
 
 
-def layers_of(spec: Synthetic) -> Layers:
-    """The linear layers of a decoder on one device (tensor parallel size 1), each shape once, fused as vLLM fuses them."""
+def layers_of(spec: Synthetic, ranks: int = 1) -> Layers:
+    """The linear layers of a decoder on one of `ranks` devices (tensor parallel size), each shape once.
+
+    Fused and divided as vLLM does it: heads and intermediate sizes are divided, the latent parts of MLA are not, and keys and
+    values are there on every rank where they have fewer heads than there are ranks.
+    """
     hidden = spec.hidden_size
-    found = list(_attention(spec))
+    found = list(_attention(spec, ranks))
     if not spec.experts or spec.dense_layers:
-        found += _projections(spec.intermediate_size, hidden)
+        found += _projections(spec.intermediate_size // ranks, hidden)
     if spec.experts and spec.experts_per_token and spec.expert_intermediate_size:
-        inner, mixture = spec.expert_intermediate_size, (spec.experts, spec.experts_per_token)
+        inner, mixture = spec.expert_intermediate_size // ranks, (spec.experts, spec.experts_per_token)
         found += [LinearLayer("w13", 2 * inner, hidden, *mixture), LinearLayer("w2", hidden, inner, *mixture)]
         if spec.shared_experts:
             found += _projections(spec.shared_experts * inner, hidden, "shared_experts.")
     return tuple(found)
 
 
-def _attention(spec: Synthetic) -> Layers:
-    hidden, heads = spec.hidden_size, spec.heads
+def _attention(spec: Synthetic, ranks: int) -> Layers:
+    hidden, heads = spec.hidden_size, spec.heads // ranks
     if spec.kv_lora_rank is None:
         assert spec.kv_heads is not None and spec.head_dim is not None
-        queries, keys = heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        queries, keys = heads * spec.head_dim, max(1, spec.kv_heads // ranks) * spec.head_dim
         return LinearLayer("qkv_proj", queries + 2 * keys, hidden), LinearLayer("o_proj", hidden, queries)
     assert spec.qk_nope_head_dim is not None and spec.qk_rope_head_dim is not None and spec.v_head_dim is not None
     queries, latent = heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim), spec.kv_lora_rank + spec.qk_rope_head_dim

@@ -58,7 +58,7 @@ def pin(config: pytest.Config, specs: list[Any]) -> None:
         words = f"-n {len(specs)}: GPUs of several kinds are visible ({', '.join(kinds)})"
         raise pytest.UsageError(f"{words}: choose one with --hardware or CUDA_VISIBLE_DEVICES, or run without -n")
     for spec, gpu in zip(specs, gpus, strict=False):
-        spec.env.update(devices.variables(gpu, session.software.vllm))
+        spec.env.update(devices.variables([gpu], session.software.vllm))
 
 
 def _gpus(session: Session) -> tuple[Gpu, ...]:

@@ -264,7 +264,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_how_a_gpu_is_shown_alone(gpu: Gpu, vllm: str | None, wanted: str) -> None:
     """By UUID; by index, in PCI order, where vLLM misreads the UUID and the index means the same."""
-    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": wanted} == devices.variables(gpu, vllm)
+    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": wanted} == devices.variables([gpu], vllm)
 
 
 def plan(**extra: Any) -> Plan:
@@ -302,14 +302,13 @@ def test_the_engine_looks_at_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """As soon as the engine is up; and a refusal on another row's GPU is not taken for the cell's."""
     loaded = []
 
-    def load(self: Any, vllm: Any, plan: Plan) -> None:
-        loaded.append(plan)
+    def load(model: str, **_: Any) -> Any:
+        loaded.append(model)
         if refusal is not None:
             raise refusal
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load))  # type: ignore[arg-type]
     monkeypatch.setattr(masks, "hide", lambda names: None)
-    monkeypatch.setattr(VllmEngine, "_load", load)
     monkeypatch.setattr(device, "_architecture", lambda: "8.0")
 
     with pytest.raises(InvalidMeasurement, match=r"needs compute capability 9.0, torch sees 8.0"):
@@ -330,7 +329,8 @@ def test_the_check_is_not_part_of_the_key() -> None:
 def test_what_torch_sees(monkeypatch: pytest.MonkeyPatch, hip: str | None, available: bool, wanted: str) -> None:
     """Compute capability, or the gfx name without its features."""
     properties = SimpleNamespace(major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
-    cuda = SimpleNamespace(is_available=lambda: available, get_device_properties=lambda index: properties)
+    of = {3: properties}.__getitem__  # of a rank's own device
+    cuda = SimpleNamespace(is_available=lambda: available, get_device_properties=of, current_device=lambda: 3)
     torch: Any = SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=hip))
     monkeypatch.setitem(sys.modules, "torch", torch)
 
@@ -367,7 +367,8 @@ def test_amd_gpus_from_sysfs(kfd: Path) -> None:
 
     assert ["gfx942", "gfx90a", "gfx942"] == [gpu.architecture for gpu in found]
     assert (192.0, "GPU-00000000000000AB", "AMD gfx942") == (found[0].memory_gib, found[0].uuid, found[0].name)
-    assert {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"} == devices.variables(found[2], "0.32.0")
+    assert {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"} == devices.variables([found[2]], "0.32.0")
+    assert {"2,0"} == set(devices.variables([found[2], found[0]], "0.32.0").values())
 
 
 @pytest.mark.parametrize(

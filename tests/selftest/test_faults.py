@@ -245,7 +245,7 @@ def test_no_room_while_loading_is_no_refusal(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        VllmEngine._load(SimpleNamespace(LLM=llm), plan())
+        VllmEngine._load(SimpleNamespace(LLM=llm), plan(), None)
     assert caught.value is error
     with pytest.raises(EngineRefused):
-        VllmEngine._load(SimpleNamespace(LLM=lambda **arguments: int("not a format")), plan())
+        VllmEngine._load(SimpleNamespace(LLM=lambda **arguments: int("not a format")), plan(), None)

@@ -261,10 +261,32 @@ def test_vllm_from_metadata(
     assert wanted == (found.vllm, found.flavour)
 
 
-def test_tensor_parallelism_is_needed_and_not_there() -> None:
-    """A model for eight GPUs says how many of which size; with all of them, that logits are taken in one process."""
-    eight = matrix(models__alpha__gpus=8)
-    large = tuple(Gpu(f"large{n}", f"GPU-{n}", "9.0", 80.0) for n in range(8))
+def test_tensor_parallelism_needs_as_many_gpus() -> None:
+    """A model for eight GPUs says how many of which size; a format's own size comes first; a CPU has processes enough."""
+    eight, large = matrix(models__alpha__tensor_parallel_size=8), tuple(Gpu("H", f"GPU-{n}", "9.0", 80.0) for n in range(8))
+    two = matrix(models__alpha__tensor_parallel_size=8, formats__bf16__tensor_parallel_size=2)
 
     assert "memory: needs 8 GPUs of 1 GiB, have 2 of 80 GiB" == gate(eight, GPU_CELL, machine(gpus=large[:2]), CUDA)
-    assert "tensor parallelism: needs size 8, have size 1" in str(gate(eight, GPU_CELL, machine(gpus=large), CUDA))
+    assert gate(eight, GPU_CELL, machine(gpus=large), CUDA) is None
+    assert "memory: needs 2 GPUs of 1 GiB, have 1 of 80 GiB" == gate(two, GPU_CELL, machine(gpus=large[:1]), CUDA)
+    assert gate(two, GPU_CELL, machine(gpus=large[:2]), CUDA) is None
+    assert gate(eight, Cell("alpha", "bf16", "cpu-here"), machine(), CPU) is None
+
+
+def test_ranks_are_shown_gpus_of_the_row() -> None:
+    """As many as there are ranks, though another kind lies between them; nothing where CUDA would take the same."""
+    other = Gpu("NVIDIA H100", "GPU-other", "9.0", 80.0, "570.1", index=2)
+    mixed = machine(gpus=(NEW, OLD, other))
+
+    assert "GPU-new,GPU-other" == variables_for(mixed, SM90, CUDA, ranks=2)["CUDA_VISIBLE_DEVICES"]
+    assert "1,2" == variables_for(mixed, SM90, Software("0.20.2", "cuda", "2.0"), ranks=2)["CUDA_VISIBLE_DEVICES"]
+
+
+def test_ranks_between_which_another_kind_lies_are_shown_in_pci_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first GPU is of the row, the second is not."""
+    other = Gpu("NVIDIA H100", "GPU-other", "9.0", 80.0, "570.1", index=2)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+    assert {} == variables_for(machine(gpus=(NEW, OLD, other)), SM90, CUDA)
+    assert "GPU-new,GPU-other" == variables_for(machine(gpus=(NEW, OLD, other)), SM90, CUDA, 2)["CUDA_VISIBLE_DEVICES"]
+    assert {} == variables_for(machine(gpus=(NEW, other, OLD)), SM90, CUDA, ranks=2)

