@@ -25,6 +25,9 @@ SOFTWARE, MATRIX = hardware.software(), matrix.load(ROOT / "quant_matrix.toml")
 ROWS = [row for row in hardware.detect().rows(MATRIX) if MATRIX.hardware[row].kind == SOFTWARE.flavour]
 pytestmark = pytest.mark.skipif(not ROWS, reason=f"needs vLLM for this machine, have {SOFTWARE.vllm or 'none'}")
 HERE = ROWS[0] if ROWS else ""
+SEVERAL = pytest.mark.skipif(
+    not HERE.startswith("cpu"), reason=f"needs a CPU, which is as many devices as one likes; have {HERE}"
+)
 FAULTY, BESIDE = f"tiny-qwen3/gptq_auto/{HERE}", f"tiny-qwen3/bf16/{HERE}"
 BOTH = f"(tiny-qwen3/gptq_auto/{HERE} or tiny-qwen3/bf16/{HERE}) and (test_kernel or test_repeat)"
 KEPT = ("--no-controls", "--repeats=2", "--store=s", f"--hardware={HERE}")
@@ -130,6 +133,39 @@ def test_a_fault_of_vllm(
         again = vllm("-k", BOTH)
         assert (0, {}) == (again.code, again.failures()), again.output
         assert "2 cells, 1 of them from the store" in " ".join(again.output.split())
+
+
+@pytest.mark.parametrize("id_", rows("faults/test_vllm.py::test_a_rank_of_vllm"))
+@SEVERAL
+def test_a_rank_of_vllm(
+    vllm: Vllm, temporary: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, id_: str
+) -> None:
+    """Rank 0 would wait for it without end; no process and no shared memory stays."""
+    cell, shared = f"tiny-qwen3/bf16_tp2/{HERE}", set(Path("/dev/shm").glob("*cpushm*"))
+    monkeypatch.setenv("QUANTDET_INJECT", f"{id_}:{cell}")
+
+    run = vllm("-k", f"{cell} and test_kernel")
+
+    assert {f"test_kernel[{cell}]"} == set(run.failures()), run.output
+    case = run.cases[f"test_kernel[{cell}]"]
+    shows(id_, case.verdict, case.message)
+    nothing_stayed(pytester.path, temporary)
+    assert shared == set(Path("/dev/shm").glob("*cpushm*"))  # others are tracked, and go with the forkserver
+
+
+@SEVERAL
+def test_noise_of_another_rank(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ulp in one layer of the last rank is in the logits that rank 0 gives; without it the cell is bit-exact."""
+    cell = f"tiny-qwen3/bf16_tp2/{HERE}"
+    monkeypatch.setenv("QUANTDET_INJECT", f"noise:{cell}")
+    noisy = vllm("-k", f"{cell} and test_repeat")
+    monkeypatch.delenv("QUANTDET_INJECT")
+    exact = vllm("-k", f"{cell} and (test_repeat or test_kernel)")
+
+    assert {f"test_repeat[{cell}-decode]"} == set(noisy.failures()), noisy.output
+    assert "1 of 2 repeats differ, first prompt len20 step 1 in repeat 1" in noisy.output
+    assert {} == exact.failures(), exact.output
+    assert "each on 2 ranks" in exact.cases[f"test_kernel[{cell}]"].properties["kernel.executed"]
 
 
 @pytest.mark.parametrize("id_", rows("faults/test_vllm.py::test_a_run_with_vllm_that_is_ended"))

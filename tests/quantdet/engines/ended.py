@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantdet.untrusted import plain
 
+RANK_LOST = 70  # exit code of rank 0 when another rank has ended (`quantdet.engines.ranks`)
 _LOG_TAIL_LINES = 12
 _VMSTAT = Path("/proc/vmstat")
 
@@ -26,6 +27,8 @@ def words(exitcode: int | None, kills_before: int) -> str:
         return "closed its pipe but did not end"
     if exitcode == -signal.SIGKILL and oom_kills() > kills_before:
         return "killed by SIGKILL while Linux's out-of-memory killer was at work"
+    if exitcode == RANK_LOST:
+        return "ended itself because another of its ranks had ended"
     if exitcode < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-exitcode).name}"

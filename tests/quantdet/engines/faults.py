@@ -11,22 +11,27 @@ import sys
 import time
 from pathlib import Path
 
-KINDS = ("sigkill", "sigsegv", "hang", "oom", "oom-device")
+from quantdet.engines import InvalidMeasurement
+
+KINDS = ("sigkill", "sigkill-rank", "sigsegv", "hang", "oom", "oom-device")
 _SPARE = 64 << 20
 _HANG_S = 86_400.0
 
 
-def fire(kind: str) -> None:
-    """The fault `kind`; nothing where it is no fault (empty, or a defect of the numbers).
+def fire(kind: str, rank: int = 0, ranks: int = 1) -> None:
+    """The fault `kind` in `rank`; nothing where it is no fault (empty, or a defect of the numbers) or one of another rank.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: as the allocator does.
+        InvalidMeasurement: a fault of another rank than 0, and there is none.
     """
-    if kind not in KINDS:
+    if kind == "sigkill-rank" and ranks == 1:
+        raise InvalidMeasurement(f"seeded fault {kind}: needs a tensor parallel size above 1")
+    if kind not in KINDS or rank != (ranks - 1 if kind == "sigkill-rank" else 0):
         return
     print(f"quantdet: seeded fault: {kind}", flush=True)
     match kind:
-        case "sigkill":  # as Linux's out-of-memory killer does
+        case "sigkill" | "sigkill-rank":  # as Linux's out-of-memory killer does
             os.kill(os.getpid(), signal.SIGKILL)
         case "sigsegv":
             os.kill(os.getpid(), signal.SIGSEGV)

@@ -21,14 +21,13 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from quantdet.engines import InvalidMeasurement
+from quantdet.engines import InvalidMeasurement, ended
 from quantdet.observation_header import Executed
 
 LAUNCHER = "external_launcher"
 _HERE = "127.0.0.1"
 _SHARED_MEMORY = Path("/dev/shm")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
-_LOST = 70  # exit code of rank 0 when another rank has ended
 _GRACE_S = 15.0  # what made another rank end mostly ends rank 0 too, and that says more
 _PR_SET_PDEATHSIG = 1
 
@@ -117,7 +116,7 @@ class Ranks:
         for rank, process in enumerate(self.processes, start=1):
             if process.exitcode is not None:
                 print(f"quantdet: rank {rank} of the engine has ended (exit code {process.exitcode})", flush=True)
-        os._exit(_LOST)
+        os._exit(ended.RANK_LOST)
 
 
 def meeting() -> tuple[str, int, int]:

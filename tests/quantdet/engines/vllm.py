@@ -1,6 +1,7 @@
 """vLLM, driven in this process. The only module that imports vllm; runs in a child process only."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class VllmEngine:
             torch._dynamo.config.disable = True
         if plan.extra.get("onednn_fp8") is False:
             _fp8_outside_onednn()
-        size = int(plan.args.get("tensor_parallel_size", 1))
+        size = _size(plan)
         others = ranks.Ranks(size, lambda connection: self._follow(vllm, plan, connection)) if size > 1 else None
         stopwatch = _watched()
         imported = time.monotonic()
@@ -55,7 +56,7 @@ class VllmEngine:
         executed = engine.executed()
         if others is not None:
             others.agree(executed)
-        faults.fire(plan.inject)
+        faults.fire(plan.inject, 0, size)
         engine.tap = LogitsTap(engine.model)
         done = lifetime.whole(engine, plan)
         if others is not None:
@@ -73,7 +74,7 @@ class VllmEngine:
     @staticmethod
     def _load(vllm: Any, plan: Plan, others: ranks.Ranks | None) -> "_Loaded":
         launcher = {}
-        if plan.args.get("tensor_parallel_size", 1) > 1:
+        if _size(plan) > 1:
             launcher = {"distributed_executor_backend": ranks.LAUNCHER}
             _meet_by_address()
         try:
@@ -89,6 +90,7 @@ class VllmEngine:
         noise = engine.noise() if plan.inject == "noise" else None
 
         def generate(request: ranks.Request) -> Any:
+            faults.fire(plan.inject, int(os.environ["RANK"]), _size(plan))  # not before: rank 0 waits for it by now
             if noise is not None:
                 noise.arm(request.noisy)
             return engine.request(request.ids, request.tokens, **request.logprobs).outputs[0].token_ids
@@ -150,6 +152,10 @@ class _Loaded:
         if self._others is not None:
             self._others.answered(answer.outputs[0].token_ids)
         return answer
+
+
+def _size(plan: Plan) -> int:
+    return int(plan.args.get("tensor_parallel_size", 1))
 
 
 def _watched() -> Stopwatch:
