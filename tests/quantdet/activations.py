@@ -9,11 +9,12 @@ import numpy as np
 
 from quantdet import stats
 from quantdet.compare import distinct
+from quantdet.declarations import Expect
 from quantdet.divergences import at, beyond, has_to_be_exact
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import Observation
 from quantdet.observation_activations import HiddenStates
-from quantdet.schema import Expect, Phase
+from quantdet.schema import Phase
 from quantdet.verdicts import Judgement, Verdict
 
 

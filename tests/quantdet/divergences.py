@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantdet.compare import bits_equal, distinct, first_difference
+from quantdet.declarations import Expect
 from quantdet.distance import Distance, distance
 from quantdet.observation import Block, Observation, Output, PromptRecord
-from quantdet.schema import Expect, Phase
+from quantdet.schema import Phase
 
 
 def runs_of(observation: Observation, phase: Phase) -> list[int]:

@@ -6,9 +6,9 @@ Logits are compared, not logprobs: vLLM's log-softmax changed with the model run
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from quantdet.declarations import Expect
 from quantdet.observation import Observation
 from quantdet.pairs import comparable_requests, pair
-from quantdet.schema import Expect
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from quantdet.declarations import Expect
 from quantdet.matrix import Matrix
-from quantdet.schema import Cell, EngineName, Expect, Phase
+from quantdet.schema import Cell, EngineName, Phase
 from quantdet.shapes import Layers
 
 

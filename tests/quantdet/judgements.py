@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from quantdet import stats
+from quantdet.declarations import Expect
 from quantdet.distinctness import distinctness as distinctness
 from quantdet.divergences import at, beyond, first_divergence, has_to_be_exact, runs_of
 from quantdet.divergences import first_position_between as first_position_between
@@ -12,7 +13,7 @@ from quantdet.expectations import Expectations, describe
 from quantdet.observation import Observation
 from quantdet.reported import NOTE, cannot_repeat, qualified
 from quantdet.restarts import restart as restart
-from quantdet.schema import Cell, Expect, Phase
+from quantdet.schema import Cell, Phase
 from quantdet.verdicts import Judgement, Verdict
 
 

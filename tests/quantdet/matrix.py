@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from quantdet import pins, rows
+from quantdet.declarations import Expect, Question, Setting
 from quantdet.pins import Pin
 from quantdet.schema import (
     ID_PATTERN,
@@ -21,15 +22,12 @@ from quantdet.schema import (
     Engine,
     EngineCall,
     EngineName,
-    Expect,
     Format,
     Hardware,
     Kernel,
     Model,
-    Question,
     Row,
     RunLengths,
-    Setting,
     matches_any,
 )
 from quantdet.shapes import Layers, layers_of

@@ -11,12 +11,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quantdet import judgements
+from quantdet.declarations import Question
 from quantdet.distinctness import above_lifetimes
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
 from quantdet.pairs import comparable, pair
 from quantdet.results import Measured, Missing, Refusal, Result
-from quantdet.schema import PHASES, Cell, Question, matches_any
+from quantdet.schema import PHASES, Cell, matches_any
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 if TYPE_CHECKING:

@@ -7,12 +7,13 @@ import numpy as np
 
 from quantdet import stats
 from quantdet.compare import distinct
+from quantdet.declarations import Expect
 from quantdet.distance import Distance, distance
 from quantdet.divergences import first_position_between, has_to_be_exact
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import Observation, PromptRecord
 from quantdet.reported import qualified
-from quantdet.schema import PHASES, Expect, Phase
+from quantdet.schema import PHASES, Phase
 from quantdet.verdicts import Judgement, Verdict
 
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantdet import activations, planning
+from quantdet.declarations import Expect
 from quantdet.engines import Plan
 from quantdet.engines.activations import ActivationTap, Recorded, tapped
 from quantdet.engines.capture import CaptureError, digest_rows
@@ -24,7 +25,7 @@ from quantdet.observation import Observation, read, write
 from quantdet.observation_activations import WIDTH
 from quantdet.observation_header import Header
 from quantdet.projection import DIMS, project
-from quantdet.schema import PHASES, Expect, Phase
+from quantdet.schema import PHASES, Phase
 from quantdet.verdicts import Judgement, Verdict
 from selftest.fake_hidden import LAYERS, Module, ModuleList, RMSNorm, differing, hidden, model
 from selftest.fakes import MATRIX, ROOT, expect, observation, setting

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from quantdet import drift
+from quantdet.declarations import Expect
 from quantdet.observation import Observation, read, write
-from quantdet.schema import Expect
 from quantdet.verdicts import Verdict
 from selftest.fakes import MATRIX, changed_output, executed, last_repeat, observation, with_outputs
 from selftest.inner import Run, Suite

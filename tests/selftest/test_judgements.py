@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantdet import judgements
+from quantdet.declarations import Expect
 from quantdet.divergences import has_to_be_exact
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
 from quantdet.observation_header import Divergence as Difference
 from quantdet.observation_header import Executed, Layer, NonFinite
-from quantdet.schema import PHASES, Cell, Expect, Phase
+from quantdet.schema import PHASES, Cell, Phase
 from quantdet.verdicts import Divergence, Judgement, Verdict, Violation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs
 

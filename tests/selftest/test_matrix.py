@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantdet import rows
+from quantdet.declarations import Expect
 from quantdet.matrix import Matrix, MatrixError, load
-from quantdet.schema import CARRIES, ID_PATTERN, Cell, Expect
+from quantdet.schema import CARRIES, ID_PATTERN, Cell
 from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
 
 pytest_plugins = ["pytester"]

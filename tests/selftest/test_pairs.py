@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantdet.declarations import Expect
 from quantdet.expectations import Expectations
 from quantdet.judgements import distinctness
 from quantdet.observation import Observation
 from quantdet.observation_header import NonFinite
 from quantdet.pairs import comparable, pair
-from quantdet.schema import Expect
 from quantdet.session import Session
 from quantdet.verdicts import Judgement, Pair, Verdict, Violation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs

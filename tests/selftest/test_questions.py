@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from quantdet import questions
+from quantdet.declarations import Expect, Question
 from quantdet.expectations import Expectations
 from quantdet.observation import Observation
 from quantdet.questions import Asked
 from quantdet.results import Measured, Missing, Refusal
-from quantdet.schema import Cell, Expect, Phase, Question
+from quantdet.schema import Cell, Phase
 from quantdet.verdicts import Judgement, Verdict
 from selftest.fakes import MATRIX, QUESTIONS, make_suite, observation, setting
 from selftest.inner import Suite

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantdet import judgements
+from quantdet.declarations import Expect
 from quantdet.expectations import Expectations, resolved
 from quantdet.matrix import load
-from quantdet.schema import Cell, Expect, Phase
+from quantdet.schema import Cell, Phase
 from quantdet.shapes import Fires, LinearLayer, Synthetic, layers_of
 from quantdet.verdicts import Verdict
 from selftest.fakes import ROOT, observation
