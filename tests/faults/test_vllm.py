@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -154,18 +156,28 @@ def test_a_rank_of_vllm(
 
 
 @SEVERAL
-def test_noise_of_another_rank(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One ulp in one layer of the last rank is in the logits that rank 0 gives; without it the cell is bit-exact."""
+def test_noise_of_another_rank(vllm: Vllm, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ulp in one layer of the last rank is in the logits that rank 0 gives, and comes to it where parts are added.
+
+    The defect is not in the bundle's script, whose ranks run without the suite.
+    """
     cell = f"tiny-qwen3/bf16_tp2/{HERE}"
     monkeypatch.setenv("QUANTDET_INJECT", f"noise:{cell}")
-    noisy = vllm("-k", f"{cell} and test_repeat")
-    monkeypatch.delenv("QUANTDET_INJECT")
-    exact = vllm("-k", f"{cell} and (test_repeat or test_kernel)")
+    run = vllm("-k", f"{cell} and test_repeat", "--report=r")
 
-    assert {f"test_repeat[{cell}-decode]"} == set(noisy.failures()), noisy.output
-    assert "1 of 2 repeats differ, first prompt len20 step 1 in repeat 1" in noisy.output
-    assert {} == exact.failures(), exact.output
-    assert "each on 2 ranks" in exact.cases[f"test_kernel[{cell}]"].properties["kernel.executed"]
+    assert {f"test_repeat[{cell}-decode]"} == set(run.failures()), run.output
+    case = run.cases[f"test_repeat[{cell}-decode]"]
+    assert "1 of 2 repeats differ, first prompt len20 step 1 in repeat 1" in case.message
+    assert "each on 2 ranks" in case.properties["kernel.executed"]
+    assert case.properties["first_divergent_layer"].startswith("model.layers.1.self_attn.o_proj (")
+    (bundle,) = (pytester.path / "r" / "bundles").iterdir()
+    assert "Traced in rank 0 of 2: what differs there may come from another rank" in (bundle / "README.md").read_text()
+    done = subprocess.run(
+        [sys.executable, bundle / "repro.py", "--repeats=2"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (0, "0 of 2 repeats differ from repeat 0") == (done.returncode, done.stdout.splitlines()[-1]), (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("id_", rows("faults/test_vllm.py::test_a_run_with_vllm_that_is_ended"))

@@ -185,6 +185,8 @@ def _beside(recorded: Observation, verified: Observation) -> str:
     one, other = recorded.header.executed, verified.header.executed
     if one is not None and other is not None and one.mode != other.mode:
         changes.insert(0, f"mode {one.mode} -> {other.mode}")
+    if one is not None and other is not None and one.tensor_parallel_size != other.tensor_parallel_size:
+        changes.insert(0, f"tensor parallel size {one.tensor_parallel_size} -> {other.tensor_parallel_size}")
     if recorded.header.checkpoint_files_sha256 != verified.header.checkpoint_files_sha256 and (
         recorded.header.format == verified.header.format
     ):

@@ -77,6 +77,8 @@ def _changes(older: Observation, newer: Observation, family: Callable[[str], str
         found.append(f"attention {'+'.join(a.attention)} -> {'+'.join(b.attention)}")
     if a.mode != b.mode:
         found.append(f"mode {a.mode} -> {b.mode}")
+    if a.tensor_parallel_size != b.tensor_parallel_size:
+        found.append(f"tensor parallel size {a.tensor_parallel_size} -> {b.tensor_parallel_size}")
     torch = [str(one.header.environment.get("torch_package", "")) for one in (older, newer)]
     if torch[0] != torch[1]:
         found.append(f"torch {torch[0]} -> {torch[1]}")

@@ -188,10 +188,12 @@ def gate(matrix: Matrix, cell: Cell, machine: Machine, installed: Software, *, i
     size = matrix.tensor_parallel_size(cell)
     if size > 1 and format_.engine != "vllm":
         return f"tensor parallelism: needs size {size}, have size 1 in {format_.engine}"
-    gpus = [] if row.kind == "cpu" else machine.gpus_of(row)
-    has = gpus[0].memory_gib if gpus else machine.memory_gib
+    gpus = () if row.kind == "cpu" else machine.gpus_of(row)
+    has = min(gpu.memory_gib for gpu in gpus[:size]) if gpus else machine.memory_gib
     if has < model.memory_gib or (gpus and len(gpus) < size):
         several = f"{size} GPUs of " if size > 1 else ""
         found = f"{len(gpus)} of " if size > 1 else ""
         return f"memory: needs {several}{model.memory_gib:g} GiB, have {found}{has:.0f} GiB"
+    if size > 1 and any(gpu.parent for gpu in gpus[:size]):
+        return f"tensor parallelism: needs {size} GPUs that are whole, have MIG devices"
     return None

@@ -110,6 +110,8 @@ def kernel(
     def invalid(why: str) -> Judgement:
         return Judgement(Verdict.INVALID, f"INVALID {observation.cell} kernel: {why}", False, figures, executed.summary)
 
+    if executed.tensor_parallel_size != (ranks := int(header.engine_args.get("tensor_parallel_size", 1))):
+        return invalid(f"requested {ranks} ranks, executed {executed.summary}")
     if not executed.linear:
         return invalid("no linear layer was found in the loaded model")
     if (moe_classes or quantizes == "experts") and not executed.moe:

@@ -30,7 +30,7 @@ from quantdet.schema import (
     RunLengths,
     matches_any,
 )
-from quantdet.shapes import Layers, layers_of
+from quantdet.shapes import Layers, layers_of, undividable
 from quantdet.untrusted import flaw, plain
 
 MAX_BYTES = 1 << 20
@@ -201,7 +201,12 @@ def _checked(path: Path, raw: dict[str, Any]) -> Matrix:
         raise MatrixError(path, mistakes) from None
     mistakes += _reference_mistakes(raw)
     if not mistakes:
-        mistakes += [*_stale_rows(matrix), *pins.conflicts(matrix.pin), *pins.pick_conflicts(matrix.formats)]
+        mistakes += [
+            *_undividable(matrix),
+            *_stale_rows(matrix),
+            *pins.conflicts(matrix.pin),
+            *pins.pick_conflicts(matrix.formats),
+        ]
     if mistakes:
         raise MatrixError(path, mistakes)
     return matrix
@@ -295,6 +300,16 @@ def _reference_mistakes(raw: dict[str, Any]) -> list[str]:
                     if isinstance(when, dict):
                         stale(f"{name}.{index}.when.{key}", key, when.get(key), table)
     return found
+
+
+def _undividable(matrix: Matrix) -> list[str]:
+    """Models whose layers cannot be divided among the ranks that they, or a format of theirs, ask for."""
+    found: dict[str, None] = {}
+    for cell in matrix.cells():
+        spec, ranks = matrix.models[cell.model_id].synthetic, matrix.tensor_parallel_size(cell)
+        if spec is not None and (what := undividable(spec, ranks)):
+            found[f"models.{cell.model_id}: tensor parallel size {ranks} of {cell.format_id} does not divide {what}"] = None
+    return list(found)
 
 
 def _stale_rows(matrix: Matrix) -> list[str]:

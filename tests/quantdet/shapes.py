@@ -97,6 +97,16 @@ class LinearLayer:
 Layers = tuple[LinearLayer, ...]
 
 
+def undividable(spec: Synthetic, ranks: int) -> str:
+    """What of the model cannot be divided among so many ranks; empty if all can."""
+    for name in ("heads", "intermediate_size", "expert_intermediate_size"):
+        if (getattr(spec, name) or 0) % ranks:
+            return f"{name} ({getattr(spec, name)})"
+    if spec.kv_heads is not None and spec.kv_heads % ranks and ranks % spec.kv_heads:
+        return f"kv_heads ({spec.kv_heads})"
+    return ""
+
+
 def layers_of(spec: Synthetic, ranks: int = 1) -> Layers:
     """The linear layers of a decoder on one of `ranks` devices (tensor parallel size), each shape once.
 

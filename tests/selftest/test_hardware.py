@@ -2,6 +2,7 @@
 
 import sys
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -271,6 +272,17 @@ def test_tensor_parallelism_needs_as_many_gpus() -> None:
     assert "memory: needs 2 GPUs of 1 GiB, have 1 of 80 GiB" == gate(two, GPU_CELL, machine(gpus=large[:1]), CUDA)
     assert gate(two, GPU_CELL, machine(gpus=large[:2]), CUDA) is None
     assert gate(eight, Cell("alpha", "bf16", "cpu-here"), machine(), CPU) is None
+
+
+def test_every_rank_has_to_have_a_gpu_that_will_do() -> None:
+    """The smallest counts, of those that are used; ranks cannot share a GPU, as MIG devices would."""
+    two = matrix(models__alpha__memory_gib=50, models__alpha__tensor_parallel_size=2)
+    large, small = Gpu("H", "GPU-1", "9.0", 80.0), Gpu("H", "GPU-2", "9.0", 40.0)
+    migs = tuple(Gpu("H", f"MIG-{n}", "9.0", 60.0, parent="GPU-1") for n in range(2))
+
+    assert "memory: needs 2 GPUs of 50 GiB, have 2 of 40 GiB" == gate(two, GPU_CELL, machine(gpus=(large, small)), CUDA)
+    assert gate(two, GPU_CELL, machine(gpus=(large, replace(large, uuid="GPU-3"), small)), CUDA) is None
+    assert "tensor parallelism: needs 2 GPUs that are whole, have MIG devices" == gate(two, GPU_CELL, machine(gpus=migs), CUDA)
 
 
 def test_ranks_are_shown_gpus_of_the_row() -> None:

@@ -317,6 +317,22 @@ def test_another_kernel_is_invalid(names: tuple[str, ...], classes: tuple[str, .
         found.enforce()
 
 
+def test_another_number_of_ranks_is_invalid() -> None:
+    """Layers that were to be divided and were not, or the other way round, are other kernels' inputs."""
+    executed = observation(kernels=("K",)).header.executed
+    assert executed is not None
+    divided = executed.model_copy(update={"tensor_parallel_size": 2}).model_dump()
+    for asked, ran, words in (
+        (2, divided, ""),
+        (2, executed.model_dump(), "requested 2 ranks, executed K x4"),
+        (1, divided, "1 ranks"),
+    ):
+        found = judgements.kernel(observation(executed=ran, engine_args={"tensor_parallel_size": asked}), "fast", ("K",), "all")
+        assert ((Verdict.INVALID, False) if words else (Verdict.CONFIRMED, True)) == (found.verdict, found.expected)
+        assert words in found.message
+        assert ("each on 2 ranks" in found.message) == (ran is divided)
+
+
 def test_one_kernel_on_two_paths_is_mixed() -> None:
     """The same class with other details (instruction set, quantized activations) computes other bits."""
     layers = [

@@ -98,6 +98,25 @@ def test_round_trip(folder: Path) -> None:
     assert [whole.logits_sha256(phase) for phase in PHASES] == [found.logits_sha256(phase) for phase in PHASES]
 
 
+def test_the_number_of_ranks_is_sealed(tmp_path: Path) -> None:
+    """It is younger than the first recordings: left out where it is 1, and nowhere else."""
+    whole = sample()
+    executed = {**whole.header.executed.model_dump(), "tensor_parallel_size": 2} if whole.header.executed is not None else {}
+    place = put(
+        tmp_path / "o",
+        dataclasses.replace(
+            whole, header=Header.model_validate({**whole.header.model_dump(by_alias=True), "executed": executed})
+        ),
+    )
+    assert "each on 2 ranks" in read(place).header.executed.summary  # type: ignore[union-attr]
+
+    for size in (1, 3):
+        raw = json.loads((place / HEADER_FILE).read_text())
+        raw["executed"]["tensor_parallel_size"] = size
+        (place / HEADER_FILE).write_text(json.dumps(raw))
+        refused(place, "header_sha256")
+
+
 @pytest.mark.parametrize("field", ["executed", "checkpoint_sha256", "engine_args", "dtype", "environment"])
 def test_an_edited_header_is_refused(folder: Path, field: str) -> None:
     """What was measured, and how, cannot be changed without a trace."""

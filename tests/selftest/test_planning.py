@@ -105,6 +105,22 @@ def test_a_flip_rate_decides_the_repeats(tmp_path: Path, rate: float, repeats: i
     assert 3 == made.extra["least_repeats"]
 
 
+def test_the_engine_is_told_over_how_many_devices(tmp_path: Path) -> None:
+    """One, what the model says, or what the format says instead; each is another observation."""
+    sizes, keys = [], []
+    for old, new in (
+        ("", ""), ("[models.alpha]\n", "[models.alpha]\ntensor_parallel_size = 2\n"),
+        ("[formats.gptq]\n", "[formats.gptq]\ntensor_parallel_size = 2\n"),
+    ):  # fmt: skip
+        made = plan_for(**{**given(tmp_path), "matrix": matrix(tmp_path, MATRIX.replace(old, new) if old else MATRIX)})
+        assert isinstance(made, Plan)
+        sizes.append(made.args["tensor_parallel_size"])
+        keys.append(key_of(made, 0))
+
+    assert [1, 2, 2] == sizes
+    assert keys[0] != keys[1] == keys[2]
+
+
 def test_rates_have_keys_of_their_own_and_re_executions_have_none(tmp_path: Path) -> None:
     """What was stopped at one rate is not what another asks for; what is asked once is the same at every rate."""
     plans = [plan_for(**given(tmp_path), max_flip_rate=rate) for rate in (None, 0.05, 0.0500001)]

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from quantdet import judgements
 from quantdet.declarations import Expect
 from quantdet.expectations import Expectations, resolved
-from quantdet.matrix import load
+from quantdet.matrix import MatrixError, load
 from quantdet.schema import Cell, Phase
-from quantdet.shapes import Fires, LinearLayer, Synthetic, layers_of
+from quantdet.shapes import Fires, LinearLayer, Synthetic, layers_of, undividable
 from quantdet.verdicts import Verdict
 from selftest.fakes import ROOT, observation
 
@@ -78,6 +78,41 @@ def test_layers_are_divided_among_ranks() -> None:
         "down_proj 512x512", "w13 256x512 of 16 experts", "w2 512x128 of 16 experts",
         "shared_experts.gate_up_proj 256x512", "shared_experts.down_proj 512x128",
     ] == [*map(str, layers_of(kimi, 2))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changed", "what"),
+    [
+        (2, {}, ""), (4, {}, ""), (8, {}, "heads (4)"), (3, {}, "heads (4)"),
+        (4, {"intermediate_size": 2046}, "intermediate_size (2046)"),
+        (6, {"heads": 12, "kv_heads": 4, "intermediate_size": 2400}, "kv_heads (4)"),
+        (4, {**MIXTURE, "expert_intermediate_size": 770}, "expert_intermediate_size (770)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_ranks_cannot_divide(ranks: int, changed: dict[str, Any], what: str) -> None:
+    """By name and size; heads of keys and values may be fewer than ranks."""
+    assert what == undividable(Synthetic.model_validate({**DENSE, **changed}), ranks)
+
+
+def test_a_model_that_its_ranks_cannot_divide_is_a_mistake(tmp_path: Path) -> None:
+    """Of the matrix: its noise would be computed from layers that there are not."""
+    text, path = (ROOT / "quant_matrix.toml").read_text(encoding="utf-8"), tmp_path / "m.toml"
+    path.write_text(text.replace("tensor_parallel_size = 2\n", "tensor_parallel_size = 3\n"), encoding="utf-8")
+
+    with pytest.raises(
+        MatrixError, match=r"models.tiny-kimi-k2: tensor parallel size 3 of bf16_tp2 does not divide heads \(4\)"
+    ):
+        load(path)
+
+
+def test_division_is_all_that_a_format_of_ranks_changes() -> None:
+    """What an unquantized format needs beyond the engine's arguments, it needs in parts too: otherwise other kernels run."""
+    matrix = load(ROOT / "quant_matrix.toml")
+
+    for model_id in ("tiny-qwen3", "tiny-kimi-k2", "qwen3-8b-shape"):
+        one, two = (matrix.settings(Cell(model_id, format_id, "sm90")) for format_id in ("bf16", "bf16_tp2"))
+        assert [*one] == [*two]
 
 
 def test_what_fires_is_computed_for_the_layers_of_a_rank(tmp_path: Path) -> None:

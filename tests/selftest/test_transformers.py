@@ -115,6 +115,16 @@ def test_a_package_that_is_missing_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_transformers_divides_nothing(tmp_path: Path) -> None:
+    """A model for two GPUs has no cell there, and a format cannot ask for it."""
+    two = matrix(tmp_path, BOTH.replace("[models.alpha]\n", "[models.alpha]\ntensor_parallel_size = 2\n"))
+
+    assert "tensor parallelism: needs size 2, have size 1 in transformers" == gate(two, TF_BF16, machine(), INSTALLED)
+    assert gate(two, BF16, machine(), INSTALLED) is None
+    with pytest.raises(MatrixError, match="'tensor_parallel_size' is for engine = 'vllm' only"):
+        matrix(tmp_path, BOTH.replace("[formats.tf_bf16]\n", "[formats.tf_bf16]\ntensor_parallel_size = 2\n"))
+
+
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 

@@ -28,7 +28,8 @@ def words(exitcode: int | None, kills_before: int) -> str:
     if exitcode == -signal.SIGKILL and oom_kills() > kills_before:
         return "killed by SIGKILL while Linux's out-of-memory killer was at work"
     if exitcode == RANK_LOST:
-        return "ended itself because another of its ranks had ended"
+        why = " while Linux's out-of-memory killer was at work" if oom_kills() > kills_before else ""
+        return f"ended itself because another of its ranks had ended{why}"
     if exitcode < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-exitcode).name}"

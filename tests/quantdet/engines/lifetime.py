@@ -23,7 +23,8 @@ from quantdet.schema import Phase
 # Start-up failures that say nothing about the format.
 _NOT_A_REFUSAL = re.compile(
     r"failed to be inspected|out of memory|can't allocate|No available memory|less than desired|No space left"
-    r"|Address already in use|ninja|nvcc|unexpected keyword argument",
+    r"|Address already in use|ninja|nvcc|unexpected keyword argument"
+    r"|gloo|NCCL|Connection (?:closed|reset) by peer",
     re.IGNORECASE,
 )
 

@@ -2,7 +2,7 @@
 
 vLLM calls it the external launcher: every rank holds a whole engine with its part of the model, all of them schedule the same
 requests, and each gets the full logits. So rank 0 takes logits, layers and times as an engine of size 1 does; the others are
-asked whether they run the same kernels and generated the same tokens.
+asked whether their layers execute the same and whether they generated the same tokens.
 """
 
 import ctypes
@@ -13,23 +13,24 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from quantdet.engines import InvalidMeasurement, ended
+from quantdet.engines import EngineRefused, InvalidMeasurement, ended
 from quantdet.observation_header import Executed
 
 LAUNCHER = "external_launcher"
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 _HERE = "127.0.0.1"
 _SHARED_MEMORY = Path("/dev/shm")
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
-_GRACE_S = 15.0  # what made another rank end mostly ends rank 0 too, and that says more
+_GRACE_S = 15.0  # what ended another rank mostly ends rank 0 too, which can say more than that it was left alone
 _PR_SET_PDEATHSIG = 1
+_REFUSED = 3  # exit code of a rank whose engine refused the cell
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,22 @@ class Request:
     noisy: bool = False
 
 
-class Ranks:
+class OtherRanks:
     """The ranks beside this process, which is rank 0; forked from it before it touches a device."""
 
     def __init__(self, size: int, serve: Callable[[Connection], None]) -> None:
         """Fork `size` - 1 processes that call `serve`; what they print is printed here."""
-        port = _free_port()
-        os.environ.update(_rendezvous(size, 0, port))
+        self._port = _free_port()
+        os.environ.update(_rendezvous(size, 0, self._port))
         self._noisy = False
+        self._broken: BaseException | None = None
         self.processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         context = multiprocessing.get_context("fork")
         for rank in range(1, size):
             ours, theirs = context.Pipe()
             held = [*self._connections, ours]
-            process = context.Process(target=_follow, args=(serve, _rendezvous(size, rank, port), theirs, held))
+            process = context.Process(target=_follow, args=(serve, _rendezvous(size, rank, self._port), theirs, held))
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -68,17 +70,30 @@ class Ranks:
         """Wait until the others have loaded.
 
         Raises:
-            InvalidMeasurement: one of them executes something else.
+            InvalidMeasurement: the layers of one of them execute something else.
+            EngineRefused, RuntimeError: one of them could not load.
         """
-        for rank, connection in enumerate(self._connections, start=1):
-            other = Executed.model_validate_json(_answer(connection))
+        for rank, answer in self._answers():
+            other = Executed.model_validate(answer)
             if other != executed:
                 raise InvalidMeasurement(
                     f"ranks execute different kernels: rank 0 {executed.summary}; rank {rank} {other.summary}"
                 )
-        # All of them have it open, and whatever ends them now leaves no name behind.
-        for shared in _SHARED_MEMORY.glob(f"{os.environ['MASTER_PORT']}-*"):
-            shared.unlink()
+        self._forget_shared_memory()  # all of them have it open, and whatever ends them now leaves no name behind
+
+    def explain(self, error: Exception) -> Exception:
+        """What to raise for `error`, with which rank 0 could not load: another rank may have ended before it."""
+        for rank, (process, connection) in enumerate(zip(self.processes, self._connections, strict=True), start=1):
+            process.join(timeout=1.0)  # of one that waits for rank 0 nothing more is to be known
+            if process.exitcode is None:
+                continue
+            try:
+                _received(rank, connection)
+            except (EngineRefused, InvalidMeasurement) as reason:
+                return reason
+            except RuntimeError as reason:
+                return error if isinstance(error, InvalidMeasurement) else reason
+        return error
 
     def arm(self, on: bool, /) -> None:
         """See `quantdet.engines.lifetime.Noise`."""
@@ -86,9 +101,14 @@ class Ranks:
 
     def ask(self, ids: Sequence[int], tokens: int, logprobs: dict[str, int]) -> None:
         """Let the others generate what this process is about to."""
-        for connection in self._connections:
-            last = connection is self._connections[-1]
-            connection.send_bytes(json.dumps(asdict(Request(list(ids), tokens, logprobs, self._noisy and last))).encode())
+        if self._broken is not None:
+            raise self._broken
+        for rank, connection in enumerate(self._connections, start=1):
+            request = Request(list(ids), tokens, logprobs, self._noisy and connection is self._connections[-1])
+            try:
+                connection.send_bytes(json.dumps(asdict(request)).encode())
+            except OSError:
+                _received(rank, connection)
 
     def answered(self, token_ids: Sequence[int]) -> None:
         """Wait until the others have generated it too.
@@ -96,44 +116,74 @@ class Ranks:
         Raises:
             InvalidMeasurement: one of them generated something else, so that its logits were others.
         """
-        for rank, connection in enumerate(self._connections, start=1):
-            if (other := json.loads(_answer(connection))) != list(token_ids):
+        found = list(self._answers())
+        for rank, other in found:
+            if other != list(token_ids):
                 raise InvalidMeasurement(f"rank {rank} generated {other}, rank 0 {list(token_ids)}")
 
+    def broke(self, error: BaseException) -> None:
+        """A request was not answered by all ranks alike: nothing more can be asked, and `stop` says so, whoever caught it."""
+        self._broken = self._broken or error
+
     def stop(self) -> None:
-        """Let the others end, and wait for it."""
-        self._ending.set()
-        for connection in self._connections:
-            connection.close()
+        """Let the others end, and wait for it.
+
+        Raises:
+            BaseException: what broke an earlier request.
+        """
+        self.close()
         for process in self.processes:
             process.join(timeout=10)
+        if self._broken is not None:
+            raise self._broken
+
+    def close(self) -> None:
+        """Let the others end."""
+        self._ending.set()
+        self._forget_shared_memory()
+        for connection in self._connections:
+            connection.close()
+
+    def _answers(self) -> list[tuple[int, Any]]:
+        return [(rank, _received(rank, one)) for rank, one in enumerate(self._connections, start=1)]
+
+    def _forget_shared_memory(self) -> None:
+        for shared in _SHARED_MEMORY.glob(f"{self._port}-*"):
+            shared.unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        """A rank that has ended would be waited for without end, in a collective or on its connection."""
-        wait([process.sentinel for process in self.processes])
-        if self._ending.wait(_GRACE_S):
-            return
-        for rank, process in enumerate(self.processes, start=1):
-            if process.exitcode is not None:
+        """A rank that has ended would be waited for without end, in a collective."""
+        left = dict(enumerate(self.processes, start=1))
+        while left:
+            wait([process.sentinel for process in left.values()])
+            for rank, process in list(left.items()):
+                if process.is_alive():
+                    continue
+                del left[rank]
+                if process.exitcode == _REFUSED:  # rank 0 comes to the same, in its own time
+                    continue
+                if self._ending.wait(_GRACE_S):
+                    return
                 print(f"quantdet: rank {rank} of the engine has ended (exit code {process.exitcode})", flush=True)
-        os._exit(ended.RANK_LOST)
+                self._forget_shared_memory()
+                os._exit(ended.RANK_LOST)
 
 
 def meeting() -> tuple[str, int, int]:
     """Where this rank meets the others (a URL of torch.distributed), its number, and that of its device."""
     rank = int(os.environ["RANK"])
-    return f"tcp://{_HERE}:{os.environ['MASTER_PORT']}", rank, rank
+    return f"tcp://{_HERE}:{os.environ['MASTER_PORT']}", rank, int(os.environ["LOCAL_RANK"])
 
 
 def follow(connection: Connection, executed: Executed, generate: Callable[[Request], Sequence[int]]) -> None:
     """In another rank: say what is `executed`, then `generate` what rank 0 asks for, until it asks no more."""
-    connection.send_bytes(executed.model_dump_json().encode())
+    _send(connection, answer=executed.model_dump(mode="json"))
     while True:
         try:
             request = Request(**json.loads(connection.recv_bytes()))
-        except EOFError:
+        except (EOFError, OSError):
             return
-        connection.send_bytes(json.dumps([int(token) for token in generate(request)]).encode())
+        _send(connection, answer=[int(token) for token in generate(request)])
 
 
 def _follow(
@@ -146,20 +196,42 @@ def _follow(
     code = 0
     try:
         serve(connection)
-    except BaseException:
+    except EngineRefused as refusal:
+        _send(connection, refused=str(refusal))
+        code = _REFUSED
+    except InvalidMeasurement as error:
+        _send(connection, invalid=str(error))
+        code = 1
+    except BaseException as error:
         traceback.print_exc()
+        _send(connection, failed=f"{type(error).__name__}: {error}")
         code = 1
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
-def _answer(connection: Connection) -> bytes:
+def _send(connection: Connection, **message: Any) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _received(rank: int, connection: Connection) -> Any:
+    """What a rank answers.
+
+    Raises:
+        EngineRefused, InvalidMeasurement, RuntimeError: what ended it.
+    """
     try:
-        return connection.recv_bytes()
-    except EOFError:  # the watcher says which rank ended, and how
-        time.sleep(2 * _GRACE_S)
-        raise
+        message: dict[str, Any] = json.loads(connection.recv_bytes())
+    except (EOFError, OSError):
+        raise RuntimeError(f"rank {rank} of the engine has ended") from None
+    if "refused" in message:
+        raise EngineRefused(message["refused"])
+    if "invalid" in message:
+        raise InvalidMeasurement(f"rank {rank}: {message['invalid']}")
+    if "failed" in message:
+        raise RuntimeError(f"rank {rank} of the engine has ended: {message['failed']}")
+    return message["answer"]
 
 
 def _rendezvous(size: int, rank: int, port: int) -> dict[str, str]:

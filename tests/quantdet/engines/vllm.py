@@ -45,18 +45,25 @@ class VllmEngine:
         if plan.extra.get("onednn_fp8") is False:
             _fp8_outside_onednn()
         size = _size(plan)
-        others = ranks.Ranks(size, lambda connection: self._follow(vllm, plan, connection)) if size > 1 else None
+        others = ranks.OtherRanks(size, lambda connection: self._follow(vllm, plan, connection)) if size > 1 else None
+        with contextlib.closing(others) if others is not None else contextlib.nullcontext():
+            self._whole(vllm, plan, directory, began, others)
+
+    def _whole(self, vllm: Any, plan: Plan, directory: Path, began: float, others: ranks.OtherRanks | None) -> None:
         stopwatch = _watched()
         imported = time.monotonic()
-        engine = self._load(vllm, plan, others)
+        try:
+            engine = self._load(vllm, plan, others)
+        except Exception as error:
+            raise error if others is None else others.explain(error) from error
         loaded = time.monotonic()
-        if plan.identity.get("role") == diagnosis.ROLE:
-            lifetime.trace(engine, plan, directory)
-            return
         executed = engine.executed()
         if others is not None:
             others.agree(executed)
-        faults.fire(plan.inject, 0, size)
+        if plan.identity.get("role") == diagnosis.ROLE:
+            lifetime.trace(engine, plan, directory)
+            return
+        faults.fire(plan.inject, 0, _size(plan))
         engine.tap = LogitsTap(engine.model)
         done = lifetime.whole(engine, plan)
         if others is not None:
@@ -72,7 +79,7 @@ class VllmEngine:
         lifetime.save(plan, directory, executed, done, timings)
 
     @staticmethod
-    def _load(vllm: Any, plan: Plan, others: ranks.Ranks | None) -> "_Loaded":
+    def _load(vllm: Any, plan: Plan, others: ranks.OtherRanks | None) -> "_Loaded":
         launcher = {}
         if _size(plan) > 1:
             launcher = {"distributed_executor_backend": ranks.LAUNCHER}
@@ -101,7 +108,7 @@ class VllmEngine:
 class _Loaded:
     """See `quantdet.engines.lifetime.Loaded`. `tap` is set once the model may be wrapped."""
 
-    def __init__(self, vllm: Any, llm: Any, others: ranks.Ranks | None) -> None:
+    def __init__(self, vllm: Any, llm: Any, others: ranks.OtherRanks | None) -> None:
         self.model = _model(llm)
         self.tap: LogitsTap | None = None
         self._vllm, self._llm, self._others = vllm, llm, others
@@ -143,14 +150,22 @@ class _Loaded:
 
     def request(self, ids: Sequence[int], tokens: int, **logprobs: int) -> Any:
         """One request to vLLM, by all ranks."""
-        if self._others is not None:
+        if self._others is None:
+            return self._generated(ids, tokens, logprobs)
+        try:
             self._others.ask(ids, tokens, logprobs)
+            answer = self._generated(ids, tokens, logprobs)
+            self._others.answered(answer.outputs[0].token_ids)
+        except BaseException as error:
+            self._others.broke(error)
+            raise
+        return answer
+
+    def _generated(self, ids: Sequence[int], tokens: int, logprobs: Mapping[str, int]) -> Any:
         parameters = self._vllm.SamplingParams(
             temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **logprobs
         )
         (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], parameters, use_tqdm=False)
-        if self._others is not None:
-            self._others.answered(answer.outputs[0].token_ids)
         return answer
 
 

@@ -99,7 +99,10 @@ def text(about: About) -> str:
     parts = [f"# [Bug]: {about.title}", *_warning(about), *_summary(about)]
     parts += ["## Expected", _expected(about), "## Observed", *_observed(about)]
     if about.diagnosis is not None:
-        parts += ["## First divergent layer", *_layer(about.diagnosis)]
+        parts += [
+            "## First divergent layer",
+            *_layer(about.diagnosis, about.executed.tensor_parallel_size if about.executed is not None else 1),
+        ]
     parts += ["## Executed kernels", _kernels(about), "## Environment", _environment(about)]
     parts += [
         "## How to run",
@@ -156,13 +159,17 @@ def _observed(about: About) -> list[str]:
     return parts
 
 
-def _layer(diagnosis: Diagnosis) -> list[str]:
+def _layer(diagnosis: Diagnosis, ranks: int) -> list[str]:
     parts = [f"{diagnosis.sentence}."]
     if diagnosis.status == "found":
         parts.append(
             f"In prompt {diagnosis.prompt}, every layer that ran before it took and gave the same bits as in repeat 0; its own "
             "inputs are the same too, and its outputs differ. Traced with forward hooks in another engine (`layers.json`)."
         )
+        if ranks > 1:
+            parts.append(
+                f"Traced in rank 0 of {ranks}: what differs there may come from another rank, whose part is added here."
+            )
     if diagnosis.first_in:
         counts = ", ".join(f"`{name}` {count}" for name, count in diagnosis.first_in.items())
         parts.append(f"Where each differing repeat first differs: {counts}.")
