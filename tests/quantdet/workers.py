@@ -18,8 +18,11 @@ _CELL = re.compile(r"\[([^/\]]+)/[^/\]]+/([^/\]]+?)(?:-(?:decode|prefill))?\]$")
 def scope_of(nodeid: str) -> str:
     """The group that a test belongs to: model and hardware for measured tests; a self-test is on its own."""
     match = _CELL.search(nodeid)
-    # A claim's case ("SOURCE-by-HARDWARE") runs the engines of the hardware that verifies it.
-    return f"{match[1]}/{match[2].rpartition('-by-')[2]}" if match else nodeid
+    if match is None:
+        return nodeid
+    # A claim's case ("SOURCE-by-HARDWARE") starts engines that verify, on that hardware, and needs none that measures.
+    _, claim, verifier = match[2].rpartition("-by-")
+    return f"{match[1]}/{verifier}/claims" if claim else f"{match[1]}/{match[2]}"
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

@@ -59,6 +59,13 @@ def test_tests_of_a_model_on_a_hardware_are_one_group(model: str, format_id: str
     assert scopes <= {f"{model}/{hardware}"}
 
 
+def test_claims_are_a_group_of_the_hardware_that_verifies() -> None:
+    """It starts its engines itself; beside the cells of the same model, which take as long."""
+    names = [f"test_reexecution.py::test_reexecution[m/{f}/sm90@v0.26.0-by-cpu-amx]" for f in ("f", "g")]
+
+    assert ["m/cpu-amx/claims"] * 2 == [workers.scope_of(name) for name in names]
+
+
 def test_other_models_and_hardware_are_other_groups() -> None:
     """Groups may run at the same time."""
     names = ["test_kernel.py::test_kernel[a/f/x]", "test_kernel.py::test_kernel[b/f/x]", "test_kernel.py::test_kernel[a/f/y]"]
