@@ -37,7 +37,7 @@ def test_two_runs_on_one_store(tmp_path: Path, temporary: Path, pytester: pytest
     reports = [f"--junitxml={tmp_path / name}" for name in "ab"]
 
     runs = [started(pytester.path, "-k", f"{TWO} and awq", report) for report in reports]
-    said = [run.communicate(timeout=60)[0] for run in runs]
+    said = [run.communicate(timeout=180)[0] for run in runs]
 
     assert ["alpha/awq"] * 2 == starts(tmp_path)
     for name, run, words in zip("ab", runs, said, strict=True):

@@ -97,7 +97,7 @@ def ended(
         engines(tmp_path / "pids", 4)  # bf16's, awq's and two that this one started
         time.sleep(0.2)
         run.send_signal(number)
-        said, _ = run.communicate(timeout=30)
+        said, _ = run.communicate(timeout=120)
     finally:
         run.kill()
         print(run.communicate()[0])
