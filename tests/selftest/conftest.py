@@ -10,9 +10,10 @@ import scipy.stats  # noqa: F401  # here once: what is first imported in an inne
 from selftest.fakes import MATRIX, make_suite
 from selftest.inner import Run, Suite, read_junit
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # Started in the background of a shell: children would inherit it, and the tests of Ctrl-C could not interrupt them.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Started in the background of a shell, or by nohup: children would inherit it, and tests that end runs could not end them.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 @pytest.fixture
