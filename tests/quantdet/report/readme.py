@@ -184,8 +184,10 @@ def _kernels(about: About) -> str:
     for layer in about.executed.layers:
         row = (layer.kind, layer.module, layer.method, layer.scheme, layer.kernel, layer.detail, str(layer.count))
         lines.append(f"| {' | '.join(row)} |")
+    size = about.executed.tensor_parallel_size
+    ranks = f"tensor parallel over {size} ranks (the layers are those of rank 0), " if size > 1 else ""
     mode = f"{about.executed.mode}, model runner {about.executed.runner or '?'}, logits {about.executed.logits_dtype or '?'}"
-    return "\n".join([*lines, "", f"Attention: {', '.join(about.executed.attention) or '?'}; {mode}."])
+    return "\n".join([*lines, "", f"Attention: {', '.join(about.executed.attention) or '?'}; {ranks}{mode}."])
 
 
 def _environment(about: About) -> str:
