@@ -316,6 +316,20 @@ def test_the_engine_looks_at_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert 1 == len(loaded)
 
 
+def test_what_ends_the_start_keeps_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The log shows the chain down to where it began."""
+
+    def load(**_: Any) -> Any:
+        raise RuntimeError("out of memory") from KeyError("began here")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load))  # type: ignore[arg-type]
+    monkeypatch.setattr(masks, "hide", lambda names: None)
+
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        VllmEngine().measure(plan(), tmp_path)
+    assert "began here" in str(caught.value.__cause__)
+
+
 def test_the_check_is_not_part_of_the_key() -> None:
     """Observations from before there was a check stay valid; what else is beside the identity counts."""
     keys = [planning.key_of(plan(**extra), 0) for extra in ({}, {"architecture": "9.0"}, {"spawn": True})]

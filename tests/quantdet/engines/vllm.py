@@ -55,7 +55,10 @@ class VllmEngine:
         try:
             engine = self._load(vllm, plan, others)
         except Exception as error:
-            raise error if others is None else others.explain(error) from error
+            reason = error if others is None else others.explain(error)
+            if reason is error:
+                raise  # with its own cause, which the log is to have
+            raise reason from error
         loaded = time.monotonic()
         executed = engine.executed()
         if others is not None:
