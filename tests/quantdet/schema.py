@@ -26,6 +26,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 EngineName = Literal["vllm", "transformers"]
+# A commit, tag or branch after "@"; no part starts with a dash or a dot, since names go to the hub client and into paths.
+_HUB = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?$"
 TensorParallelSize = Annotated[int, Field(gt=0, le=64)]
 OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
@@ -280,6 +282,7 @@ class Model(Row):
 
     `memory_gib`: of the host, or of each device.
     `tensor_parallel_size`: over how many GPUs, or processes of a CPU, each layer is divided; a format may say otherwise.
+    `hub`: by layout, a repository `ORG/NAME`, or `ORG/NAME@REVISION` (a commit, a tag or a branch; without one, main).
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
     `activations`: whether hidden states are compared too, in eager cells.
     """
@@ -298,7 +301,7 @@ class Model(Row):
     synthetic: Synthetic | None = None
     package: Package | None = None
     path: str | None = None
-    hub: dict[Layout, Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]] | None = None
+    hub: dict[Layout, Annotated[str, Field(pattern=_HUB)]] | None = None
     layers_as: str | None = None
 
     @model_validator(mode="after")

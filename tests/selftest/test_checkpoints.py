@@ -374,6 +374,34 @@ def test_hub_repository_that_is_not_here(tmp_path: Path, monkeypatch: pytest.Mon
         resolve("m", model, make_format("awq", "int4-asym"), cache=tmp_path)
 
 
+def test_revision_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Main unless the matrix pins one; what was measured is named by its commit."""
+    pytest.importorskip("huggingface_hub")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--o--x"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    (repository / "refs").mkdir(parents=True)
+    for number, (name, commit) in enumerate(commits.items()):
+        folder = repository / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (repository / "refs" / name).write_text(commit)
+        tensors.save({"w": np.array([number], dtype=np.float32)}, folder / "model.safetensors")
+    found = {
+        source: resolve("m", make_model(hub={"plain": source}), BF16, cache=tmp_path)
+        for source in ("o/x", "o/x@v1", f"o/x@{'b' * 40}")
+    }
+    assert {source: one.source for source, one in found.items()} == {
+        "o/x": f"hub o/x@{'a' * 40}",
+        "o/x@v1": f"hub o/x@{'b' * 40}",
+        f"o/x@{'b' * 40}": f"hub o/x@{'b' * 40}",
+    }
+    assert found["o/x"].sha256 != found["o/x@v1"].sha256
+    with pytest.raises(Unavailable, match=r"o/x@v2: need it .* hf download o/x --revision v2, or --allow-download"):
+        resolve("m", make_model(hub={"plain": "o/x@v2"}), BF16, cache=tmp_path)
+
+
 def test_hub_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(Unavailable, match="need the package huggingface_hub, have none"):

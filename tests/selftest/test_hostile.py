@@ -228,6 +228,7 @@ MATRICES: dict[str, str] = {
     "mx-pip": model('package = { distribution = "--index-url=http://x", version = "1", file = "m.gguf" }'),
     "mx-package-path": model('package = { distribution = "x", version = "1", file = "../../m.gguf" }'),
     "mx-hub-path": model('hub = { plain = "../../x" }'),
+    "mx-hub-revision": model('hub = { plain = "o/x@../../y" }'),
 }
 
 

@@ -1,5 +1,6 @@
 """Weights that exist as Hugging Face folders: on the hub (or its local cache) and at a path."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,35 +18,45 @@ from quantdet.untrusted import parse_json, read_bounded
 
 # No *.bin, no *.pt, no *.py: pickles run code when they are read, modules when a checkpoint is trusted.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model*", "tokenizer*.txt", "*.model", "merges.txt", "vocab.txt"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_CONFIG_BYTES = 16 << 20
 _EXTRA = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def snapshot(repository: str, *, allow_download: bool) -> Path:
-    """The folder of a hub repository's main revision, from the local hub cache unless `allow_download`.
+def snapshot(source: str, *, allow_download: bool) -> tuple[Path, str]:
+    """The folder of a hub repository, from the local hub cache unless `allow_download`, and `ORG/NAME@COMMIT` of what it holds.
+
+    Args:
+        source: `ORG/NAME`, whose main revision is taken, or `ORG/NAME@REVISION` (a commit, a tag or a branch).
 
     Raises:
         Unavailable: huggingface_hub is not installed, the repository is not here, or the download failed.
     """
+    repository, _, revision = source.partition("@")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise Unavailable(
-            f"{repository}: need the package huggingface_hub, have none; pip install huggingface_hub, then --allow-download"
+            f"{source}: need the package huggingface_hub, have none; pip install huggingface_hub, then --allow-download"
         ) from None
     try:
-        folder = Path(snapshot_download(repository, local_files_only=not allow_download, allow_patterns=_PATTERNS))
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision or None, local_files_only=not allow_download, allow_patterns=_PATTERNS
+            )
+        )
     except LocalEntryNotFoundError:
         if allow_download:
-            raise Unavailable(f"{repository}: need it in the local hub cache, have no connection to the hub") from None
-        way = f"hf download {repository}, or --allow-download"
-        raise Unavailable(f"{repository}: need it in the local hub cache, have none; {way}") from None
+            raise Unavailable(f"{source}: need it in the local hub cache, have no connection to the hub") from None
+        way = f"hf download {repository}{f' --revision {revision}' if revision else ''}, or --allow-download"
+        raise Unavailable(f"{source}: need it in the local hub cache, have none; {way}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise Unavailable(f"{repository}: need it from the hub, have {type(error).__name__}") from None
+        raise Unavailable(f"{source}: need it from the hub, have {type(error).__name__}") from None
     if not list(folder.glob("*.safetensors")):
-        raise Unavailable(f"{repository}: need *.safetensors, have a snapshot without; --allow-download")
-    return folder
+        raise Unavailable(f"{source}: need *.safetensors, have a snapshot without; --allow-download")
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision  # a cache names its snapshots by their commits
+    return folder, f"{repository}@{commit}" if commit else repository
 
 
 @dataclass(frozen=True)
