@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     recorded = session.replay.hardware() if session.replay is not None else []
     if session.replay is not None and chosen.hardware not in (None, *recorded):
         raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {', '.join(recorded)}")
-    session.on_start = progress.announcer(config)
+    session.measuring.on_start = progress.announcer(config)
     config.stash[collect.SESSION] = session
     config.stash[record.RECORDS] = record.Records()
 
@@ -125,7 +125,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
     html.finish(session)
     markdown.append(session)
-    session.config.stash[collect.SESSION].close()
+    session.config.stash[collect.SESSION].measuring.close()
     workers.require(session)
     workers.report_clock(session.config)
 

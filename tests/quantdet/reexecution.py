@@ -61,7 +61,7 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
         return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
     wanted = recorded.header.checkpoint_sha256
     try:
-        here = session.weights(claim.model_id, claim.format_id).sha256
+        here = session.measuring.weights(claim.model_id, claim.format_id).sha256
     except checkpoints.Unavailable as error:
         return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
     except (OSError, ValueError) as error:

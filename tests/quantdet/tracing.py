@@ -36,7 +36,7 @@ def trace(session: "Session", cell: Cell, prompt: str, lifetimes: int = 1) -> tu
         return None, diagnosis.impossible("a replay starts no engine")
     if session.matrix.formats[cell.format_id].mode != "eager":
         return None, diagnosis.impossible("the cell is compiled, and compiled code calls no hooks")
-    plan = session.plan_of(cell)
+    plan = session.measuring.prepare(cell)
     if isinstance(plan, Missing):
         return None, diagnosis.impossible(plan.reason)
     plan = plan_for(plan, prompt, max(plan.repeats, diagnosis.REPEATS) if lifetimes == 1 else 2)
@@ -68,7 +68,7 @@ def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diag
     folder = Path(tempfile.mkdtemp(prefix=".trace.", dir=kept.parent))
     limit = session.matrix.run_for(cell).time_limit_s
     try:
-        with session.announced(cell, plan.identity["lifetime"], diagnosis.ROLE):
+        with session.measuring.announced(cell, plan.identity["lifetime"], diagnosis.ROLE):
             outcome = process.run(session.engine_for(cell), plan, folder, log, limit)
         written = folder / diagnosis.TRACE_FILE
         found = diagnosis.read(written) if isinstance(outcome, process.Completed) else None

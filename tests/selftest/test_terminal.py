@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from quantdet.clock import Clock
 from quantdet.report import progress, terminal
 from quantdet.schema import Cell
-from quantdet.session import Clock
 from selftest.fakes import MATRIX, W4A4, setting
 from selftest.inner import Suite
 

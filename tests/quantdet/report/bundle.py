@@ -106,7 +106,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
     evidence = divergence.involved(bundle.observations, bundle.lifetimes)
     plan: Plan | None = None
     if not evidence and session.replay is None:
-        asked = session.plan_of(cell)
+        asked = session.measuring.prepare(cell)
         plan = asked if isinstance(asked, Plan) else None
     request = None
     vllm = session.matrix.engine_of(cell) == "vllm"  # the script drives it
@@ -156,7 +156,7 @@ def _weights(session: "Session", cell: Cell, identity: Mapping[str, Any], folder
         why = "not in the bundle, which was written from a recording"
     else:
         try:
-            checkpoint = session.weights(cell.model_id, cell.format_id)
+            checkpoint = session.measuring.weights(cell.model_id, cell.format_id)
         except (checkpoints.Unavailable, OSError, ValueError) as error:
             why = f"not in the bundle: {error}"
         else:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from quantdet import collect
+from quantdet.clock import Clock
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
 from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import fitted, place, prose
-from quantdet.session import Clock
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
