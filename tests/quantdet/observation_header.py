@@ -212,6 +212,8 @@ _OUTCOME = {
     "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
     "activations", "tensors_sha256", "header_sha256",
 }  # fmt: skip
+# Where the same bytes are from (their hashes are fields too): a hub's later commit may hold them unchanged.
+_ORIGIN = {"checkpoint_source"}
 # Facts of the environment that differ between formats measured side by side, and change no number.
 _PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
 _OF_VLLM = ("vllm", "vllm_flavour")
@@ -221,7 +223,7 @@ _UNIT = ("gpu_uuid", "device_uuid")
 
 def different(a: Header, b: Header) -> list[str]:
     """Names of the fields in which two lifetimes are not of the same run."""
-    left_out = {*_OUTCOME, "environment", *(("repeats",) if a.max_flip_rate and b.max_flip_rate else ())}
+    left_out = {*_OUTCOME, *_ORIGIN, "environment", *(("repeats",) if a.max_flip_rate and b.max_flip_rate else ())}
     one, other = ({**h.model_dump(exclude=left_out), "environment": _lifetime_environment(h)} for h in (a, b))
     return [name for name in one if one[name] != other[name]]
 

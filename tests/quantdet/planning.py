@@ -45,9 +45,11 @@ def key_of(plan: Plan, lifetime: int) -> str:
     """SHA-256 over everything that an observation of this lifetime depends on.
 
     Without `architecture`: what is checked before a measurement does not change it, and the hardware row is in the identity.
+    Without the checkpoint's source: its hashes say what was measured, wherever that is from.
     """
+    identity = {name: value for name, value in plan.identity.items() if name != "checkpoint_source"}
     extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
-    return store.key_of({**plan.identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
+    return store.key_of({**identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
 
 
 def plan_for(

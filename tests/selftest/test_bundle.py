@@ -3,13 +3,15 @@
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 
+from quantdet.checkpoints import Checkpoint
 from quantdet.observation import Observation, read
-from quantdet.report import divergence, readme, repro
-from quantdet.schema import Cell
+from quantdet.report import divergence, readme, repro, weights
+from quantdet.schema import Cell, Model
 from quantdet.verdicts import Judgement, Verdict
 from selftest.fakes import EXPERTS, MATRIX, changed_output, executed, expect, last_repeat, observation, setting
 from selftest.inner import Suite
@@ -332,6 +334,41 @@ def test_variables_of_one_machine_are_not_in_the_script() -> None:
         "Left out, since the suite's matrix has none such: PYTHONPATH, TRITON_PTXAS_PATH, VLLM_PLUGINS, trust_remote_code."
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("checkpoint", {"model": "bundle/checkpoint"}),
+        ("elsewhere@int4", {"model": "elsewhere@int4"}),
+        ("o/x", {"model": "o/x", "revision": None}),
+        ("o/x@v1", {"model": "o/x", "revision": "v1"}),
+    ],
+)
+def test_the_script_loads_a_folder_or_a_revision_of_a_hub(
+    model: str, told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may have an `@` in its name."""
+    (tmp_path / "bundle" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "elsewhere@int4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = (Path(repro.__file__).parent / "templates" / "repro.py.txt").read_text()
+    (function,) = (node for node in ast.parse(text.replace("@@", "_")).body if getattr(node, "name", "") == "place")
+    namespace: dict[str, Any] = {"HERE": Path("bundle"), "Path": Path}
+    exec(compile(ast.Module([function], []), "repro.py", "exec"), namespace)
+
+    assert told == namespace["place"](model)
+
+
+def test_weights_of_a_hub_are_named_by_their_commit(tmp_path: Path) -> None:
+    """They are not copied into a bundle."""
+    source = f"o/x@{'a' * 40}"
+    model = Model(title="t", workload="w", formats=("*",), hub={"plain": "o/x"})
+    format_: Any = SimpleNamespace(layout="plain")
+    found = weights.place(model, format_, Checkpoint(tmp_path, "b" * 64, f"hub {source}"), tmp_path / "bundle")
+
+    assert source == found.model
+    assert f"`{source}`, tensors' SHA-256 `{'b' * 64}`." == found.sentence
 
 
 def test_what_a_recording_says_stays_a_constant_of_the_script() -> None:

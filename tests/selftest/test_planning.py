@@ -79,6 +79,14 @@ def test_what_an_observation_depends_on_is_in_its_key(tmp_path: Path, what: str)
     assert before != key(values)
 
 
+def test_where_the_same_bytes_are_from_is_not_in_the_key(tmp_path: Path) -> None:
+    """A later commit of a hub's repository may hold the same files."""
+    values = given(tmp_path)
+    other = {**values, "checkpoint": replace(values["checkpoint"], source="elsewhere")}
+
+    assert key(values) == key(other)
+
+
 def test_lifetimes_have_keys_of_their_own(tmp_path: Path) -> None:
     """A second engine process is not spared because the first has answered."""
     values = given(tmp_path)

@@ -63,6 +63,15 @@ def test_lifetimes_that_noise_or_cold_caches_tell_apart_are_of_one_run(tmp_path:
     assert [59, 4] == [one.header.repeats for one in found.observations]
 
 
+def test_the_same_bytes_from_two_places_are_of_one_run(tmp_path: Path) -> None:
+    """Hashes say what was measured: a hub's later commit may change a file that nothing reads."""
+    sources = ("hub o/x", f"hub o/x@{'a' * 40}")
+    found = result(tmp_path, *(observation(lifetime=number, checkpoint_source=name) for number, name in enumerate(sources)))
+
+    assert isinstance(found, Measured)
+    assert 2 == len(found.observations)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -68,8 +68,8 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
         repository = model.hub.get(format_.layout)
         if repository is None:
             raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
-        folder, revision = hub.snapshot(repository, allow_download=allow_download)
-        return Checkpoint(folder, _cache.digest(folder), f"hub {revision}")
+        folder, measured = hub.snapshot(repository, allow_download=allow_download)
+        return Checkpoint(folder, _cache.digest(folder), f"hub {measured}")
     if format_.layout in ONLINE:  # the engine quantizes plain weights while it loads them
         format_ = _PLAIN
     if format_.layout != "plain":

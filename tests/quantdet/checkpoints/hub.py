@@ -27,7 +27,8 @@ def snapshot(source: str, *, allow_download: bool) -> tuple[Path, str]:
     """The folder of a hub repository, from the local hub cache unless `allow_download`, and `ORG/NAME@COMMIT` of what it holds.
 
     Args:
-        source: `ORG/NAME`, whose main revision is taken, or `ORG/NAME@REVISION` (a commit, a tag or a branch).
+        source: `ORG/NAME`, whose main revision is taken, or `ORG/NAME@REVISION` (a commit, a tag or a branch, which are
+            resolved to their commit by the cache).
 
     Raises:
         Unavailable: huggingface_hub is not installed, the repository is not here, or the download failed.
@@ -55,8 +56,8 @@ def snapshot(source: str, *, allow_download: bool) -> tuple[Path, str]:
         raise Unavailable(f"{source}: need it from the hub, have {type(error).__name__}") from None
     if not list(folder.glob("*.safetensors")):
         raise Unavailable(f"{source}: need *.safetensors, have a snapshot without; --allow-download")
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision  # a cache names its snapshots by their commits
-    return folder, f"{repository}@{commit}" if commit else repository
+    commit = f"@{folder.name}" if _COMMIT.fullmatch(folder.name) else ""  # a cache names its snapshots by their commits
+    return folder, repository + commit
 
 
 @dataclass(frozen=True)

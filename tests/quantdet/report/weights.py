@@ -21,7 +21,10 @@ _INDEX = ("g_idx", "weight_shape")
 
 @dataclass(frozen=True)
 class Weights:
-    """What the repro script loads (`model`: a folder of the bundle, a path, a hub's id, or None) and a sentence about it."""
+    """What the repro script loads, and a sentence about it.
+
+    `model`: a folder of the bundle, a path, a hub's `ORG/NAME@COMMIT`, or None.
+    """
 
     model: str | None
     sentence: str
