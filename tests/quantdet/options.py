@@ -1,6 +1,7 @@
 """Command-line options of the suite, and their frozen form."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -119,6 +120,8 @@ def parse(config: pytest.Config) -> Options:
     report = path("--report")
     if report is not None and report.exists() and not report.is_dir():
         raise pytest.UsageError(f"--report: {report} is not a folder")
+    if report is not None and not config.getoption("collectonly"):
+        _writable(report)
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
     return Options(
@@ -141,6 +144,16 @@ def parse(config: pytest.Config) -> Options:
         max_flip_rate=rate,
         report=report,
     )
+
+
+def _writable(report: Path) -> None:
+    """Found out before engines run for an hour, and not after them."""
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=report):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"--report: {report} cannot be written: {error.strerror}") from None
 
 
 def injection(text: str, cells: list[Cell]) -> tuple[str, str] | None:

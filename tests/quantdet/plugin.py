@@ -13,7 +13,7 @@ from quantdet import collect, hardware, interrupts, matrix, options, planning, w
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
-from quantdet.report import header, html, junit, markdown, progress, record, terminal
+from quantdet.report import cut, header, html, junit, markdown, progress, record, terminal
 from quantdet.session import Session
 from quantdet.untrusted import plain
 
@@ -122,6 +122,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    cut.finish(session)
     junit.finish(session)
     html.finish(session)
     markdown.append(session)
@@ -133,6 +134,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminal.summary(terminalreporter, config)
     html.announce(terminalreporter, config)
+    markdown.announce(terminalreporter, config)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,6 +17,15 @@ def plain(text: object, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in _ANSI.sub("", str(text)))
 
 
+def in_markdown(text: str, keep: str = "") -> str:
+    """`text` in one line, with nothing that Markdown or HTML would obey; those of `keep` stay as they are."""
+    entities = {"<": "&lt;", ">": "&gt;"}
+    for character in "\\`*_{}[]<>|#":
+        if character not in keep:
+            text = text.replace(character, entities.get(character, f"\\{character}"))
+    return " ".join(text.split())
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes.
 

@@ -371,6 +371,29 @@ def test_weights_of_a_hub_are_named_by_their_commit(tmp_path: Path) -> None:
     assert f"`{source}`, tensors' SHA-256 `{'b' * 64}`." == found.sentence
 
 
+def test_what_a_recording_says_is_shown_and_not_obeyed() -> None:
+    """In the README of a bundle, where a kernel may be called as it likes."""
+    kernel = "Fake<script>x</script>|[a](javascript:b)![i](http://e.x/i.png)"
+    layers = executed("Fake4Kernel").layers
+    evil = executed("Fake4Kernel").model_copy(
+        update={"layers": tuple(one.model_copy(update={"kernel": kernel}) for one in layers), "attention": ("<b>*a*</b>",)}
+    )
+    about = readme.About(
+        cell=Cell("alpha", "awq", "cpu-here"), cases={"c": Judgement(Verdict.INVALID, "INVALID c: x", False)},
+        environment={"vllm": "1 <img src=x>", "torch": "|"}, identity={}, executed=evil, requested="fake4",
+        inject="", diagnosis=None, divergences=(), replayed=True, request=None,
+    )  # fmt: skip
+
+    text = readme.text(about)
+
+    shown = "Fake&lt;script&gt;x&lt;/script&gt;\\|\\[a\\](javascript:b)!\\[i\\](http://e.x/i.png)"
+    assert f" {shown} |" in text
+    assert text.startswith(f"# [Bug]: {shown}")
+    assert "&lt;b&gt;\\*a\\*&lt;/b&gt;" in text
+    assert "| torch | \\| |" in text
+    assert not [word for word in ("<script", "<img", "<b>") if word in text]
+
+
 def test_what_a_recording_says_stays_a_constant_of_the_script() -> None:
     """Placeholders among the values, quotes and code in names: every constant is a literal, and no statement is added."""
     evil = "'+__import__('os').system('true')+'\n@@ARGS@@ @@IDS@@ \"\"\""

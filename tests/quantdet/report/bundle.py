@@ -25,6 +25,7 @@ from quantdet.questions import Asked
 from quantdet.report import divergence, readme, repro, weights
 from quantdet.schema import Cell, Synthetic
 from quantdet.shapes import layers_of
+from quantdet.untrusted import in_markdown
 from quantdet.verdicts import Judgement, Verdict
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _weights(session: "Session", cell: Cell, identity: Mapping[str, Any], folder
             if not sha256 or checkpoint.sha256 == sha256:
                 return weights.place(model, session.matrix.formats[cell.format_id], checkpoint, folder)
             why = "not in the bundle: this suite makes other ones under this name now"
-    source = f"{identity.get('checkpoint_source') or '?'}, tensors' SHA-256 `{sha256}`"
+    source = f"{in_markdown(str(identity.get('checkpoint_source') or '?'), keep='_')}, tensors' SHA-256 `{sha256}`"
     return weights.Weights(None, f"{why} ({source}). The suite makes or fetches it.")
 
 

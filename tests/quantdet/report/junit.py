@@ -28,6 +28,7 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
     verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
     unexpected = [case["message"] for case in records.cases if not case["expected"]]
     summary = "; ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "nothing was measured"
+    summary = f"{records.cut}; {summary}" if records.cut else summary
     counted = confidence.counted(records.cases)
     found = [
         ("summary", f"{summary}; {counted}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),

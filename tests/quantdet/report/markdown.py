@@ -12,9 +12,11 @@ import pytest
 from quantdet.report import activations, confidence, junit
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place
+from quantdet.untrusted import in_markdown
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 _TABLED = ("test_repeat", "test_distinct", "test_kernel", "test_hardware", "test_activations")
+_FAILED = pytest.StashKey[str]()
 _MOST_BYTES = 900_000  # GitHub refuses a summary of more than 1 MiB
 
 
@@ -29,19 +31,28 @@ def append(session: pytest.Session) -> None:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text[:_MOST_BYTES] + "\n")
     except OSError as error:
-        session.config.get_terminal_writer().line(f"no job summary: ${VARIABLE}: {error}")
+        session.config.stash[_FAILED] = f"no job summary: ${VARIABLE}: {error}"
+
+
+def announce(reporter: Any, config: pytest.Config) -> None:
+    """Say that it was not written."""
+    text = config.stash.get(_FAILED, "")
+    if text:
+        reporter.write_line(text)
 
 
 def summary(records: Records, first: str) -> str:
     """Summary line, controls, what is unexpected, a table of verdicts for each model and hardware, answers to questions."""
-    lines = ["## quantdet", "", _plain(first), ""]
-    lines += [f"- controls on {_plain(where)}: {_plain(text)}" for where, text in confidence.controls(records.cases).items()]
+    lines = ["## quantdet", "", in_markdown(first), ""]
     lines += [
-        f"- {_plain(text)}" for text in (confidence.at_once(records.cases), confidence.multiplicity(records.cases)) if text
+        f"- controls on {in_markdown(where)}: {in_markdown(text)}" for where, text in confidence.controls(records.cases).items()
+    ]
+    lines += [
+        f"- {in_markdown(text)}" for text in (confidence.at_once(records.cases), confidence.multiplicity(records.cases)) if text
     ]
     unexpected = [case for case in records.cases if not case["expected"]]
     if unexpected:
-        lines += ["", "### Unexpected", "", *(f"- {_plain(case['message'])}" for case in unexpected[:50])]
+        lines += ["", "### Unexpected", "", *(f"- {in_markdown(case['message'])}" for case in unexpected[:50])]
     if len(unexpected) > 50:
         lines.append(f"- and {len(unexpected) - 50} more")
     places: dict[str, dict[str, dict[str, Any]]] = {}
@@ -54,15 +65,15 @@ def summary(records: Records, first: str) -> str:
     for where, formats in places.items():
         hidden = any(map(activations.cases_of, formats.values()))
         columns = ["format", "decode", "prefill", "distinct", *(["hidden states"] if hidden else []), "kernel", "n"]
-        lines += ["", f"### {_plain(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
             words = [_word(cases.get(column) or cases.get("hardware")) for column in ("decode", "prefill", "distinct")]
             words += [_word(activations.deciding(cases))] if hidden else []
             logits = activations.others(cases)
             some = (logits or activations.cases_of(cases))[0]["properties"]
-            executed = f"{_word(cases.get('kernel'))} {_plain(some.get('kernel.executed', ''))}".strip()
-            n = _plain(some.get("runs", "")) if logits else ""
-            lines.append(f"| {_plain(name)} | {' | '.join(words)} | {executed} | {n} |")
+            executed = f"{_word(cases.get('kernel'))} {in_markdown(some.get('kernel.executed', ''))}".strip()
+            n = in_markdown(some.get("runs", "")) if logits else ""
+            lines.append(f"| {in_markdown(name)} | {' | '.join(words)} | {executed} | {n} |")
     return "\n".join(lines + _questions(records))
 
 
@@ -73,10 +84,10 @@ def _questions(records: Records) -> list[str]:
         if case["test"] == "test_question":
             text = case["properties"].get("asks", "") or case["properties"]["case.format"]
             answer = case["message"].removeprefix(case["verdict"])
-            asked.setdefault(text, []).append(f"  - {_word(case)} {_plain(answer)}")
+            asked.setdefault(text, []).append(f"  - {_word(case)} {in_markdown(answer)}")
     lines = ["", "### Published questions", ""] if asked else []
     for text, answers in asked.items():
-        lines += [f"- {_plain(text)}", *answers]
+        lines += [f"- {in_markdown(text)}", *answers]
     return lines
 
 
@@ -84,10 +95,3 @@ def _word(case: dict[str, Any] | None) -> str:
     if case is None:
         return ""
     return f"{case['verdict']}" if case["expected"] else f"**{case['verdict']} !**"
-
-
-def _plain(text: str) -> str:
-    """Text from a recording or an engine, with nothing that Markdown or HTML would obey."""
-    for character in "\\`*_{}[]<>|#":
-        text = text.replace(character, f"\\{character}" if character not in "<>" else {"<": "&lt;", ">": "&gt;"}[character])
-    return " ".join(text.split())

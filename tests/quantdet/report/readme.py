@@ -9,6 +9,7 @@ from quantdet.observation_header import Executed
 from quantdet.report.repro import Request, device
 from quantdet.report.weights import Weights
 from quantdet.schema import OTHER_ENGINES, Cell
+from quantdet.untrusted import in_markdown
 from quantdet.verdicts import Judgement, Verdict
 
 _VERSIONS = (
@@ -96,7 +97,7 @@ class About:
 
 def text(about: About) -> str:
     """README.md."""
-    parts = [f"# [Bug]: {about.title}", *_warning(about), *_summary(about)]
+    parts = [f"# [Bug]: {_told(about.title)}", *_warning(about), *_summary(about)]
     parts += ["## Expected", _expected(about), "## Observed", *_observed(about)]
     if about.diagnosis is not None:
         parts += [
@@ -151,8 +152,9 @@ def _observed(about: About) -> list[str]:
             ulp = f"{row['ulp']} of {row['dtype']}" if "ulp" in row else ""
             gap = f"{row['max_abs']:.3g}" if "max_abs" in row else ""
             margin = "" if row["margin_nats"] is None else f"{row['margin_nats']:.3g} nats"
+            prompt = _told(row["prompt"])
             lines.append(
-                f"| {row['prompt']} | {row['phase']} | {row['position']} | {repeat} | {row.get('token', '')} | {ulp} | {gap} | "
+                f"| {prompt} | {row['phase']} | {row['position']} | {repeat} | {row.get('token', '')} | {ulp} | {gap} | "
                 f"{row.get('differing_logits', '')} | {margin} |"
             )
         parts += ["First differing position of each prompt and phase:", "\n".join(lines)]
@@ -163,8 +165,9 @@ def _layer(diagnosis: Diagnosis, ranks: int) -> list[str]:
     parts = [f"{diagnosis.sentence}."]
     if diagnosis.status == "found":
         parts.append(
-            f"In prompt {diagnosis.prompt}, every layer that ran before it took and gave the same bits as in repeat 0; its own "
-            "inputs are the same too, and its outputs differ. Traced with forward hooks in another engine (`layers.json`)."
+            f"In prompt {_told(diagnosis.prompt)}, every layer that ran before it took and gave the same bits as in repeat 0; "
+            "its own inputs are the same too, and its outputs differ. Traced with forward hooks in another engine "
+            "(`layers.json`)."
         )
         if ranks > 1:
             parts.append(
@@ -183,16 +186,16 @@ def _kernels(about: About) -> str:
     lines += ["| kind | layer | method | scheme | kernel | detail | layers |", "|---|---|---|---|---|---|---|"]
     for layer in about.executed.layers:
         row = (layer.kind, layer.module, layer.method, layer.scheme, layer.kernel, layer.detail, str(layer.count))
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(map(_told, row))} |")
     size = about.executed.tensor_parallel_size
     ranks = f"tensor parallel over {size} ranks (the layers are those of rank 0), " if size > 1 else ""
     mode = f"{about.executed.mode}, model runner {about.executed.runner or '?'}, logits {about.executed.logits_dtype or '?'}"
-    return "\n".join([*lines, "", f"Attention: {', '.join(about.executed.attention) or '?'}; {ranks}{mode}."])
+    return "\n".join([*lines, "", f"Attention: {_told(', '.join(about.executed.attention)) or '?'}; {ranks}{_told(mode)}."])
 
 
 def _environment(about: About) -> str:
     rows = [(name, str(about.environment[name])) for name in _VERSIONS if about.environment.get(name)]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {_told(value)} |" for name, value in rows)]
     return "\n".join([*lines, "", "All of it is in `environment.json`."])
 
 
@@ -201,7 +204,8 @@ def _run(about: About) -> list[str]:
         return ["There is no script: those are for vLLM. The request is in `observations/`."]
     if about.request is None:
         return ["There is no script: the request is not known (nothing was measured, or only reported logprobs are at hand)."]
-    what = f"prompt {about.request.prompt}, {len(about.request.ids)} token ids, {about.request.decode_tokens} tokens generated"
+    request = about.request
+    what = f"prompt {_told(request.prompt)}, {len(request.ids)} token ids, {request.decode_tokens} tokens generated"
     parts = [
         f"```sh\npython repro.py{'' if about.weights.model is not None else ' --model FOLDER'}\n```",
         f"It needs vllm, torch, numpy and safetensors, gives {what}, and prints a digest of all logits per repeat, where one "
@@ -235,3 +239,8 @@ def _files(about: About) -> str:
         else "",
     }
     return "\n".join(f"- `{name}`: {what}" for name, what in rows.items() if what)
+
+
+def _told(text: str) -> str:
+    """What a recording or an engine says. An underscore within a name means nothing to Markdown, and names have many."""
+    return in_markdown(text, keep="_{}#")

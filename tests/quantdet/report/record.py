@@ -20,9 +20,13 @@ class Records:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)  # failed without a judgement: a crashed worker, say
     first_failure: str = ""
+    finished: set[str] = field(default_factory=set)
+    cut: str = ""  # see `cut.said`
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a case's record, or the reason why there is none."""
+        if report.when not in ("setup", "call"):  # also what xdist reports in place of a case that took its worker along
+            self.finished.add(report.nodeid)
         if report.failed and not self.first_failure:
             self.first_failure = report.nodeid
         record = getattr(report, _ATTRIBUTE, None)

@@ -51,6 +51,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         say(text)
     for aside in session.store.set_aside:
         reporter.write_line(f"put aside, damaged or edited, and measured again: {aside}")
+    if records.cut:
+        say(records.cut)
     if session.inject is not None:
         say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:  # in one line, to be pasted

@@ -21,7 +21,9 @@ def finish(session: pytest.Session) -> None:
         return
     try:
         config.stash[_WRITTEN] = f"report: {render(data.write(gather.gather(config, folder), folder))}"
-    except Exception as error:  # costs the page, not the run: the JUnit file is written after it
+    except Exception as error:  # the JUnit file is written after it; a run that lost what it was asked for is not green
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
         config.stash[_WRITTEN] = f"no report: {type(error).__name__}: {error}"
 
 

@@ -40,6 +40,7 @@ def gather(config: pytest.Config, folder: Path) -> Data:
     run: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cut": records.cut,
         "mode": "live" if session.replay is None else "replay",
         "replay": [_relative(path, root) for path in roots] if session.replay is not None else [],
         "machine": _machine(session),
@@ -103,21 +104,26 @@ def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[st
         state, reason = "tested", ""
         if cell.id not in tested:
             state, reason = ("broken", "broke down, see above") if cell.id in broken else ("untested", reasons.get(cell.id, ""))
-            reason = reason or _why_not(session, cell)
+            reason = reason or _why_not(session, records, cell)
         rows.append({"model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id, "state": state} | (
             {"reason": reason} if reason else {}
         ))  # fmt: skip
     return rows
 
 
-def _why_not(session: Session, cell: Cell) -> str:
+def _why_not(session: Session, records: Records, cell: Cell) -> str:
     """Why a cell was not collected, or deselected: what it would have needed, if that is not here."""
     wanted = session.options.hardware
     if wanted is not None and cell.hardware_id != wanted:
         return f"not asked for: --hardware {wanted}"
     cells = [cell] if session.replay is None else session.replay.expand([cell])
+    if records.cut and any(one in session.selected for one in cells):
+        return "selected, not reached: the run was cut short"
     reasons = [session.gate(one) for one in cells]
-    return "not selected in this run" if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
+    # Under xdist the workers alone know what was selected.
+    unsure = records.cut and not session.selected
+    left = "not selected, or not reached before the run was cut short" if unsure else "not selected in this run"
+    return left if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
 
 
 def _cell(properties: dict[str, str]) -> str:

@@ -44,7 +44,7 @@ def view(data: Data) -> dict[str, Any]:
     unexpected = [case for case in cases if not case["expected"]]
     found: dict[str, Any] = {
         "run": run, "titles": run["titles"], "facts": facts(data), "tiles": tiles(data), "unexpected": unexpected,
-        "broken": data.broken, "skipped": skips(data), "counted": confidence.counted(cases),
+        "cut": run.get("cut", ""), "broken": data.broken, "skipped": skips(data), "counted": confidence.counted(cases),
         "controls_said": confidence.controls(cases), "tables": verdicts.tables(cases), "controls": verdicts.controls(cases),
         "kernels": verdicts.kernels(cases), "noisy": verdicts.noisy(cases), "heat": heat, "scale": scale, "steps": svg.STEPS,
         "equal": distances.equal(cases), "drift": distances.drift(cases), "questions": questions.answered(cases),
@@ -84,7 +84,10 @@ def tiles(data: Data) -> list[tuple[str, str, str]]:
     """`(number, what, kind)`: the summary line in figures."""
     wrong = sum(not case["expected"] for case in data.cases) + len(data.broken)
     counts = Counter(case["verdict"] for case in data.cases)
-    made = [(str(wrong), "unexpected", "bad" if wrong else "good"), (str(len(data.cases)), "cases judged", "")]
+    made = [
+        (str(wrong), "unexpected", "bad" if wrong else "" if data.run.get("cut") else "good"),
+        (str(len(data.cases)), "cases judged", ""),
+    ]
     made += [(str(count), word, "") for word, count in sorted(counts.items(), key=lambda row: (-row[1], row[0]))]
     return [*made, (str(len(data.skipped)), "skipped", "")]
 
