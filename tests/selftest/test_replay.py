@@ -1,5 +1,6 @@
 """Recordings in place of an engine: what belongs together, and what is not taken for a measurement of the cell."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from quantdet.observation import Observation, ObservationError, write
 from quantdet.replay import Replay
+from quantdet.report.html import PAGE
 from quantdet.results import Measured, Missing
 from quantdet.schema import Cell
 from quantdet.verdicts import Verdict
@@ -182,7 +184,12 @@ def test_the_kernel_of_every_lifetime_is_judged(suite: Suite, tmp_path: Path) ->
     for lifetime, kernel in enumerate(["Fake4Kernel", "OtherKernel"]):
         put(tmp_path, str(lifetime), observation("ct", model="beta", kernels=(kernel,), lifetime=lifetime))
 
-    run = suite(f"--replay={tmp_path}", "-k", "test_kernel and beta/ct", matrix=MATRIX)
+    run = suite(f"--replay={tmp_path}", "-k", "(test_kernel or decode) and beta/ct", "--report", "r", matrix=MATRIX)
 
     assert {"test_kernel[beta/ct/cpu-here]": "INVALID"} == run.failures(), run.output
     assert "executed OtherKernel x4" in run.cases["test_kernel[beta/ct/cpu-here]"].message
+    (row,) = re.findall(r"(?m)^ct +BIT_EXACT .*$", run.output)
+    assert "OtherKernel x4 INVALID !" in row
+    page = Path("r", PAGE).read_text()
+    kernels = page[page.index('id="kernels"') : page.index('id="environment"')]
+    assert ("OtherKernel" in kernels, "Fake4Kernel" in kernels) == (True, False)

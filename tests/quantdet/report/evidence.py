@@ -22,19 +22,22 @@ SAME, LOGITS, TOKEN = ".x#"  # of a position: nothing differs, logits do, the ge
 def of(judgement: Judgement, observations: Sequence[Observation], test: str) -> dict[str, Any] | None:
     """JSON-able evidence of a case; None without an observation.
 
-    environment: that of the first lifetime; layers (of `test_kernel`): `[kind, module, executed, count]`, attention backends
-    and mode; noise (where repeats or lifetimes differ): see `noise`.
+    environment: that of the first lifetime; layers (of `test_kernel`, and of the lifetime that it is about): `[kind, module,
+    executed, count]`, attention backends and mode; noise (where repeats or lifetimes differ): see `noise`.
     """
     if not observations:
         return None
     header = observations[0].header
     found: dict[str, Any] = {"vllm": str(header.environment.get("vllm") or ""), "environment": dict(header.environment)}
-    if test == "test_kernel" and header.executed is not None:
-        found["layers"] = [
-            [one.kind, one.module, one.executed + (f"[{one.detail}]" if one.detail else ""), one.count]
-            for one in header.executed.layers
-        ]
-        found["attention"], found["mode"] = list(header.executed.attention), header.executed.mode
+    if test == "test_kernel":
+        known = [one.header.executed for one in observations if one.header.executed is not None]
+        about = [one for one in known if one.summary == judgement.figures.get("kernel.executed")]
+        for executed in (about or known)[:1]:
+            found["layers"] = [
+                [one.kind, one.module, one.executed + (f"[{one.detail}]" if one.detail else ""), one.count]
+                for one in executed.layers
+            ]
+            found["attention"], found["mode"] = list(executed.attention), executed.mode
     if judgement.verdict is Verdict.NOISY and test in ("test_repeat", "test_restart"):
         found["noise"] = noise(observations, restarts=test == "test_restart", phase=judgement.figures.get("phase"))
     return found

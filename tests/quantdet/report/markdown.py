@@ -71,7 +71,8 @@ def summary(records: Records, first: str) -> str:
             words += [_word(activations.deciding(cases))] if hidden else []
             logits = activations.others(cases)
             some = (logits or activations.cases_of(cases))[0]["properties"]
-            executed = f"{_word(cases.get('kernel'))} {in_markdown(some.get('kernel.executed', ''))}".strip()
+            ran = cases["kernel"]["properties"] if "kernel" in cases else some
+            executed = f"{_word(cases.get('kernel'))} {in_markdown(ran.get('kernel.executed', ''))}".strip()
             n = in_markdown(some.get("runs", "")) if logits else ""
             lines.append(f"| {in_markdown(name)} | {' | '.join(words)} | {executed} | {n} |")
     return "\n".join(lines + _questions(records))

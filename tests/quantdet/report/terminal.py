@@ -151,7 +151,9 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], wid
         if "hardware" in cases:
             words = [_word(cases["hardware"]), *("" for _ in names[1:])]
         words += [activations.word(cases)] if hidden else []
-        executed = [case["properties"].get("kernel.executed", "") for case in cases.values()]
+        # First what the kernel's verdict is about: of several lifetimes the one that it names.
+        judged = [cases["kernel"]] if "kernel" in cases else []
+        executed = [case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values())]
         bound = p.get("flip_rate_upper95", "")
         rows.append((
             format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")),

@@ -138,7 +138,8 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     hidden, logits = activations.cases_of(cases), activations.others(cases)
     some = cases.get("decode") or cases.get("prefill") or (logits or hidden)[0]
     p = some["properties"] if logits else {**some["properties"], "runs": "", "flip_rate_upper95": "", "first_divergence": ""}
-    executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in cases.values())), "")
+    judged = [cases["kernel"]] if "kernel" in cases else []  # of several lifetimes it names the one that it is about
+    executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values()))), "")
     bound = p.get("flip_rate_upper95", "")
     pace = paces.get(tables_place(p), {}).get(p["case.format"])
     expected = dict.fromkeys(filter(None, (case["properties"].get("expectation", "") for case in cases.values())))
