@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -92,6 +93,17 @@ def test_the_page_says_what_was_found(suite: Suite) -> None:
     links = [a["href"] for a in found.all("a") if not a["href"].startswith("#")]
     assert {"cases.jsonl", "../report.xml", "bundles/alpha.ct.cpu-here/README.md"} <= set(links)
     assert [] == [link for link in links if not Path("r", link).exists()]
+
+
+def test_links_lead_to_folders_of_any_name(suite: Suite) -> None:
+    """A browser takes what follows a `#` as a fragment, and `%41` as an A."""
+    given = ("--store", "s ü#%41&x", "--junitxml", "j ü#%41&x/re port#1.xml")
+    suite("-k", "alpha/bf16/cpu-here", "--report", "r é%42", *given)
+
+    links = [a["href"] for a in page("r é%42").all("a") if not a["href"].startswith("#")]
+    assert "../j%20%C3%BC%23%2541%26x/re%20port%231.xml" in links
+    assert any(link.startswith("../s%20%C3%BC%23%2541%26x/") for link in links)
+    assert [] == [link for link in links if "#" in link or not Path("r é%42", unquote(link)).exists()]
 
 
 def test_questions_have_their_answers(suite: Suite) -> None:
