@@ -189,7 +189,23 @@ def test_devices_of_all_machines() -> None:
     }  # fmt: skip
 
     assert dict(html_page.facts(data.Data(run)))["Device"] == "Xeon, H200"
-    assert dict(html_page.facts(data.Data({**run, "environments": []})))["Device"] == "here"
+    assert dict(html_page.facts(data.Data({**run, "environments": [], "mode": "live"})))["Device"] == "here"
+
+
+@pytest.mark.parametrize("asked", ["", "sm90"])
+def test_a_replay_without_observations_names_no_device(suite: Suite, tmp_path: Path, asked: str) -> None:
+    """The machine that judges is not what was asked about; also where all that was selected is skipped."""
+    whole = observation("bf16", hardware="sm90", environment={"vllm": "0.32.0"})
+    place = tmp_path / "kept" / "sm90" / "environment" / "alpha" / "bf16" / "one"
+    place.mkdir(parents=True)
+    write(place, whole.header, whole.prompts)
+    hardware = [f"--hardware={asked}"] if asked else []
+    for number, names in enumerate(("nosuch", "ct")):
+        suite(f"--replay={tmp_path}/kept", *hardware, "-k", names, "--report", f"r{number}")
+
+        header = page(f"r{number}").sections[""].split("\n")
+        assert "Hardwareno observation" + (f"; asked for {asked}" if asked else "") in header
+        assert [] == [line for line in header if line.startswith(("Device", "vLLM", "torch"))]
 
 
 def test_the_page_is_for_everybody(suite: Suite) -> None:

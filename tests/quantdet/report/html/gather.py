@@ -44,6 +44,7 @@ def gather(config: pytest.Config, folder: Path) -> Data:
         "mode": "live" if session.replay is None else "replay",
         "replay": [_relative(path, root) for path in roots] if session.replay is not None else [],
         "machine": _machine(session),
+        "asked": session.options.hardware or "",
         "suite": {name: _inside(text, root) for name, text in junit.properties(config) if not name.startswith(_APART)},
         "junit": _junit(config, folder),
         "titles": {
