@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -94,6 +95,17 @@ def test_the_page_says_what_was_found(suite: Suite) -> None:
     assert [] == [link for link in links if not Path("r", link).exists()]
 
 
+def test_links_lead_to_folders_of_any_name(suite: Suite) -> None:
+    """A browser takes what follows a `#` as a fragment, and `%41` as an A."""
+    given = ("--store", "s ü#%41&x", "--junitxml", "j ü#%41&x/re port#1.xml")
+    suite("-k", "alpha/bf16/cpu-here", "--report", "r é%42", *given)
+
+    links = [a["href"] for a in page("r é%42").all("a") if not a["href"].startswith("#")]
+    assert "../j%20%C3%BC%23%2541%26x/re%20port%231.xml" in links
+    assert any(link.startswith("../s%20%C3%BC%23%2541%26x/") for link in links)
+    assert [] == [link for link in links if "#" in link or not Path("r é%42", unquote(link)).exists()]
+
+
 def test_questions_have_their_answers(suite: Suite) -> None:
     """Expected or not: what was asked, where, the verdict with its symbol, the answer; and nothing of it is markup."""
     run = suite("-k", "test_question and cpu-here", "--report", "r", matrix=NOISY + QUESTIONS)
@@ -177,7 +189,23 @@ def test_devices_of_all_machines() -> None:
     }  # fmt: skip
 
     assert dict(html_page.facts(data.Data(run)))["Device"] == "Xeon, H200"
-    assert dict(html_page.facts(data.Data({**run, "environments": []})))["Device"] == "here"
+    assert dict(html_page.facts(data.Data({**run, "environments": [], "mode": "live"})))["Device"] == "here"
+
+
+@pytest.mark.parametrize("asked", ["", "sm90"])
+def test_a_replay_without_observations_names_no_device(suite: Suite, tmp_path: Path, asked: str) -> None:
+    """The machine that judges is not what was asked about; also where all that was selected is skipped."""
+    whole = observation("bf16", hardware="sm90", environment={"vllm": "0.32.0"})
+    place = tmp_path / "kept" / "sm90" / "environment" / "alpha" / "bf16" / "one"
+    place.mkdir(parents=True)
+    write(place, whole.header, whole.prompts)
+    hardware = [f"--hardware={asked}"] if asked else []
+    for number, names in enumerate(("nosuch", "ct")):
+        suite(f"--replay={tmp_path}/kept", *hardware, "-k", names, "--report", f"r{number}")
+
+        header = page(f"r{number}").sections[""].split("\n")
+        assert "Hardwareno observation" + (f"; asked for {asked}" if asked else "") in header
+        assert [] == [line for line in header if line.startswith(("Device", "vLLM", "torch"))]
 
 
 def test_the_page_is_for_everybody(suite: Suite) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -44,6 +45,7 @@ def gather(config: pytest.Config, folder: Path) -> Data:
         "mode": "live" if session.replay is None else "replay",
         "replay": [_relative(path, root) for path in roots] if session.replay is not None else [],
         "machine": _machine(session),
+        "asked": session.options.hardware or "",
         "suite": {name: _inside(text, root) for name, text in junit.properties(config) if not name.startswith(_APART)},
         "junit": _junit(config, folder),
         "titles": {
@@ -138,7 +140,7 @@ def _link(observation: str, roots: Iterable[Path], folder: Path) -> str:
     """Where an observation lies, from `folder`; empty if it is not there."""
     for root in roots:
         if observation and (root / observation).is_dir():
-            return Path(os.path.relpath(root / observation, folder)).as_posix()
+            return _address(root / observation, folder)
     return ""
 
 
@@ -147,7 +149,12 @@ def _junit(config: pytest.Config, folder: Path) -> str:
     if not given:
         return ""
     path = Path(config.invocation_params.dir, os.path.expanduser(os.path.expandvars(given)))
-    return Path(os.path.relpath(path.resolve(), folder)).as_posix()
+    return _address(path.resolve(), folder)
+
+
+def _address(path: Path, folder: Path) -> str:
+    """`path` as a link of a page in `folder`: a `#` or `%` of a name is no part of the address's syntax."""
+    return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -56,7 +56,11 @@ def view(data: Data) -> dict[str, Any]:
 
 def facts(data: Data) -> list[tuple[str, str]]:
     """What was run."""
-    run, machine = data.run, data.run["machine"]
+    run = data.run
+    here, nothing = run["machine"], ""
+    if run["mode"] == "replay":  # this machine only judges: what it is would be taken for what was measured
+        here = dict.fromkeys(here, "")
+        nothing = "; ".join(["no observation", *([f"asked for {run['asked']}"] if run.get("asked") else [])])
     places = [(one["hardware"], one["vllm"], one["facts"]) for one in run["environments"]]
     hardware = list(dict.fromkeys(where for where, _, _ in places))
     named = [f"{where} ({run['titles']['hardware'].get(where, '')})".replace(" ()", "") for where in hardware]
@@ -66,13 +70,13 @@ def facts(data: Data) -> list[tuple[str, str]]:
 
     # Of every place its GPU, or its CPU where it has none: a replay may hold both kinds.
     found = (value for _, _, one in places for value in list(filter(None, one.get("gpu", []))) or one.get("cpu", []) if value)
-    devices = ", ".join(dict.fromkeys(found)) or machine["gpu"] or machine["cpu"]
+    devices = ", ".join(dict.fromkeys(found)) or here["gpu"] or here["cpu"]
     mode = "live, on this machine" if run["mode"] == "live" else f"replay of {', '.join(run['replay'])}"
     suite = run["suite"]
     return [
         (name, text) for name, text in (
-            ("Hardware", ", ".join(named) or machine["hardware"]), ("Device", devices),
-            ("vLLM", several("vllm") or machine["vllm"]), ("torch", several("torch_package") or machine["torch"]),
+            ("Hardware", ", ".join(named) or here["hardware"] or nothing), ("Device", devices),
+            ("vLLM", several("vllm") or here["vllm"]), ("torch", several("torch_package") or here["torch"]),
             ("Run", mode), ("Date", run["date"]),
             ("Suite", " ".join(filter(None, (suite.get("suite.version", ""), suite.get("suite.revision", ""))))),
             ("Seeded defect", suite.get("suite.injected", "")),
