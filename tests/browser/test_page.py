@@ -53,6 +53,13 @@ WIDE = """() => [...document.querySelectorAll('body *')].filter(e => e.checkVisi
   && !e.closest('.scroll, .picture, .skip, .hidden')
   && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 120))"""
 
+# Names of rows that lie on what stands beside them.
+OUTSIDE = """() => [...document.querySelectorAll('tbody th')].filter(e => e.checkVisibility()).filter(e => {
+  const inside = document.createRange();
+  inside.selectNodeContents(e);
+  return inside.getBoundingClientRect().right > e.getBoundingClientRect().right;
+}).map(e => e.textContent)"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -124,6 +131,17 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
 
 
+@pytest.mark.parametrize("width", (320, 390))
+def test_names_stay_in_their_column(opened: Any, width: int) -> None:
+    """On a phone, a long name beside a value is broken: after an underscore, or anywhere where it has none."""
+    page = opened(width)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+
+    assert page.locator("[aria-labelledby=environment] tbody th wbr").count() > 0
+    page.evaluate("document.querySelectorAll('tbody th').forEach(one => one.append(' ' + 'variable'.repeat(4)))")
+    assert page.evaluate(OUTSIDE) == []
+
+
 def test_the_keyboard_reaches_everything(opened: Any) -> None:
     """Skip link first; figures of a cell open with Enter; what scrolls takes the focus; a grey cell says need and have."""
     page = opened(390)
@@ -168,12 +186,21 @@ def test_screenshots(opened: Any, tmp_path: Path) -> None:
 
 
 def test_paper(opened: Any, tmp_path: Path) -> None:
-    """Printed, closed parts are open and nothing hides behind a scroll bar."""
+    """Printed, closed parts are open and nothing hides behind a scroll bar; n and bound need no opening."""
     page = opened(1440)
+    assert "Open a kernel" in page.inner_text("#matrix ~ p") and "n 3" not in page.inner_text("main table >> nth=0")
     page.emulate_media(media="print")
+
+    assert "Open a kernel" not in page.inner_text("main")
+    assert "n 3, flips < 0.632" in page.inner_text("main table >> nth=0")
 
     assert page.locator("#why-1").is_visible()
     assert not page.locator("nav").is_visible()
     assert page.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+    # A map with its caption, and both with the heading above them, on one page.
+    breaks = """name => [...document.querySelectorAll(name)].map(e => getComputedStyle(e))
+      .map(s => [s.breakInside, s.breakAfter])"""
+    assert {tuple(one) for one in page.evaluate(breaks, "figure")} == {("avoid", "auto")}
+    assert {after for _, after in page.evaluate(breaks, "h2, h3, h4, h2 + p, h3 + p, figcaption")} == {"avoid"}
     page.pdf(path=tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

@@ -83,6 +83,7 @@ class Entry:
     speed: str = ""  # decode, tokens per second, with its ratio
     figures: list[tuple[str, str]] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
+    sample: str = ""  # n and bound in short, for paper, where no figures open
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     decode = (
         "" if pace is None else pace.decode + (f" (\N{MULTIPLICATION SIGN}{pace.decode_ratio})" if pace.decode_ratio else "")
     )
-    return Entry(tags, short(executed), decode, [(name, text) for name, text in figures if text], links)
+    parts = (("n", p.get("runs", "")), ("flips <", f"{float(bound):.3g}" if bound else ""))
+    sample = ", ".join(f"{name} {text}" for name, text in parts if text)
+    return Entry(tags, short(executed), decode, [(name, text) for name, text in figures if text], links, sample)
 
 
 def _speeds(pace: speed.Pace | None) -> list[tuple[str, str]]:
