@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -219,6 +220,11 @@ _PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
 _OF_VLLM = ("vllm", "vllm_flavour")
 # Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
 _UNIT = ("gpu_uuid", "device_uuid")
+_UNIT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# What CPU kernels divide their work by; a GPU's do not.
+_OF_THE_HOST = ("cpus", "torch_threads")
+# They are read by ranks that exchange sums: part of a format of several, nothing to a format of one.
+_OF_RANKS = re.compile(r"^(NCCL_|RCCL_|NVSHMEM_|TORCH_NCCL_|TORCH_SYMM_MEM_|VLLM_ALLREDUCE_|VLLM_USE_NCCL_|VLLM_DISABLE_PYNCCL)")
 
 
 def different(a: Header, b: Header) -> list[str]:
@@ -234,8 +240,19 @@ def _lifetime_environment(header: Header) -> dict[str, Any]:
 
 
 def environment_differences(a: Header, b: Header) -> list[str]:
-    """Names of the environment's facts in which two observations differ, but for those that go with a format or a unit."""
+    """What two observations' environments differ in, but for what goes with a format or a unit and changes no number."""
     # What vLLM is installed says nothing of what another engine computes.
-    left_out = {*_PER_FORMAT, *_UNIT, *(_OF_VLLM if OTHER_ENGINES & {a.engine, b.engine} else ())}
+    left_out = {*_PER_FORMAT, *_UNIT, "variables", *(_OF_VLLM if OTHER_ENGINES & {a.engine, b.engine} else ())}
+    if all("device_uuid" in one.environment for one in (a, b)):
+        left_out |= {*_OF_THE_HOST}
     names = sorted({*a.environment, *b.environment} - left_out)
-    return [name for name in names if a.environment.get(name) != b.environment.get(name)]
+    differ = [name for name in names if a.environment.get(name) != b.environment.get(name)]
+    return differ + [f"variables ({', '.join(variables)})" for variables in [_variables(a, b)] if variables]
+
+
+def _variables(a: Header, b: Header) -> list[str]:
+    """Names of the environment variables that are not the same for both, of those that both are computed with."""
+    one, other = (header.environment.get("variables") or {} for header in (a, b))
+    alone = any(header.executed is None or header.executed.tensor_parallel_size == 1 for header in (a, b))
+    names = (name for name in {*one, *other} if name not in _UNIT_VARIABLES and not (alone and _OF_RANKS.match(name)))
+    return sorted(name for name in names if one.get(name) != other.get(name))

@@ -203,7 +203,7 @@ def environment(plan: Plan) -> dict[str, Any]:
     for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
         with contextlib.suppress(Exception):
             facts[flag] = bool(getattr(torch.cpu, f"_is_{flag}_supported")())
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and plan.extra.get("device") != "cpu":  # vLLM for CPUs has a torch without CUDA
         properties = torch.cuda.get_device_properties(0)
         facts |= {
             "cuda": torch.version.cuda,
