@@ -224,7 +224,7 @@ _UNIT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEV
 # What CPU kernels divide their work by; a GPU's do not.
 _OF_THE_HOST = ("cpus", "torch_threads")
 # They are read by ranks that exchange sums: part of a format of several, nothing to a format of one.
-_OF_RANKS = re.compile(r"^(NCCL_|RCCL_|NVSHMEM_|TORCH_NCCL_|TORCH_SYMM_MEM_|VLLM_ALLREDUCE_|VLLM_USE_NCCL_|VLLM_DISABLE_PYNCCL)")
+_OF_RANKS = re.compile(r"^((TORCH_)?NCCL_|RCCL_|NVSHMEM_|TORCH_SYMM_MEM_|VLLM_(ALLREDUCE_|USE_NCCL_|DISABLE_PYNCCL))")
 
 
 def different(a: Header, b: Header) -> list[str]:

@@ -16,7 +16,7 @@ from quantdet.observation_header import NonFinite
 from quantdet.pairs import comparable, pair
 from quantdet.session import Session
 from quantdet.verdicts import Judgement, Pair, Verdict, Violation
-from selftest.fakes import changed_output, last_repeat, observation, with_outputs
+from selftest.fakes import changed_output, executed, last_repeat, observation, with_outputs
 
 BF16, GPTQ, CT = observation("bf16"), observation("gptq", numerics="int4"), observation("ct", numerics="int4")
 
@@ -209,6 +209,43 @@ def test_formats_of_two_environments_are_not_compared() -> None:
     assert "environments differ in cpus, torch" == comparable(here, other)
     found = judge(here, other)
     assert (Verdict.INVALID, False) == (found.verdict, found.expected)
+
+
+def here(ranks: int = 1, **environment: Any) -> Observation:
+    """Something measured in this environment, by so many ranks."""
+    ran = executed("UnquantizedLinearMethod").model_copy(update={"tensor_parallel_size": ranks})
+    return observation("gptq", environment=environment, executed=ran.model_dump())
+
+
+def test_the_host_decides_on_a_cpu_only() -> None:
+    """Threads and CPUs divide a CPU's work, not a GPU's; of two observations both have to be a GPU's."""
+    few, many = {"cpus": 2, "torch_threads": 2}, {"cpus": 64, "torch_threads": 64}
+    gpu = {"device_uuid": "GPU-a"}
+
+    assert comparable(here(**few, **gpu), here(**many, device_uuid="GPU-b")) is None
+    assert comparable(here(**few), here(**many)) == "environments differ in cpus, torch_threads"
+    assert comparable(here(**few, **gpu), here(**many)) == "environments differ in cpus, torch_threads"
+    assert comparable(here(cpu="A", **gpu), here(cpu="B", **gpu)) == "environments differ in cpu"
+
+
+def test_variables_that_differ_are_named() -> None:
+    """Each by its name, set or not; which GPU of several is shown is no difference."""
+    one = here(variables={"VLLM_USE_DEEP_GEMM": "0", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "2"})
+    other = here(variables={"VLLM_USE_DEEP_GEMM": "1", "CUDA_VISIBLE_DEVICES": "1"})
+
+    assert comparable(one, other) == "environments differ in variables (OMP_NUM_THREADS, VLLM_USE_DEEP_GEMM)"
+    assert comparable(one, here(variables={**one.header.environment["variables"], "HIP_VISIBLE_DEVICES": "3"})) is None
+    assert comparable(here(), here(variables={})) is None
+
+
+@pytest.mark.parametrize("name", ["NCCL_ALGO", "VLLM_ALLREDUCE_USE_SYMM_MEM", "TORCH_SYMM_MEM_DISABLE_MULTICAST"])
+def test_what_ranks_exchange_sums_by(name: str) -> None:
+    """It is part of a format of several ranks, and nothing to one of a single rank; two such formats need it to be the same."""
+    told = {name: "0"}
+
+    assert comparable(here(variables=told), here()) is None
+    assert comparable(here(ranks=2, variables=told), here()) is None
+    assert comparable(here(ranks=2, variables=told), here(ranks=2)) == f"environments differ in variables ({name})"
 
 
 # ---------------------------------------------------------------------------------------------------------- distinctness

@@ -94,10 +94,7 @@ TABLE: dict[str, dict[str, Told]] = {
         "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
         "0.22.1": ({"linear_backend": "marlin", "moe_backend": "marlin"}, {}),
     },
-    "gptq_int8_moe_marlin": {
-        "0.20.2": ({"quantization": "gptq_marlin"}, without(INTEGER, "Marlin")),
-        "0.22.1": MOE_MARLIN,
-    },
+    "gptq_int8_moe_marlin": {"0.20.2": "4 bits only", "0.22.1": "4 bits only", "0.23.0": MOE_MARLIN},
     "awq_moe_marlin": {"0.20.2": ({"quantization": "awq_marlin"}, without(INTEGER, "Marlin")), "0.22.1": MOE_MARLIN},
     "awq_moe_wna16": {
         "0.20.2": ({"quantization": "moe_wna16"}, without(INTEGER, "Marlin")),

@@ -5,6 +5,7 @@ No engine is started but the fake; the engine itself is run by `pytest -k tf_`.
 
 import multiprocessing.forkserver
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from quantdet import planning, reexecution
 from quantdet.devices import Gpu
-from quantdet.engines import Plan, process
+from quantdet.engines import Plan, lifetime, process
 from quantdet.expectations import Expectations
 from quantdet.hardware import Machine, Software, gate
 from quantdet.matrix import MatrixError, load
@@ -364,3 +365,19 @@ def test_which_engine_a_cell_has(tmp_path: Path) -> None:
     assert ([process.VLLM, process.TRANSFORMERS], ["vllm", "transformers"]) == (specs, names)
     assert [FAKE, FAKE] == [Session.engine_for(session, cell) for cell in (BF16, TF_BF16)]
     assert [FAKE.target, "transformers"] == [Session.engine_name(session, cell) for cell in (BF16, TF_BF16)]
+
+
+@pytest.mark.parametrize(("where", "named"), [("cpu", False), ("cuda", True)])
+def test_a_cpu_cell_beside_a_gpu_names_no_device(where: str, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed on the CPU of a GPU box is not told as the GPU's: its threads matter."""
+    properties = SimpleNamespace(name="GPU", uuid="u", major=9, minor=0)
+    fake: Any = SimpleNamespace(
+        __version__="2", version=SimpleNamespace(cuda="13"), get_num_threads=lambda: 2, cpu=SimpleNamespace(),
+        backends=SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "AVX2")),
+        cuda=SimpleNamespace(is_available=lambda: True, get_device_properties=lambda _: properties),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", fake)
+
+    facts = lifetime.environment(replace(plan(), extra={"device": where}))
+
+    assert named == ("device_uuid" in facts) == ("compute_capability" in facts)
