@@ -164,7 +164,10 @@ class Matrix(Row):
         """
         online = format_.layout in ONLINE and model is not None and model.hub is None
         source: pins.Source = "online" if online else "checkpoint"
-        return next((pin for pin in self.pin if pin.fits(format_, vllm_version, source)), None)
+        ranks = format_.tensor_parallel_size or (model.tensor_parallel_size if model else 1)
+        layers = None if model is None else self._layers(model, ranks)
+        fitting = [pin for pin in self.pin if pin.fits(format_, vllm_version, source, layers)]
+        return min(fitting, key=lambda pin: pin.k_not_multiple_of is None, default=None)
 
 
 def load(path: Path) -> Matrix:

@@ -11,6 +11,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
 from quantdet.schema import Args, Environment, Format, Layout, Row, Specifier, Weights
+from quantdet.shapes import Layers, PositiveInt
 
 # Where a cell's quantized numbers come from: a checkpoint, or the engine itself, out of plain weights.
 Source = Literal["any", "checkpoint", "online"]
@@ -20,6 +21,8 @@ class Pin(Row):
     """How vLLM versions are told to use `kernel` for a layout: engine arguments and environment.
 
     In texts, `$group_size` stands for the model's. `unsupported`: why these versions cannot; then there is nothing to give.
+    `k_not_multiple_of`: only for models with a layer outside the experts whose K (inputs) is no multiple of this; of two rows
+    that fit, the one that says so counts.
     """
 
     kernel: str
@@ -30,6 +33,7 @@ class Pin(Row):
     args: Args = Field(default_factory=dict)
     env: Environment = Field(default_factory=dict)
     unsupported: str = ""
+    k_not_multiple_of: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_answer(self) -> "Pin":
@@ -37,15 +41,20 @@ class Pin(Row):
             raise ValueError("'unsupported' says that there is no way: it has neither 'args' nor 'env'")
         return self
 
-    def fits(self, format_: Format, version: str, source: Source) -> bool:
-        """Whether the row is about this format, in this vLLM version."""
+    def fits(self, format_: Format, version: str, source: Source, layers: Layers | None = None) -> bool:
+        """Whether the row is about this format, in this vLLM version, of a model with these layers (None: not known)."""
         return (
             self.kernel == format_.kernel
             and format_.layout in self.layout
             and (not self.weights or format_.weights in self.weights)
             and self.source in ("any", source)
             and holds(self.vllm, version)
+            and (self.k_not_multiple_of is None or self._odd(layers or (), self.k_not_multiple_of))
         )
+
+    @staticmethod
+    def _odd(layers: Layers, multiple: int) -> bool:
+        return any(layer.k % multiple and not layer.experts for layer in layers)
 
     def result(self) -> tuple[Args, dict[str, str], str]:
         """What the row answers."""
@@ -98,6 +107,7 @@ def conflicts(pins: tuple[Pin, ...]) -> Iterator[str]:
             or (one.weights and other.weights and not set(one.weights) & set(other.weights))
             or ("any" not in (one.source, other.source) and one.source != other.source)
             or one.result() == other.result()
+            or (one.k_not_multiple_of is None) != (other.k_not_multiple_of is None)
         ):
             continue
         both = [version for version in versions if holds(one.vllm, version) and holds(other.vllm, version)]

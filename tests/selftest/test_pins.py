@@ -177,6 +177,18 @@ def test_published_weights_are_not_quantized_again(matrix: Matrix) -> None:
     assert {"torchao"} == ONLINE
 
 
+@pytest.mark.parametrize("format_id", ["awq_moe_marlin", "awq_moe_wna16", "ct_moe_w4a16"])
+def test_layers_that_a_kernel_does_not_take(matrix: Matrix, format_id: str) -> None:
+    """DeepSeek-Coder-V2-Lite has a K of 10944, no multiple of 128: before 0.24 other kernels would run there."""
+    for version in ("0.20.2", "0.23.0"):
+        assert "a multiple of 128 before 0.24" in str(told(matrix, format_id, version, "deepseek-coder-v2-lite-shape"))
+        assert isinstance(told(matrix, format_id, version, "qwen3-30b-a3b-shape"), tuple)
+    assert isinstance(told(matrix, format_id, "0.24.0", "deepseek-coder-v2-lite-shape"), tuple)
+    assert told(matrix, format_id, "0.20.2", "deepseek-coder-v2-lite") == told(
+        matrix, format_id, "0.20.2", "deepseek-coder-v2-lite-shape"
+    )  # hub weights, the same layers
+
+
 def plan(matrix: Matrix, format_id: str, version: str, folder: Path) -> Plan | str:
     return plan_for(
         Cell("tiny-qwen3", format_id, "sm90"), matrix, workload.load("synthetic-v1", PROMPTS),
