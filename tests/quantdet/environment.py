@@ -14,7 +14,7 @@ from quantdet.schema import Hardware
 
 # Variables that change kernels, threads or devices. Echoed in the header, so that a typo in a name is seen.
 RELEVANT = re.compile(
-    r"^(VLLM_|OMP_|KMP_|GOMP_|MKL_|ONEDNN_|DNNL_|ATEN_|TORCH|PYTORCH_|CUDA_|CUBLAS|NCCL_|NVIDIA_TF32|HIP_|ROCR_|TRITON_|"
+    r"^(VLLM_|OMP_|KMP_|GOMP_|MKL_|ONEDNN_|DNNL_|ATEN_|TORCH|PYTORCH_|CUDA_|CUBLAS|NCCL_|RCCL_|NVSHMEM_|NVIDIA_TF32|HIP_|ROCR_|TRITON_|"
     r"FLASHINFER_|DG_|LD_PRELOAD$|QUANTDET_)"
 )
 # They name places or verbosity, and change no number.

@@ -246,13 +246,18 @@ def environment_differences(a: Header, b: Header) -> list[str]:
     if all("device_uuid" in one.environment for one in (a, b)):
         left_out |= {*_OF_THE_HOST}
     names = sorted({*a.environment, *b.environment} - left_out)
-    differ = [name for name in names if a.environment.get(name) != b.environment.get(name)]
-    return differ + [f"variables ({', '.join(variables)})" for variables in [_variables(a, b)] if variables]
+    found = [name for name in names if a.environment.get(name) != b.environment.get(name)]
+    variables = _variables(a, b)
+    if variables:
+        found.append(f"variables ({', '.join(variables)})")
+    return found
 
 
 def _variables(a: Header, b: Header) -> list[str]:
-    """Names of the environment variables that are not the same for both, of those that both are computed with."""
-    one, other = (header.environment.get("variables") or {} for header in (a, b))
-    alone = any(header.executed is None or header.executed.tensor_parallel_size == 1 for header in (a, b))
+    """Names of the environment variables that differ, without those that show a device or that only ranks read."""
+    one, other = (header.environment.get("variables", {}) for header in (a, b))
+    if not (isinstance(one, dict) and isinstance(other, dict)):  # a recording may hold anything
+        return [] if one == other else ["malformed"]
+    alone = any(header.executed is not None and header.executed.tensor_parallel_size == 1 for header in (a, b))
     names = (name for name in {*one, *other} if name not in _UNIT_VARIABLES and not (alone and _OF_RANKS.match(name)))
     return sorted(name for name in names if one.get(name) != other.get(name))

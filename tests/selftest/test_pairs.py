@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantdet.declarations import Expect
+from quantdet.environment import RELEVANT
 from quantdet.expectations import Expectations
 from quantdet.judgements import distinctness
 from quantdet.observation import Observation
@@ -229,23 +230,56 @@ def test_the_host_decides_on_a_cpu_only() -> None:
 
 
 def test_variables_that_differ_are_named() -> None:
-    """Each by its name, set or not; which GPU of several is shown is no difference."""
-    one = here(variables={"VLLM_USE_DEEP_GEMM": "0", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "2"})
-    other = here(variables={"VLLM_USE_DEEP_GEMM": "1", "CUDA_VISIBLE_DEVICES": "1"})
+    """Each by its name, set or not."""
+    one = here(variables={"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "2"})
+    other = here(variables={"VLLM_USE_DEEP_GEMM": "1"})
 
     assert comparable(one, other) == "environments differ in variables (OMP_NUM_THREADS, VLLM_USE_DEEP_GEMM)"
-    assert comparable(one, here(variables={**one.header.environment["variables"], "HIP_VISIBLE_DEVICES": "3"})) is None
     assert comparable(here(), here(variables={})) is None
 
 
-@pytest.mark.parametrize("name", ["NCCL_ALGO", "VLLM_ALLREDUCE_USE_SYMM_MEM", "TORCH_SYMM_MEM_DISABLE_MULTICAST"])
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
+def test_which_device_is_shown_is_no_difference(name: str) -> None:
+    """Whichever of several like devices it was."""
+    assert comparable(here(variables={name: "0"}), here(variables={name: "1"})) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NCCL_ALGO", "TORCH_NCCL_AVOID_RECORD_STREAMS", "RCCL_MSCCL_ENABLE", "NVSHMEM_DISABLE_NVLS",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST", "VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_USE_NCCL_SYMM_MEM", "VLLM_DISABLE_PYNCCL",
+    ],
+)  # fmt: skip
 def test_what_ranks_exchange_sums_by(name: str) -> None:
     """It is part of a format of several ranks, and nothing to one of a single rank; two such formats need it to be the same."""
-    told = {name: "0"}
+    told, otherwise = {name: "0"}, {name: "1"}
 
     assert comparable(here(variables=told), here()) is None
-    assert comparable(here(ranks=2, variables=told), here()) is None
+    assert comparable(here(ranks=2, variables=told), here(variables=otherwise)) is None
     assert comparable(here(ranks=2, variables=told), here(ranks=2)) == f"environments differ in variables ({name})"
+    assert comparable(here(ranks=2, variables=told), here(ranks=2, variables=otherwise)) is not None
+    assert RELEVANT.match(name)  # or it would not be recorded
+
+
+@pytest.mark.parametrize("name", ["VLLM_USE_DEEP_GEMM", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "VLLM_NCCL_SO_PATH", "XNCCL_ALGO"])
+def test_other_variables_stay_strict(name: str) -> None:
+    """For formats of one rank too."""
+    assert comparable(here(variables={name: "0"}), here()) == f"environments differ in variables ({name})"
+
+
+@pytest.mark.parametrize("odd", ["x", ["a"], 3, None])
+def test_variables_that_are_none(odd: object) -> None:
+    """A recording may hold anything there."""
+    assert comparable(here(variables=odd), here(variables=odd)) is None
+    assert comparable(here(variables=odd), here()) == "environments differ in variables (malformed)"
+
+
+def test_unknown_ranks_are_strict() -> None:
+    """Of what did not tell what it executed."""
+    mute = [observation("gptq", executed=None, environment={"variables": {"NCCL_ALGO": value}}) for value in ("Ring", "Tree")]
+
+    assert comparable(*mute) == "environments differ in variables (NCCL_ALGO)"
 
 
 # ---------------------------------------------------------------------------------------------------------- distinctness
