@@ -32,6 +32,7 @@ def across(known: Sequence[Observation], row: Expect | None, family: Callable[[s
         figures[f"logits.sha256@{one.vllm}"] = one.logits_sha256("decode") + ":" + one.logits_sha256("prefill")
         figures[f"kernel.executed@{one.vllm}"] = one.header.executed.summary if one.header.executed else ""
     steps: list[str] = []
+    told: list[str] = []
     results: list[Pair] = []
     wrong = False
     for older, newer in pairwise(known):
@@ -47,10 +48,11 @@ def across(known: Sequence[Observation], row: Expect | None, family: Callable[[s
         results.append(result)
         changed = _changes(older, newer, family)
         wrong = wrong or (result.verdict is Verdict.DISTINCT and not changed and row is None)
-        steps.append(f"{place} {_said(result)} ({'; '.join(changed) or 'the same kernels'})")
+        told.append("; ".join(changed) or "the same kernels")
+        steps.append(f"{place} {_said(result)} ({told[-1]})")
     words = {result.verdict for result in results}
     verdict = next(word for word in (Verdict.DISTINCT, Verdict.INDISTINCT, Verdict.IDENTICAL) if word in words)
-    figures |= {"l2": max(r.l2 for r in results), "max_abs_diff": max(r.max_abs for r in results)}
+    figures |= {"l2": max(r.l2 for r in results), "max_abs_diff": max(r.max_abs for r in results), "changes": " | ".join(told)}
     return Judgement(verdict, f"{verdict} {cell} versions: {', '.join(steps)}", not wrong, figures)
 
 

@@ -82,12 +82,15 @@ def resolved(row: Expect, layers: Layers | None) -> Expect | None:
     where = condition.where(layers)
     if not where:
         return row.model_copy(update={"reason": f"{row.reason}; fires in no layer of this model"})
-    update: dict[str, object] = {"reason": f"{row.reason}; fires in {', '.join(map(str, where))} (N x K)"}
+    reason = f"{row.reason}; fires in {', '.join(map(str, where))} (N x K)"
+    update: dict[str, object] = {}
     if most := [rows for layer in where if (rows := condition.rows(layer)) is not None]:
         update["max_rows"] = max(most)
+        reason += f", up to {max(most)} rows"
     if least := [rows for layer in where if (rows := condition.rows_from(layer)) is not None]:
         update["min_rows"] = min(least)
-    return row.model_copy(update=update)
+        reason += f", from {min(least)} rows on"
+    return row.model_copy(update={**update, "reason": reason})
 
 
 def describe(row: Expect | None, default: str) -> str:

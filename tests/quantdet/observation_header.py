@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from quantdet.schema import ID_PATTERN, OTHER_ENGINES, Cell, Phase
 from quantdet.untrusted import plain
@@ -190,6 +190,14 @@ class Header(_Part):
     tensors_sha256: str = ""
     header_sha256: str = ""
 
+    @field_validator("environment")
+    @classmethod
+    def _texts(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        variables = facts.get("variables", {})
+        if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+            raise ValueError("variables: not a table of texts")
+        return facts
+
     def digest(self) -> str:
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
         younger = {name for name in _YOUNGER if getattr(self, name) == type(self).model_fields[name].default}
@@ -256,8 +264,6 @@ def environment_differences(a: Header, b: Header) -> list[str]:
 def _variables(a: Header, b: Header) -> list[str]:
     """Names of the environment variables that differ, without those that show a device or that only ranks read."""
     one, other = (header.environment.get("variables", {}) for header in (a, b))
-    if not (isinstance(one, dict) and isinstance(other, dict)):  # a recording may hold anything
-        return [] if one == other else ["malformed"]
     alone = any(header.executed is not None and header.executed.tensor_parallel_size == 1 for header in (a, b))
     names = (name for name in {*one, *other} if name not in _UNIT_VARIABLES and not (alone and _OF_RANKS.match(name)))
     return sorted(name for name in names if one.get(name) != other.get(name))

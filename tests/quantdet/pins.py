@@ -4,14 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
 from quantdet.schema import Args, Environment, Format, Layout, Row, Specifier, Weights
-from quantdet.shapes import Layers, PositiveInt
+from quantdet.shapes import Layers
 
 # Where a cell's quantized numbers come from: a checkpoint, or the engine itself, out of plain weights.
 Source = Literal["any", "checkpoint", "online"]
@@ -33,7 +33,7 @@ class Pin(Row):
     args: Args = Field(default_factory=dict)
     env: Environment = Field(default_factory=dict)
     unsupported: str = ""
-    k_not_multiple_of: PositiveInt | None = None
+    k_not_multiple_of: Annotated[int, Field(gt=1)] | None = None
 
     @model_validator(mode="after")
     def _one_answer(self) -> "Pin":

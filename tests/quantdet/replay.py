@@ -5,7 +5,7 @@ kernels, expectations and twins are a version's. What another engine gave stands
 with, or the newest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,16 +146,22 @@ class Replay:
 
     def environment(self) -> dict[str, Any]:
         """What the observations' environments have in common; `several` where they differ."""
-        merged: dict[str, Any] = {}
-        for observations in self._cells.values():
-            for observation in observations:
-                for name, value in observation.header.environment.items():
-                    merged.setdefault(name, value)
-                    if merged[name] != value:
-                        merged[name] = "several"
-        if not isinstance(merged.get("variables", {}), dict):
-            merged["variables"] = {}
-        return merged
+        environments = [one.header.environment for observations in self._cells.values() for one in observations]
+        variables = [facts.get("variables", {}) for facts in environments]
+        merged = _common([{name: fact for name, fact in facts.items() if name != "variables"} for facts in environments])
+        # A variable that some were measured without differs too; a fact that some do not tell may be the same.
+        names = {name for told in variables for name in told}
+        return {**merged, "variables": _common([{name: told.get(name, "") for name in sorted(names)} for told in variables])}
+
+
+def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The values that all of `tables` with this key have; `several` where they differ."""
+    merged: dict[str, Any] = {}
+    for table in tables:
+        for name, value in table.items():
+            if merged.setdefault(name, value) != value:
+                merged[name] = "several"
+    return merged
 
 
 def vllm_of(observation: Observation) -> str:

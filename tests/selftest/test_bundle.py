@@ -258,6 +258,20 @@ def test_the_title_blames_no_kernel_for_what_is_compiled(
     assert about.title.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("engine", "words"), [("vllm", "vLLM 0.26.0)"), ("transformers", "transformers 5.17.0)"), ("a.stand:In", "vLLM 0.26.0)")]
+)
+def test_the_title_names_the_engine(engine: str, words: str) -> None:
+    """The one whose maintainers read it."""
+    about = readme.About(
+        cell=Cell("alpha", "awq", "cpu-here"), cases={"repeat": Judgement(Verdict.NOISY, "NOISY", True)},
+        environment={"vllm": "0.26.0", "transformers": "5.17.0"}, identity={"engine": engine}, inject="",
+        executed=executed("Fake4Kernel"), requested="fake4", diagnosis=None, divergences=(), replayed=True, request=None,
+    )  # fmt: skip
+
+    assert about.title.endswith(words)
+
+
 def test_a_replay_writes_bundles_without_a_diagnosis(suite: Suite) -> None:
     """From the recording, with the weights where they are quickly made; what an engine would have to say is left out."""
     matrix = MATRIX + setting("awq", "noise")

@@ -41,6 +41,7 @@ def test_equal_logits_of_two_versions() -> None:
 
     assert (Verdict.IDENTICAL, True) == (found.verdict, found.expected)
     assert "0.20.2 -> 0.26.0 same raw logits at 13 forced positions and 8 decode steps (the same kernels)" in found.message
+    assert "the same kernels" == found.figures["changes"]
     assert found.figures["logits.sha256@0.20.2"] == found.figures["logits.sha256@0.26.0"]
 
 

@@ -188,6 +188,18 @@ def test_places_are_not_mixed() -> None:
     assert "sm90 0.12.0" in " ".join(results.split())
 
 
+def test_the_selected_of_many_get_their_matrix() -> None:
+    """Each is compared with every other format; selected as the text says, two formats are shown without the rest."""
+    names = [f"f{i}" for i in range(effects.LIMIT + 1)]
+    every = cases(*(a_pair(a, b) for a, b in combinations(names, 2)))
+
+    assert "a matrix is shown for up to 8, as with -k 'qwen3-8b and (f0 or f1)'" in " ".join(text(every).split())
+    (found,) = effects.places([one for one in every if one["properties"]["case.format"] in ("f0", "f1")])
+    assert (["f0", "f1"], [("f0", "f1")]) == (found.formats, list(found.pairs))
+    (alone,) = effects.places([one for one in every if one["properties"]["case.format"] == "f0"])
+    assert names == alone.formats
+
+
 def test_nothing_compared_is_nothing_said() -> None:
     """No pairs: no section, no property."""
     records = [{"test": "test_repeat", "properties": {"case.model": "m", "case.hardware": "h"}, "pairs": []}]

@@ -193,3 +193,14 @@ def test_the_kernel_of_every_lifetime_is_judged(suite: Suite, tmp_path: Path) ->
     page = Path("r", PAGE).read_text()
     kernels = page[page.index('id="kernels"') : page.index('id="environment"')]
     assert ["OtherKernel"] == re.findall(r"&rarr; <strong>(\w+)</strong>", kernels)
+
+
+def test_the_environment_is_what_all_have(tmp_path: Path) -> None:
+    """A fact, or a variable, that differs is `several`; a variable that some had not set differs too."""
+    told = ({"A": "1", "B": "2", "C": "3"}, {"A": "1", "B": "x"})
+    for number, variables in enumerate(told):
+        put(tmp_path, str(number), observation(f"f{number}", environment={"vllm": "0", "cpus": number, "variables": variables}))
+
+    found = Replay(tmp_path).environment()
+
+    assert {"vllm": "0", "cpus": "several", "variables": {"A": "1", "B": "several", "C": "several"}} == found

@@ -89,7 +89,13 @@ def places(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Place]:
     rank = {name: index for index, name in enumerate(order)}
     made = []
     for where, pairs in sorted(found.items()):  # tests arrive in any order from several workers
+        judged = {
+            str(case["properties"]["case.format"]) for case in cases if case["pairs"] and place(case["properties"]) == where
+        }
         names = list(dict.fromkeys(name for ids in sorted(pairs) for name in ids))
+        if len(names) > LIMIT >= len(judged) > 1:  # selected, as the text says that shows a matrix: without the others
+            pairs = {ids: pair for ids, pair in pairs.items() if judged.issuperset(ids)}
+            names = [name for name in names if name in judged]
         made.append(Place(where, sorted(names, key=lambda name: rank.get(name, len(rank))), pairs))
     return made
 

@@ -43,7 +43,9 @@ class About:
     @property
     def title(self) -> str:
         """One line, as the title of an issue."""
-        where = f"({self.cell}; {device(self.environment)}, vLLM {self.environment.get('vllm') or '?'})"
+        engine = "transformers" if self.identity.get("engine") == "transformers" else "vllm"
+        version = f"{'vLLM' if engine == 'vllm' else engine} {self.environment.get(engine) or '?'}"
+        where = f"({self.cell}; {device(self.environment)}, {version})"
         if self.noisy:
             layer = self.diagnosis.layer if self.diagnosis is not None else None
             what = (layer.kernel or layer.module) if layer is not None and self.diagnosis.status == "found" else self._kernel  # type: ignore[union-attr]
