@@ -89,8 +89,8 @@ def _status(session: "Session", cell: Cell) -> Status:
         text = "no bit flip recorded" if session.replay is not None else "no cell to turn a bit over in"
         return Status(None, text, noise)
     result = session.control(here, "control")
-    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE and session.replay is None:
-        here = cell  # whose weights are here: it has been measured
+    if not isinstance(result, Measured) and session.replay is None:
+        here = cell  # whose weights are here, and whose engine runs: it has been measured
         result = session.control(here, "control")
     if not isinstance(result, Measured):
         reason = result.reason if isinstance(result, Missing) else result.message

@@ -39,15 +39,21 @@ class When(Row):
         )
 
 
+# Outcomes about two formats.
+PAIRED = ("identical_to", "may_be_identical_to", "distinct_from")
+
+
 class Expect(Row):
-    """A declared departure from the default (bit-exact, distinct, accepted).
+    """A declared departure from the default: accepted, bit-exact, IDENTICAL to formats that are the same numerics and no other.
+
+    `identical_to`, `distinct_from`: another answer than `numerics.sameness` derives; `may_be_identical_to`: either passes.
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
     is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `min_rows`: of at least this many;
     a shorter prompt has to be exact, in decode too. `fires`: the noise is in
     layers that meet this condition; a model without any has to be exact. `fires_not`: the formats are the same where no
     layer meets it. On a model whose layers are not known, both make a row that allows and asks for nothing. `same_kernel`:
-    the formats are the same numerics only where the same kernel ran, and distinct otherwise. `may_drift`: recordings of
+    the row holds only where both formats ran kernels of the same name in the matrix. `may_drift`: recordings of
     two vLLM versions may differ although the same kernels ran; the row is about the newer version. `may_recompile`: an
     engine lifetime may give other bits than another, since kernels are compiled and chosen anew; `max_l2`: how far apart
     (nats, mean over the forced positions) two of them may be.
@@ -55,8 +61,9 @@ class Expect(Row):
 
     when: When = When()
     outcome: Literal[
-        "noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "unsupported", "may_drift", "may_recompile"
-    ]
+        "noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "distinct_from", "unsupported", "may_drift",
+        "may_recompile",
+    ]  # fmt: skip
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
     formats: tuple[str, ...] = ()
@@ -71,9 +78,9 @@ class Expect(Row):
 
     @model_validator(mode="after")
     def _formats_where_needed(self) -> "Expect":
-        same = self.outcome in ("identical_to", "may_be_identical_to")
+        same = self.outcome in PAIRED
         if same != bool(self.formats):
-            raise ValueError("'formats' names the twins of 'identical_to', 'may_be_identical_to'; belongs to no other outcome")
+            raise ValueError(f"'formats' names the other formats of {', '.join(PAIRED)}; belongs to no other outcome")
         if self.min_rows is not None and self.max_rows is not None and self.min_rows > self.max_rows:
             raise ValueError("'min_rows' is at most 'max_rows'")
         if self.min_rows is not None and self.outcome not in ("noisy", "may_be_noisy"):

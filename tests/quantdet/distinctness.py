@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from quantdet.declarations import Expect
 from quantdet.divergences import at
 from quantdet.expectations import Expectations
+from quantdet.numerics import Sameness, same_kernels, sameness
 from quantdet.observation import Observation
 from quantdet.pairs import comparable, pair
 from quantdet.reported import qualified
@@ -22,6 +24,9 @@ def distinctness(
     spreads: Mapping[Cell, float] = MappingProxyType({}),
 ) -> Judgement:
     """Can this format be told from every other format of its model measured on this hardware?
+
+    Formats that are the same numerics (`numerics.sameness`) have to be IDENTICAL, all others DISTINCT, unless a row of the
+    matrix declares a departure.
 
     `compare`: `pair`, or one that remembers what it has compared. `spreads`: by cell, how far its engine lifetimes are
     apart (nats); a format that is no farther from another than that is not told from it.
@@ -45,23 +50,28 @@ def distinctness(
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
             return Judgement(Verdict.INVALID, message, False)
         result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
+        derived = sameness(own, observation, expectations.unseen)
         row = expectations.twins(cell, other)
-        if row is not None and row.same_kernel and not _same_kernel(own, observation):
+        if row is not None and row.same_kernel and not same_kernels(own, observation, expectations.family):
             row = None
         if row is not None:
             declared.append(f"{row.outcome}: {other.format_id} ({row.reason})")
+        elif derived.same:
+            declared.append(f"identical to {other.format_id} ({derived.why})")
+        elif derived.same is None:
+            declared.append(f"distinct from or identical to {other.format_id} ({derived.why})")
         if result.verdict is Verdict.IDENTICAL:
             twins.append(other.format_id)
-        expected = Verdict.DISTINCT if row is None or row.outcome != "identical_to" else Verdict.IDENTICAL
-        fine = {expected}
-        if row is not None and row.outcome == "may_be_identical_to":
-            fine.add(Verdict.IDENTICAL)
-        if any(expectations.noise(one, "prefill") or expectations.recompiles(one) for one in (cell, other)):
+        expected, fine = _expected(row, derived)
+        recompiled = [found for one in (cell, other) if (found := expectations.recompiles(one)) is not None]
+        if recompiled or any(expectations.noise(one, "prefill") for one in (cell, other)):
             fine.add(Verdict.INDISTINCT)
+        if recompiled and derived.same and result.l2 <= max(found.max_l2 or 0.0 for found in recompiled):
+            fine.add(Verdict.DISTINCT)  # two processes, each with kernels of its own compilation
         if result.verdict not in fine:
-            hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
+            why = f"declared: {row.reason}" if row is not None else derived.why
             wrong.append(
-                f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
+                f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}): {why}"
             )
         pairs.append(result)
     if not pairs:
@@ -108,17 +118,17 @@ def _preposition(result: Pair) -> str:
     return "to" if result.verdict is Verdict.IDENTICAL else "from"
 
 
-def _same_kernel(a: Observation, b: Observation) -> bool:
-    one, other = a.header.executed, b.header.executed
-    return one is not None and other is not None and one.summary == other.summary
-
-
-def _same(a: Observation, b: Observation) -> str:
-    """A hint for twins that nobody declared."""
-    one, other = a.header.executed, b.header.executed
-    if one is None or other is None or one.linear != other.linear:
-        return ""
-    return f"; both ran {one.summary}: if they hold the same numbers, declare [[expect]] outcome = 'identical_to'"
+def _expected(row: Expect | None, derived: Sameness) -> tuple[Verdict, set[Verdict]]:
+    """What a pair has to be, and which verdicts pass: a declared departure comes before what was derived."""
+    if row is not None and row.outcome == "may_be_identical_to":
+        return Verdict.DISTINCT, {Verdict.DISTINCT, Verdict.IDENTICAL}
+    if row is not None:
+        expected = Verdict.IDENTICAL if row.outcome == "identical_to" else Verdict.DISTINCT
+        return expected, {expected}
+    if derived.same is None:
+        return Verdict.DISTINCT, {Verdict.DISTINCT, Verdict.IDENTICAL}
+    expected = Verdict.IDENTICAL if derived.same else Verdict.DISTINCT
+    return expected, {expected}
 
 
 def _size(result: Pair) -> str:

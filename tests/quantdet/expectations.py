@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from quantdet.declarations import Expect
+from quantdet.declarations import PAIRED, Expect
 from quantdet.matrix import Matrix
 from quantdet.schema import Cell, EngineName, Phase
 from quantdet.shapes import Layers
@@ -21,12 +21,14 @@ class Expectations:
     rows: tuple[Expect, ...]
     layers: Callable[[Cell], Layers | None] = _unknown
     engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
+    unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `schema.Engine`
+    family: Callable[[str], str] = str  # the kernel of the matrix that shows a class name
 
     @classmethod
     def of(cls, matrix: Matrix, vllm_version: str | None) -> "Expectations":
         rows = tuple(row for row in matrix.expect if row.holds_for(vllm_version))
         engines = {name: format_.engine for name, format_ in matrix.formats.items()}
-        return cls(rows, matrix.layers_in, engines)
+        return cls(rows, matrix.layers_in, engines, matrix.engine.unseen, matrix.family)
 
     def noise(self, cell: Cell, phase: Phase) -> Expect | None:
         """The row that says that `cell` is, or may be, noisy in `phase`."""
@@ -45,9 +47,12 @@ class Expectations:
         return self._first(cell, None, "may_recompile")
 
     def twins(self, a: Cell, b: Cell) -> Expect | None:
-        """The row that declares two formats of one model on one hardware to be, or perhaps to be, the same numerics."""
+        """The row that declares two formats of one model on one hardware to be IDENTICAL, or DISTINCT, or either of them.
+
+        Such a row is a departure: what is not declared is derived from the numbers and the executed kernels.
+        """
         for row in self.rows:
-            if row.outcome in ("identical_to", "may_be_identical_to"):
+            if row.outcome in PAIRED:
                 for one, other in ((a, b), (b, a)):
                     if self._about(row, one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
                         found = resolved(row, self.layers(a))

@@ -8,7 +8,7 @@ import datetime
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Measuring:
             scope.store.forget(cell, place, key)
         found = scope.store.find(cell, place, key)
         if found is not None:
-            return found, True
+            return _told(found, plan), True
         role = str(plan.identity.get("role", "measure"))
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         plan = Plan(**{**vars(plan), "identity": {**identity, "key": key, "created": created}})
@@ -133,7 +133,7 @@ class Measuring:
         if isinstance(plan, Missing):
             return None
         found = scope.store.find(cell, machine, planning.key_of(plan, 0))
-        return found if found is not None and found.header.kind == "observation" else None
+        return _told(found, plan) if found is not None and found.header.kind == "observation" else None
 
     def record(self, observations: list[Observation]) -> None:
         """Copy them into the recording, if one is asked for."""
@@ -192,3 +192,10 @@ class Measuring:
             self._builder.shutdown(wait=False, cancel_futures=True)
         self.scope.store.sweep()
         scratch.sweep()
+
+
+def _told(found: Observation, plan: Plan) -> Observation:
+    """An observation of a store from before they told their numbers, with those of the checkpoint that its key stands for."""
+    if found.header.numbers or found.header.kind == "refusal":
+        return found
+    return replace(found, header=found.header.model_copy(update={"numbers": plan.identity.get("numbers", "")}))

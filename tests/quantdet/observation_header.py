@@ -15,6 +15,8 @@ SCHEMA = 1
 Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
 Words = Annotated[str, AfterValidator(lambda text: plain(text, keep="\n"))]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# See `checkpoints.numbers`; empty: not known.
+Numbers = Annotated[str, Field(pattern=r"^(?:(?:decoded|bytes|online):[0-9a-f]{64})?$")]
 
 
 class _Part(BaseModel):
@@ -143,6 +145,7 @@ class Header(_Part):
     """Everything of an observation but its arrays.
 
     `caches`: whether kernels that an earlier process compiled or chose were at hand ("cold": none).
+    `numbers`: which quantized numbers the checkpoint holds, whatever its layout (`checkpoints.numbers`).
     `max_flip_rate`: the bound that decided the number of repeats; 0 where it was given.
     `evidence`: "logits", taken from the engine in full; or "reported", logprobs that somebody published, of the rows that
     `reported` names for each prompt. Then no executed kernel is known, and digests are over a row's ids and logprobs.
@@ -161,6 +164,7 @@ class Header(_Part):
     checkpoint_sha256: Sha256
     checkpoint_source: str = ""
     checkpoint_files_sha256: str = ""
+    numbers: Numbers = ""
     engine: str
     engine_args: dict[str, Any] = {}
     engine_env: dict[str, str] = {}
@@ -214,15 +218,15 @@ class Header(_Part):
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
 _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
-    "caches", "max_flip_rate", "activations",
+    "caches", "max_flip_rate", "activations", "numbers",
 }  # fmt: skip
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
     "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
     "activations", "tensors_sha256", "header_sha256",
 }  # fmt: skip
-# Where the same bytes are from (their hashes are fields too): a hub's later commit may hold them unchanged.
-_ORIGIN = {"checkpoint_source"}
+# What follows from the checkpoint's hashes, or may be another for the same bytes: a hub's later commit may hold them unchanged.
+_ORIGIN = {"checkpoint_source", "numbers"}
 # Facts of the environment that differ between formats measured side by side, and change no number.
 _PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
 _OF_VLLM = ("vllm", "vllm_flavour")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantdet import __version__, stats, store, workload
-from quantdet.checkpoints import Checkpoint, altered
+from quantdet.checkpoints import Checkpoint, altered, numbers
 from quantdet.engines import Plan, PlannedPrompt
 from quantdet.hardware import version
 from quantdet.matrix import Matrix
 from quantdet.pins import filled
-from quantdet.schema import Cell, EngineCall
+from quantdet.schema import ONLINE, Cell, EngineCall, Format, Model
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
@@ -45,9 +45,9 @@ def key_of(plan: Plan, lifetime: int) -> str:
     """SHA-256 over everything that an observation of this lifetime depends on.
 
     Without `architecture`: what is checked before a measurement does not change it, and the hardware row is in the identity.
-    Without the checkpoint's source: its hashes say what was measured, wherever that is from.
+    Without the checkpoint's source: its hashes say what was measured, wherever that is from. They decide its numbers too.
     """
-    identity = {name: value for name, value in plan.identity.items() if name != "checkpoint_source"}
+    identity = {name: value for name, value in plan.identity.items() if name not in ("checkpoint_source", "numbers")}
     extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
     return store.key_of({**identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
 
@@ -107,7 +107,8 @@ def plan_for(
     identity: dict[str, Any] = {
         "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
         "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
-        "checkpoint_files_sha256": files_sha256(checkpoint.path), "engine": engine, "engine_args": args,
+        "checkpoint_files_sha256": files_sha256(checkpoint.path), "numbers": _numbers(checkpoint, format_, model, args),
+        "engine": engine, "engine_args": args,
         "engine_env": env, "dtype": format_.dtype_on(kind), "workload": work.id, "workload_sha256": work.sha256,
         "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
         "environment": {**environment, **settings, **used, "suite": __version__},
@@ -156,6 +157,7 @@ def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
         source = f"{source}: {tensor}"
     least = plan.extra.get("least_repeats", plan.repeats)
     changes = {
+        "numbers": plan.identity["numbers"] if kind == "control" else "",
         "role": "control", "inject": kind, "checkpoint_sha256": sha256, "checkpoint_source": source, "repeats": least,
         "max_flip_rate": 0.0,
     }  # fmt: skip
@@ -165,6 +167,15 @@ def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
         plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, extra=extra, claims=(), claim_tokens=0,
         claim_top_k=0,
     )  # fmt: skip
+
+
+def _numbers(checkpoint: Checkpoint, format_: Format, model: Model, args: dict[str, Any]) -> str:
+    """The numbers that the engine computes with: of the checkpoint, or what these arguments let it make of plain weights."""
+    if format_.layout not in ONLINE or model.hub is not None or not checkpoint.numbers:
+        return checkpoint.numbers
+    how: dict[str, Any] = {"weights": format_.weights}
+    how |= {name: args[name] for name in ("quantization", "hf_overrides", "torchao") if name in args}
+    return numbers.online(checkpoint.numbers, how)
 
 
 def _planned(prompt: workload.Prompt) -> PlannedPrompt:

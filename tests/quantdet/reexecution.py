@@ -1,6 +1,8 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
-from quantdet import attribution, checkpoints
+from collections.abc import Mapping
+
+from quantdet import attribution, checkpoints, numerics
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
@@ -61,13 +63,13 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
         return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
     wanted = recorded.header.checkpoint_sha256
     try:
-        here = session.measuring.weights(claim.model_id, claim.format_id).sha256
+        weights = session.measuring.weights(claim.model_id, claim.format_id)
     except checkpoints.Unavailable as error:
         return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
     except (OSError, ValueError) as error:
         return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False)
-    if here != wanted:
-        text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {here[:16]}"
+    if weights.sha256 != wanted:
+        text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {weights.sha256[:16]}"
         return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
     verified: dict[str, Observation] = {}
     failed: dict[str, str] = {}
@@ -83,7 +85,30 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
                 failed[cell.format_id] = f"{Verdict.UNSUPPORTED} {message}"
     if not verified and failed and all(reason.startswith(Verdict.UNAVAILABLE) for reason in failed.values()):
         return next(iter(failed.values())).removeprefix(f"{Verdict.UNAVAILABLE} ")
-    formats = session.matrix.formats
-    weights = {name: numbers(formats[name]) for name in (*verified, claim.format_id)}
+    # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
+    held = {name: numerics.numbers(one) for name, one in verified.items()}
+    held |= {claim.format_id: held.get(claim.format_id) or weights.numbers}
+    labels = labelled(held, {name: numbers(session.matrix.formats[name]) for name in held}, claim.format_id)
+    if not failed and all(labels[name] != labels[claim.format_id] for name in verified):
+        need = f"reexecution: needs a format with the numbers of {claim.format_id} ({numerics.short(held[claim.format_id])})"
+        return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
-    return attribution.judge(claim, recorded, verified, weights, sequences, failed)
+    return attribution.judge(claim, recorded, verified, labels, sequences, failed)
+
+
+def labelled(held: Mapping[str, str], words: Mapping[str, str], claimed: str) -> dict[str, str]:
+    """A text for what each format holds: the same text where the numbers are the same, whatever the formats are called.
+
+    Args:
+        held: by format, its numbers (`checkpoints.numbers`); empty: not known, and then nobody else's.
+        words: by format, what the matrix calls them.
+        claimed: the format whose numbers are called by their word alone.
+    """
+    by_numbers: dict[str, str] = {}
+    for name in (claimed, *(name for name in held if name != claimed)):
+        digest = held[name] or f"unknown of {name}"
+        word = words[name]
+        if digest not in by_numbers:
+            taken = word in by_numbers.values()
+            by_numbers[digest] = f"{word} ({numerics.short(held[name]) if held[name] else digest})" if taken else word
+    return {name: by_numbers[held[name] or f"unknown of {name}"] for name in held}

@@ -139,10 +139,13 @@ class Engine(EngineCall):
     `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
     name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
+    `unseen`: variables that change what a kernel computes, but nothing that a loaded layer shows: formats that differ in one
+    are not the same numerics.
     """
 
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+    unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     max_text_tokens: PositiveInt = 1024
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantdet import checkpoints, planning, restarts, verification
 from quantdet.clock import Clock
 from quantdet.engines import Plan
+from quantdet.lost import Lost
 from quantdet.measuring import Measuring
 from quantdet.observation import Observation
 from quantdet.pairs import pair
@@ -36,6 +37,7 @@ class Session(Scope):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.measuring = Measuring(self)
+        self.lost = Lost(self.store.root)
 
     @property
     def clock(self) -> Clock:
@@ -61,7 +63,7 @@ class Session(Scope):
         for lifetime in range(lifetimes):
             if lifetime and lifetime == lifetimes - 1 and self.matrix.hardware[cell.hardware_id].kind == "cuda":
                 plan = planning.cold(plan, self.matrix)
-            outcome, was_there = self.measuring.lifetime(cell, plan, lifetime)
+            outcome, was_there = self._lifetime(cell, plan, lifetime)
             if not isinstance(outcome, Observation):
                 return outcome
             if outcome.header.kind == "refusal":
@@ -73,6 +75,16 @@ class Session(Scope):
         self.clock.reused += reused
         self.measuring.record(observations)
         return Measured(tuple(observations), reused)
+
+    def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
+        """`Measuring.lifetime`, unless the cell's engine has refused or died in this run already: once is enough to know."""
+        with self.lost.turn(cell) as loss:
+            if loss is not None:
+                return loss, False
+            outcome, was_there = self.measuring.lifetime(cell, plan, lifetime)
+            if not isinstance(outcome, Observation):
+                self.lost.remember(cell, outcome)
+            return outcome, was_there
 
     def peers(self, cell: Cell) -> dict[Cell, Observation]:
         """Every other format of the model on the same hardware that this run measures, or the store already holds."""
@@ -159,7 +171,7 @@ class Session(Scope):
 
     def _once(self, cell: Cell, plan: Plan) -> Result:
         """One engine lifetime of `plan`."""
-        outcome, was_there = self.measuring.lifetime(cell, plan, 0)
+        outcome, was_there = self._lifetime(cell, plan, 0)
         if not isinstance(outcome, Observation):
             return outcome
         if outcome.header.kind == "refusal":

@@ -25,6 +25,7 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+LOST = "lost"  # folder of what workers of a run tell each other (`quantdet.lost`)
 _ATTEMPTS = 5  # two runs that replace the same damaged one may be in each other's way
 # A key's beginning and what tempfile appends.
 _UNFINISHED = re.compile(r"\.(?:[0-9a-f]{16}|trace)\.[a-z0-9_]{8}")
@@ -94,6 +95,10 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written, a day after; never a folder of another name."""
+        for folder in self.root.glob(f"{LOST}/*"):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > 86_400:
+                    shutil.rmtree(folder, ignore_errors=True)
         for folder in (*self.root.glob("*/*/*/*/.*"), *self.root.glob("diagnoses/*/*/*/*/.trace.*")):
             with contextlib.suppress(OSError):  # another worker was quicker
                 if _UNFINISHED.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > 86_400:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantdet.checkpoints import architectures, hub, package, synthetic
+from quantdet.checkpoints import architectures, hub, numbers, package, synthetic
 from quantdet.checkpoints import cache as _cache
 from quantdet.checkpoints.base import Base, Source, write
 from quantdet.checkpoints.errors import Unavailable
@@ -30,11 +30,15 @@ WRITER_VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, the SHA-256 over its tensors, and in words where the weights are from."""
+    """A checkpoint folder, the SHA-256 over its tensors, in words where the weights are from, and the numbers it holds.
+
+    `numbers`: see `checkpoints.numbers`; empty: not asked for.
+    """
 
     path: Path
     sha256: str
     source: str
+    numbers: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class _SyntheticSource:
 
 
 def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_download: bool = False) -> Checkpoint:
-    """Find or build the checkpoint of `model` in `format_`.
+    """Find or build the checkpoint of `model` in `format_`, and tell its numbers: those of the checkpoint, whoever made it.
 
     Args:
         model_id: the model's key in the matrix, for messages.
@@ -64,6 +68,11 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
         Unavailable: the weights cannot be had here, or the format cannot carry the model's shapes.
         ValueError: a source file is damaged.
     """
+    found = _resolved(model_id, model, format_, cache, allow_download)
+    return replace(found, numbers=numbers.of(found.path, found.sha256, cache))
+
+
+def _resolved(model_id: str, model: Model, format_: Format, cache: Path, allow_download: bool) -> Checkpoint:
     if model.hub is not None:
         repository = model.hub.get(format_.layout)
         if repository is None:

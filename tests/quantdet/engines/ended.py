@@ -30,6 +30,8 @@ def words(exitcode: int | None, kills_before: int) -> str:
     if exitcode == RANK_LOST:
         why = " while Linux's out-of-memory killer was at work" if oom_kills() > kills_before else ""
         return f"ended itself because another of its ranks had ended{why}"
+    if exitcode == -signal.SIGILL:
+        return "killed by SIGILL: an instruction that this CPU does not have"
     if exitcode < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-exitcode).name}"

@@ -28,7 +28,13 @@ _NOT_A_REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-
+# What an engine says that was built without the code for a kernel on this device: an operator that no library registered, a
+# dtype or a backend that a registered one does not take, a GPU that nothing was compiled for.
+_NO_CODE = re.compile(
+    r"'_OpNamespace' '\w+' object has no attribute|no kernel image is available|Could not run '\S+' with arguments from the"
+    r"|not implemented for '\w+'|No module named 'vllm\._\w*C|operator \S+ does not exist|not compiled (?:with|for)",
+    re.IGNORECASE,
+)
 _PACKAGES = ("transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "triton")
 
 
@@ -85,7 +91,8 @@ class Done:
 def whole(loaded: Loaded, plan: Plan) -> Done:
     """The repeats, then what must not disturb them: hidden states, claims, and calls that only their time is taken of."""
     hidden = activations.Recorded(loaded.model, plan)
-    recorder = execute(loaded, plan, hidden)
+    with needing_code():
+        recorder = execute(loaded, plan, hidden)
     ended = time.monotonic()
     hidden.repeat(lambda again: execute(loaded, again, hidden), recorder.generate_s)
     began = time.monotonic()
@@ -159,6 +166,26 @@ def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: M
         }
     )
     write(directory, header, tuple(recorder.records), tuple(claims.records), done.hidden)
+
+
+@contextlib.contextmanager
+def needing_code() -> Iterator[None]:
+    """What is raised inside because the engine has no code for a kernel is its refusal of the cell, as it is at load.
+
+    vLLM chooses a kernel by what its Python knows; whether the library that was loaded has it shows at the first call.
+
+    Raises:
+        EngineRefused: with the root cause's message; its traceback is in the log.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, NotImplementedError) and not _NO_CODE.search(_first_reason(error)):
+            raise
+        import traceback
+
+        traceback.print_exc()
+        raise EngineRefused(_first_reason(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+"""Cells whose engine refused or died in this run: their engine is not started again, for whatever case, control or question.
+
+Workers of pytest-xdist share what they know through a folder beside the store: a re-execution may be another worker's than
+the measurement of the same cell.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+
+from quantdet.results import Missing, Refusal
+from quantdet.schema import Cell
+from quantdet.store import LOST
+from quantdet.verdicts import Verdict
+
+_RUN = "PYTEST_XDIST_TESTRUNUID"  # the same in all workers of a run; not set without xdist
+
+Loss = Missing | Refusal
+
+
+@dataclass(repr=False)
+class Lost:
+    """What became of engines that gave no observation, by cell; `root`: the store's folder."""
+
+    root: Path
+    _known: dict[Cell, Loss] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def turn(self, cell: Cell) -> Iterator[Loss | None]:
+        """How the engine of `cell` was lost, if it was; nobody else of this run starts it inside the `with`."""
+        folder = self._shared()
+        with contextlib.nullcontext() if folder is None else FileLock(folder / f"{_name(cell)}.lock"):
+            if cell not in self._known and folder is not None:
+                self._read(cell, folder / f"{_name(cell)}.json")
+            yield self._known.get(cell)
+
+    def remember(self, cell: Cell, loss: Loss) -> None:
+        """`cell` is not started again."""
+        self._known[cell] = loss
+        folder = self._shared()
+        if folder is not None:
+            match loss:
+                case Refusal():
+                    told = {"refused": loss.message}
+                case Missing():
+                    told = {"verdict": str(loss.verdict), "reason": loss.reason, "log": loss.log}
+            (folder / f"{_name(cell)}.json").write_text(json.dumps(told), encoding="utf-8")
+
+    def _read(self, cell: Cell, path: Path) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if "refused" in told:
+                self._known[cell] = Refusal(told["refused"])
+            else:
+                self._known[cell] = Missing(Verdict(told["verdict"]), told["reason"], told["log"])
+
+    def _shared(self) -> Path | None:
+        run = os.environ.get(_RUN, "")
+        if not run.isalnum():
+            return None
+        folder = self.root / LOST / run
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _name(cell: Cell) -> str:
+    return cell.id.replace("/", ".")
