@@ -90,8 +90,9 @@ def _status(session: "Session", cell: Cell) -> Status:
         return Status(None, text, noise)
     result = session.control(here, "control")
     if not isinstance(result, Measured) and session.replay is None:
-        here = cell  # whose weights are here, and whose engine runs: it has been measured
-        result = session.control(here, "control")
+        # The cell itself has been measured: its weights are here and its engine runs.
+        own = session.control(cell, "control")
+        here, result = (cell, own) if isinstance(own, Measured) else (here, result)
     if not isinstance(result, Measured):
         reason = result.reason if isinstance(result, Missing) else result.message
         died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)

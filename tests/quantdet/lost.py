@@ -6,7 +6,6 @@ the measurement of the same cell.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,18 @@ from quantdet.schema import Cell
 from quantdet.store import LOST
 from quantdet.verdicts import Verdict
 
-_RUN = "PYTEST_XDIST_TESTRUNUID"  # the same in all workers of a run; not set without xdist
-
 Loss = Missing | Refusal
 
 
 @dataclass(repr=False)
 class Lost:
-    """What became of engines that gave no observation, by cell; `root`: the store's folder."""
+    """What became of engines that gave no observation, by cell.
+
+    `root`: the store's folder; `run`: what the workers of one run call it, empty where there are none.
+    """
 
     root: Path
+    run: str = ""
     _known: dict[Cell, Loss] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -60,10 +61,9 @@ class Lost:
                 self._known[cell] = Missing(Verdict(told["verdict"]), told["reason"], told["log"])
 
     def _shared(self) -> Path | None:
-        run = os.environ.get(_RUN, "")
-        if not run.isalnum():
+        if not self.run.isalnum():
             return None
-        folder = self.root / LOST / run
+        folder = self.root / LOST / self.run
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -68,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
             chosen, table, machine=found[0], software=found[1],
             engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
             prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.cells())),
+            run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
         )  # fmt: skip
     except ObservationError as error:
         raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None

@@ -18,7 +18,10 @@ from quantdet.schema import Cell
 
 @dataclass(repr=False)
 class Scope:
-    """What was asked for, and what the machine and the recordings have; `selected` and `claimed` are what pytest collected."""
+    """What was asked for, and what the machine and the recordings have; `selected` and `claimed` are what pytest collected.
+
+    `run`: what pytest-xdist's workers call the run that they share; empty without them.
+    """
 
     options: Options
     matrix: Matrix
@@ -27,6 +30,7 @@ class Scope:
     engine: process.EngineSpec
     prompts: Path
     inject: tuple[str, str] | None = None
+    run: str = ""
     selected: frozenset[Cell] = frozenset()
     claimed: tuple[Claim, ...] = ()
     _expectations: dict[str | None, Expectations] = field(default_factory=dict)

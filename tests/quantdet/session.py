@@ -37,7 +37,7 @@ class Session(Scope):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.measuring = Measuring(self)
-        self.lost = Lost(self.store.root)
+        self.lost = Lost(self.store.root, self.run)
 
     @property
     def clock(self) -> Clock:

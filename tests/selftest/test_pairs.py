@@ -20,6 +20,7 @@ from quantdet.verdicts import Judgement, Pair, Verdict, Violation
 from selftest.fakes import changed_output, executed, last_repeat, observation, with_outputs
 
 BF16, GPTQ, CT = observation("bf16"), observation("gptq", numerics="int4"), observation("ct", numerics="int4")
+OTHER_NUMBERS = f"decoded:{'f' * 64}"
 
 
 def twins(*formats: str, of: str = "gptq", **more: Any) -> Expectations:
@@ -46,6 +47,11 @@ def noisy(whole: Observation, size: float) -> Observation:
         output = changed_output(record.outputs[0], "prefill", topk_logprobs=shift, chosen=shift, digests=digest)
         whole = last_repeat(whole, prompt, output)
     return whole
+
+
+def with_header(whole: Observation, **changes: Any) -> Observation:
+    """`whole` with other fields in its header."""
+    return Observation(whole.header.model_copy(update=changes), whole.prompts)
 
 
 def nudged(whole: Observation, format_id: str, phase: str, prompt: int, position: int, bit: int = 0) -> Observation:
@@ -290,19 +296,58 @@ def test_distinct_from_all() -> None:
 
 
 @pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
-def test_undeclared_twins_fail(own: Observation, peer: Observation) -> None:
-    """IDENTICAL without a row in the matrix is a violation, from either side."""
+def test_the_same_numerics_are_identical_without_a_row(own: Observation, peer: Observation) -> None:
+    """The same numbers on the same kernels: IDENTICAL is expected, from either side, and the reason is told."""
+    found = judge(own, peer, BF16)
+
+    assert (Verdict.IDENTICAL, True) == (found.verdict, found.expected)
+    told = str(found.figures["expectation"])
+    assert told.startswith(f"identical to {peer.header.format} (the same numbers (") and "Unquantized" in told
+
+
+@pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
+def test_strangers_that_agree_fail(own: Observation, peer: Observation) -> None:
+    """IDENTICAL logits of other numbers are a violation, from either side: one of the two is not what it seems."""
+    peer = with_header(peer, numbers=OTHER_NUMBERS)
     found = judge(own, peer, BF16)
 
     assert (Verdict.IDENTICAL, False) == (found.verdict, found.expected)
     assert f"IDENTICAL to {peer.header.format}, expected DISTINCT" in found.message
+    assert "other numbers (" in found.message
     with pytest.raises(Violation):
         found.enforce()
 
 
+def test_the_same_numerics_that_differ_fail() -> None:
+    """One bit between formats of the same numbers on the same kernels."""
+    found = judge(GPTQ, nudged(GPTQ, "ct", "prefill", 1, 2))
+
+    assert (Verdict.DISTINCT, False) == (found.verdict, found.expected)
+    assert "DISTINCT from ct, expected IDENTICAL" in found.message and "the same numbers" in found.message
+
+
+@pytest.mark.parametrize("verdict", [Verdict.IDENTICAL, Verdict.DISTINCT])
+def test_unknown_numbers_ask_for_nothing(verdict: Verdict) -> None:
+    """Where it is not known which numbers a format holds, and all else is the same, either verdict passes, and that is said."""
+    peer = CT if verdict is Verdict.IDENTICAL else nudged(GPTQ, "ct", "prefill", 1, 2)
+    found = judge(GPTQ, with_header(peer, numbers="", checkpoint_sha256="9" * 64))
+
+    assert (verdict, True) == (found.verdict, found.expected)
+    assert "it is not known which numbers ct holds" in str(found.figures["expectation"])
+
+
+def test_a_declared_surprise_is_a_departure() -> None:
+    """`distinct_from`: the same numerics by all that is seen, and other logits for a reason that is declared."""
+    declared = twins("ct", outcome="distinct_from")
+
+    assert judge(GPTQ, nudged(GPTQ, "ct", "prefill", 1, 2), expectations=declared).expected
+    assert not judge(GPTQ, CT, expectations=declared).expected
+
+
 @pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
 def test_declared_twins_pass(own: Observation, peer: Observation) -> None:
-    """A row declares a pair, whichever of the two it is written for."""
+    """A row declares a pair, whichever of the two it is written for, though their numbers are others."""
+    own, peer = (with_header(one, numbers=OTHER_NUMBERS) if one is CT else one for one in (own, peer))
     found = judge(own, peer, BF16, expectations=twins("ct"))
 
     assert (Verdict.IDENTICAL, True) == (found.verdict, found.expected)
@@ -354,7 +399,7 @@ def test_an_indistinct_pair_fails() -> None:
 
 def test_every_wrong_pair_is_told() -> None:
     """The message has the first, the detail the others."""
-    found = judge(observation("a", numerics="int4"), GPTQ, CT)
+    found = judge(observation("a", numerics="int4", numbers=OTHER_NUMBERS), GPTQ, CT)
 
     assert "IDENTICAL to gptq, expected DISTINCT" in found.message
     assert ["IDENTICAL to ct"] == [line.partition(",")[0] for line in found.detail.splitlines()]

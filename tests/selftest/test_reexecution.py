@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet import reexecution
+from quantdet import checkpoints, matrix, reexecution
 from quantdet.claims import Claim
 from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
 from quantdet.observation_header import NonFinite
@@ -91,6 +91,64 @@ def test_a_claim_under_another_name_is_found_out(suite: Suite, recordings: Path)
 
     assert {"test_reexecution[alpha/gptq/cpu-here-by-cpu-here]": "DETECTABLE"} == run.failures(), run.output
     assert "not what it claims: awq matches it better than gptq" in run.output
+
+
+TWO_MAKERS = (
+    MATRIX
+    + setting("ct", "honest", numerics="maker-b")
+    + """
+[models.gamma]
+title = "one base, quantized by two makers"
+workload = "synthetic-v1"
+group_size = 32
+memory_gib = 1
+formats = ["gptq", "ct"]
+hardware = ["cpu-here"]
+claims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }
+hub = { gptq = "maker-a/x", ct = "maker-b/x" }
+"""
+)
+
+
+@pytest.fixture
+def two_makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's cache with GPTQ of one maker and compressed-tensors of another: one word in the matrix, other integers."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for seed, (maker, format_id) in enumerate((("a", "gptq"), ("b", "ct"))):
+        found = matrix.load(_written(tmp_path / "matrix.toml", MATRIX))
+        model = found.models["alpha"]
+        assert model.synthetic is not None
+        model = model.model_copy(update={"synthetic": model.synthetic.model_copy(update={"seed": seed})})
+        made = checkpoints.resolve("alpha", model, found.formats[format_id], cache=tmp_path / "made")
+        repository, commit = tmp_path / "hub" / f"models--maker-{maker}--x", f"{seed}" * 40
+        shutil.copytree(made.path, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_one_makers_tokens_do_not_pass_under_another_makers_name(suite: Suite, two_makers: None, tmp_path: Path) -> None:
+    """Tokens of B's integers, sealed under A's name and hash, with B running beside it: "the same numbers" are the tensors'."""
+    run = suite("-k", "gamma and (test_kernel or test_distinct)", f"--record={tmp_path / 'kept'}", matrix=TWO_MAKERS)
+    assert {} == run.failures(), run.output
+    assert "DISTINCT" == run.cases["test_distinct[gamma/ct/cpu-here]"].verdict  # expected of other integers
+    honest = suite("-k", "reexecution and gamma", f"--reference={tmp_path / 'kept'}", matrix=TWO_MAKERS)
+    assert 2 == len(verdicts(honest)) and {} == honest.failures(), honest.output
+
+    a, b = (
+        read(path.parent) for name in ("gptq", "ct") for path in (tmp_path / "kept").rglob(f"gamma/{name}/*/observation.json")
+    )
+    rewrite(a.path, Observation(a.header, a.prompts, claims=b.claims), claims=b.header.claims)  # type: ignore[arg-type]
+    forged = suite("-k", "reexecution and gamma and gptq", f"--reference={tmp_path / 'kept'}", matrix=TWO_MAKERS)
+
+    assert ["DETECTABLE"] == list(forged.failures().values()), forged.output
+    (case,) = (case for name, case in forged.cases.items() if name.startswith("test_reexecution"))
+    assert "not what it claims: ct matches it better than gptq" in case.message
 
 
 def test_tokens_of_one_format_under_logprobs_of_another(suite: Suite, recordings: Path) -> None:
@@ -339,3 +397,14 @@ def test_a_missing_reference_folder_is_a_usage_error(suite: Suite) -> None:
 
     assert 4 == run.code
     assert "--reference: no such folder" in run.output
+
+
+def test_labels_are_the_numbers_and_not_the_words() -> None:
+    """The same word for other numbers is told apart, other words for the same numbers are one, unknown is nobody else's."""
+    held = {"a": "decoded:11112222x", "b": "decoded:33334444x", "c": "decoded:11112222x", "d": "", "e": ""}
+    words = {"a": "int4-sym", "b": "int4-sym", "c": "int4", "d": "int4-sym", "e": "int4-sym"}
+
+    found = reexecution.labelled(held, words, "a")
+
+    assert ("int4-sym", "int4-sym (33334444)", "int4-sym") == (found["a"], found["b"], found["c"])
+    assert 4 == len(set(found.values()))

@@ -220,18 +220,28 @@ def test_an_injected_run_does_not_spoil_the_store(suite: Suite, monkeypatch: pyt
     assert (1, 0) == (first.code, second.code)
 
 
-def test_undeclared_twins_fail_on_both_sides(suite: Suite) -> None:
-    """Two formats with equal logits are IDENTICAL; where the matrix does not say so, both tests fail."""
-    matrix = MATRIX.partition("\n[[expect]]")[0] + "\n"
+def test_the_same_integers_in_two_layouts_are_identical_without_a_row(suite: Suite) -> None:
+    """GPTQ and compressed-tensors with the same integers on one kernel: IDENTICAL is expected, from the checkpoints alone."""
+    run = suite("-k", TWINS)
 
-    run = suite("-k", TWINS, matrix=matrix)
+    assert {} == run.failures()
+    case = run.cases["test_distinct[alpha/ct/cpu-here]"]
+    assert "IDENTICAL" == case.properties["verdict"] and "identical to gptq (the same numbers" in case.properties["expectation"]
 
-    failed = {f"test_distinct[alpha/{name}/cpu-here]": "IDENTICAL" for name in ("gptq", "ct")}
+
+def test_strangers_that_agree_fail_on_both_sides(suite: Suite) -> None:
+    """AWQ with the logits of GPTQ's integers: its checkpoint holds other numbers, so that it cannot be IDENTICAL to it."""
+    matrix = MATRIX + setting("awq", "honest", numerics="int4-sym")
+
+    run = suite("-k", f"{HERE} and (gptq or awq)", matrix=matrix)
+
+    failed = {f"test_distinct[alpha/{name}/cpu-here]": "IDENTICAL" for name in ("gptq", "awq")}
     assert failed == run.failures()
+    assert "IDENTICAL to awq, expected DISTINCT" in run.cases["test_distinct[alpha/gptq/cpu-here]"].message
 
 
-def test_declared_twins_that_differ_fail_on_both_sides(suite: Suite) -> None:
-    """`identical_to` is a claim: formats that are DISTINCT break it."""
+def test_the_same_numerics_that_differ_fail_on_both_sides(suite: Suite) -> None:
+    """The same integers on the same kernel have to give the same bits: formats that are DISTINCT break it."""
     matrix = MATRIX + setting("ct", "honest", numerics="something-else")
 
     run = suite("-k", TWINS, matrix=matrix)

@@ -294,8 +294,9 @@ def test_conditions_on_experts_that_do_not_go_together(fires: dict[str, Any], wo
 )
 def test_twins_are_judged_by_the_layers(verdict: Verdict, known: Any, wanted: Verdict | None) -> None:
     """Firing asks for DISTINCT, silent for IDENTICAL, unknown takes both."""
-    expectations = Expectations((row("identical_to", formats=["gptq"], fires_not=ATOMIC),), lambda _: known)
-    own = observation("bf16", numerics="same")
+    rows = (row("identical_to", formats=["gptq"], fires_not=ATOMIC),)
+    expectations = Expectations(rows, lambda _: known, unseen=("ATOMIC_ADD",))
+    own = observation("bf16", numerics="same", engine_env={"ATOMIC_ADD": "1"})
     peer = observation("gptq", numerics="same" if verdict is Verdict.IDENTICAL else "other")
 
     found = judgements.distinctness(own, {peer.header.cell: peer}, expectations)

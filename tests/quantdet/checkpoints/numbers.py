@@ -65,7 +65,7 @@ def of(folder: Path, tensors_sha256: str, cache: Path | None = None) -> str:
     asked = settings(folder)
     canonical = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{VERSION}\0{tensors_sha256}\0{canonical}".encode()).hexdigest()
-    known = None if cache is None else cache / "numbers" / f"{key[:32]}.txt"
+    known = None if cache is None else cache / ".numbers" / f"{key[:32]}.txt"
     if known is not None and known.is_file() and (text := known.read_text(encoding="ascii")).count(":") == 1:
         return text
     try:
