@@ -20,7 +20,7 @@ a whole pytest run) and assert the verdict and the words that stand here. Genera
 ```sh
 pytest tests/selftest -k "faults or hostile or interrupts"   # with the fake engine, which is a process too
 pytest tests/faults                                           # on real vLLM, one to two minutes on 2 cores
-QUANTDET_INJECT=sigkill:tiny-qwen3/gptq_auto/* pytest -k tiny-qwen3   # see one: sigkill sigsegv hang oom oom-device
+QUANTDET_INJECT=sigkill:tiny-qwen3/int8_w8a8/* pytest -k tiny-qwen3   # see one: sigkill sigsegv hang oom oom-device
 ```
 
 After every fault: the other cells of the run are judged, no process and no temporary folder of an engine stays, nothing

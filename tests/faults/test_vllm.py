@@ -30,8 +30,8 @@ HERE = ROWS[0] if ROWS else ""
 SEVERAL = pytest.mark.skipif(
     not HERE.startswith("cpu"), reason=f"needs a CPU, which is as many devices as one likes; have {HERE}"
 )
-FAULTY, BESIDE = f"tiny-qwen3/gptq_auto/{HERE}", f"tiny-qwen3/bf16/{HERE}"
-BOTH = f"(tiny-qwen3/gptq_auto/{HERE} or tiny-qwen3/bf16/{HERE}) and (test_kernel or test_repeat)"
+FAULTY, BESIDE = f"tiny-qwen3/int8_w8a8/{HERE}", f"tiny-qwen3/bf16/{HERE}"
+BOTH = f"(tiny-qwen3/int8_w8a8/{HERE} or tiny-qwen3/bf16/{HERE}) and (test_kernel or test_repeat)"
 KEPT = ("--no-controls", "--repeats=2", "--store=s", f"--hardware={HERE}")
 
 Vllm = Callable[..., Run]
@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path.cwd()
     try:
         os.chdir(folder)
-        assert 0 == pytest.main([*KEPT, "-q", "-k", BOTH.replace("gptq_auto", "none"), f"--rootdir={folder}"])
+        assert 0 == pytest.main([*KEPT, "-q", "-k", BOTH.replace("int8_w8a8", "none"), f"--rootdir={folder}"])
     finally:
         os.chdir(here)
     return folder
@@ -127,7 +127,7 @@ def test_a_fault_of_vllm(
     for name in of(FAULTY):
         shows(id_, run.cases[name].verdict, run.cases[name].message)
     assert {"passed"} == {run.cases[name].outcome for name in of(BESIDE)}
-    (log,) = (pytester.path / "s" / "logs").rglob("gptq_auto.*.log")
+    (log,) = (pytester.path / "s" / "logs").rglob("int8_w8a8.*.log")
     assert f"quantdet: seeded fault: {id_}" in log.read_text(encoding="utf-8", errors="replace")
     nothing_stayed(pytester.path, temporary)
     if id_ == "sigkill":
@@ -207,7 +207,7 @@ def when_it_hangs(logs: Path, number: signal.Signals, seen: list[int]) -> None:
     """Send the signal once the engine has loaded; in 60 s at the latest, so that no test waits for its limit."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        if any("seeded fault: hang" in log.read_text(errors="replace") for log in logs.rglob("gptq_auto.*.log")):
+        if any("seeded fault: hang" in log.read_text(errors="replace") for log in logs.rglob("int8_w8a8.*.log")):
             break
         time.sleep(0.1)
     seen += children()

@@ -103,7 +103,8 @@ def test_one_integer_is_another_number(cache: Path, layout: str) -> None:
     ("layout", "weights", "tensor"),
     [
         ("gptq", "int4-sym", f"{Q}.scales"), ("awq", "int4-asym", f"{Q}.scales"), ("awq", "int4-asym", f"{Q}.qzeros"),
-        ("gptq", "int4-sym", f"{Q}.qzeros"), ("ct", "int4-asym", f"{Q}.weight_zero_point"), ("ct", "int4-sym", f"{Q}.weight_scale"),
+        ("gptq", "int4-sym", f"{Q}.qzeros"), ("ct", "int4-asym", f"{Q}.weight_zero_point"),
+        ("ct", "int4-sym", f"{Q}.weight_scale"),
         ("ct", "fp8-channel", f"{Q}.weight"), ("ct", "nvfp4", f"{Q}.weight_global_scale"), ("ct", "mxfp4", f"{Q}.weight_scale"),
         ("fp8", "fp8-block", f"{Q}.weight_scale_inv"), ("gptq", "int4-sym", "model.norm.weight"),
         ("gptq", "int4-sym", "model.embed_tokens.weight"), ("gptq", "int4-sym", f"{Q}.g_idx"),
@@ -193,7 +194,8 @@ def test_groups_of_modules_have_their_own_schemes(cache: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quant_method": "quip"}, {"quant_method": "gptq", "bits": 3}, {"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}},
+        {"quant_method": "quip"}, {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}},
         {"quant_method": "awq", "version": "gemv"},
     ],
 )  # fmt: skip
