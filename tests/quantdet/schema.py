@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, get_args
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from quantdet.shapes import PositiveInt
@@ -82,7 +83,16 @@ def _specifier(text: str) -> str:
     return text
 
 
+def _version(text: str) -> str:
+    try:
+        Version(text)
+    except InvalidVersion:
+        raise ValueError(f"{text!r} is not a version, for example '0.33.0'") from None
+    return text
+
+
 Specifier = Annotated[str, AfterValidator(_specifier)]
+MeasuredVersion = Annotated[str, AfterValidator(_version)]
 Scalar = str | int | float | bool
 
 
@@ -140,11 +150,13 @@ class Engine(EngineCall):
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
     name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
     `unseen`: variables that change what a kernel computes, but nothing that a loaded layer shows: formats that differ in one
-    are not the same numerics.
+    are not the same numerics. `measured`: by kind of hardware, the vLLM versions whose kernels, pins and expectations were
+    measured; a newer one runs, and reports begin with saying so.
     """
 
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+    measured: dict[Kind, tuple[MeasuredVersion, ...]] = {}
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     max_text_tokens: PositiveInt = 1024
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from quantdet import store
 from quantdet.claims import Claim, References
 from quantdet.engines import process
@@ -104,6 +106,26 @@ class Scope:
     def environment_on(self, cell: Cell) -> dict[str, Any]:
         """The environment, with the GPU that `cell` runs on."""
         return environment_on(self.environment, self.machine, self.matrix.hardware[cell.hardware_id])
+
+    def newer(self) -> str:
+        """What to say first of a vLLM that is newer than those that the matrix was measured with; empty: nothing."""
+        found: dict[str, list[str]] = {}
+        if self.replay is None and self.software.vllm is not None and self.software.flavour is not None:
+            found[self.software.flavour] = [self.software.vllm]
+        for row in self.replay.hardware() if self.replay is not None else ():
+            if row in self.matrix.hardware:
+                found.setdefault(self.matrix.hardware[row].kind, []).extend(self.replay.versions(row) if self.replay else ())
+        said = []
+        for kind, versions in found.items():
+            known = self.matrix.engine.measured.get(kind, ())  # type: ignore[call-overload]
+            newest = max(map(Version, known), default=None)
+            later = [text for text in dict.fromkeys(versions) if newest is not None and text and Version(text) > newest]
+            if later:
+                said.append(
+                    f"vLLM {', '.join(later)} is newer than what was measured ({kind.upper()}: {', '.join(known)}): kernels' "
+                    "names, pins and expectations of this matrix may not hold for it"
+                )
+        return "; ".join(said)
 
     def measured_environment(self) -> dict[str, Any]:
         """The environment that this run's figures come from: this machine's, or that of the replayed observations."""

@@ -27,6 +27,8 @@ def lines(session: Session) -> list[str]:
         ),
         f"quantdet: variables {variables or 'none set'}",
     ]
+    if newer := session.newer():
+        found.append(f"quantdet: NEWER THAN MEASURED: {newer}")
     if session.inject is not None:
         found.append(f"quantdet: SEEDED DEFECT {':'.join(session.inject)} (QUANTDET_INJECT)")
     return found

@@ -37,6 +37,7 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
         ("replay", ",".join(map(str, session.options.replay))),
         ("suite.version", __version__),
         ("suite.revision", git_revision(config.rootpath)),
+        ("vllm.newer", session.newer()),
         ("suite.injected", ":".join(session.inject) if session.inject else ""),
     ]
     found += [(f"controls.{place}", text) for place, text in confidence.controls(records.cases).items()]

@@ -26,7 +26,7 @@ def append(session: pytest.Session) -> None:
     if not path or hasattr(session.config, "workerinput"):
         return
     found = dict(junit.properties(session.config))
-    text = summary(session.config.stash[RECORDS], found["summary"])
+    text = summary(session.config.stash[RECORDS], found["summary"], found["vllm.newer"])
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text[:_MOST_BYTES] + "\n")
@@ -41,9 +41,9 @@ def announce(reporter: Any, config: pytest.Config) -> None:
         reporter.write_line(text)
 
 
-def summary(records: Records, first: str) -> str:
+def summary(records: Records, first: str, newer: str = "") -> str:
     """Summary line, controls, what is unexpected, a table of verdicts for each model and hardware, answers to questions."""
-    lines = ["## quantdet", "", in_markdown(first), ""]
+    lines = ["## quantdet", "", *([f"**{in_markdown(newer)}**", ""] if newer else []), in_markdown(first), ""]
     lines += [
         f"- controls on {in_markdown(where)}: {in_markdown(text)}" for where, text in confidence.controls(records.cases).items()
     ]

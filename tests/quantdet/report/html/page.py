@@ -75,6 +75,7 @@ def facts(data: Data) -> list[tuple[str, str]]:
     suite = run["suite"]
     return [
         (name, text) for name, text in (
+            ("Newer than measured", suite.get("vllm.newer", "")),
             ("Hardware", ", ".join(named) or here["hardware"] or nothing), ("Device", devices),
             ("vLLM", several("vllm") or here["vllm"]), ("torch", several("torch_package") or here["torch"]),
             ("Run", mode), ("Date", run["date"]),
