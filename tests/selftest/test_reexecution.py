@@ -352,7 +352,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
     format_ = SimpleNamespace(weights="int4-asym", activations="none", engine="vllm")
     return SimpleNamespace(
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
-        measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights)),
+        measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights, numbers="")),
         matrix=SimpleNamespace(
             models={"alpha": None}, formats={"awq": format_}, verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
