@@ -64,8 +64,9 @@ def references(raw: dict[str, Any]) -> list[str]:
             picks = row.get("picks")
             for glob, kernel in picks.items() if isinstance(picks, dict) else ():
                 stale(f"formats.{name}.picks", "hardware", glob, hardware)
-                for one in kernel.values() if isinstance(kernel, dict) else [kernel]:
-                    unknown(f"formats.{name}.picks.{glob}", "kernel", one, kernels)
+                for named in kernel.values() if isinstance(kernel, dict) else [kernel]:
+                    for one in named if isinstance(named, list) else [named]:
+                        unknown(f"formats.{name}.picks.{glob}", "kernel", one, kernels)
     for name, row in models.items():
         if isinstance(row, dict):
             stale(f"models.{name}.formats", "format", row.get("formats"), formats)

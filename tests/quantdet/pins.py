@@ -78,14 +78,15 @@ def filled(args: Mapping[str, Any], group_size: int) -> dict[str, Any]:
 
 
 def picked(format_: Format, hardware_id: str, version: str | None) -> tuple[str, ...]:
-    """The kernels, one in each version, that an `auto` format has to be given on this hardware; none: not judged.
+    """The kernels of which an `auto` format has to be given one on this hardware; none: not judged.
 
     Without a version, those of every version.
     """
     pick = next((pick for glob, pick in format_.picks.items() if fnmatchcase(hardware_id, glob)), None)
     if pick is None or isinstance(pick, str):
         return () if pick is None else (pick,)
-    return tuple(dict.fromkeys(kernel for spec, kernel in pick.items() if version is None or holds(spec, version)))
+    named = (kernels for spec, kernels in pick.items() if version is None or holds(spec, version))
+    return tuple(dict.fromkeys(one for kernels in named for one in ((kernels,) if isinstance(kernels, str) else kernels)))
 
 
 def probes(specifiers: Iterable[str]) -> list[str]:

@@ -210,7 +210,8 @@ class Format(Row):
     """A quantization format: checkpoint layout x kernel, in an execution mode.
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
-    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions. `packages`: distributions, all needed.
+    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions; several where it depends on what is
+    installed beside vLLM. `packages`: distributions, all needed.
     `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
     `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
     `tensor_parallel_size`: instead of the model's, in vLLM.
@@ -223,7 +224,7 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: dict[str, str | dict[Specifier, str]] = {}
+    picks: dict[str, str | dict[Specifier, str | tuple[str, ...]]] = {}
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
