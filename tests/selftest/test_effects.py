@@ -25,7 +25,8 @@ def a_pair(a: str, b: str, verdict: str = "DISTINCT", **figures: float) -> dict[
     made: dict[str, Any] = {
         "a": a, "b": b, "verdict": verdict, "l2": 1.0, "max_abs": 2.0, "differing": 12, "positions": 12, "decode_steps": 8,
         "decode_l2": 0.5, "decode_published": 0.25, "decode_published_back": 0.25, "within": 0.0, "prefill_published": 0.75,
-        "prefill_published_back": 0.75, "p": None, "p_smallest": None,
+        "prefill_published_back": 0.75, "p": None, "p_smallest": None, "basis": "prefill", "chosen_l2": None,
+        "chosen_max": None, "references": (),
     }  # fmt: skip
     assert set(figures) <= set(made)
     return made | figures

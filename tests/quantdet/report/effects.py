@@ -202,9 +202,11 @@ def comparison_results(cases: Iterable[Case], width: int) -> list[str]:
             *(_shown(pair.get(name)) for name in ("l2", "prefill_published", "max_abs")),
             f"{pair['differing']}/{pair['positions']}",
         )  # fmt: skip
-    indistinct = sum(pair["verdict"] == "INDISTINCT" for _, pair in others)
-    title = f"LOGPROB COMPARISON RESULTS: {len(identical)} identical pairs, {len(others) - indistinct} different"
-    title += f", {indistinct} within repeat noise" if indistinct else ""
+    indistinct = [pair for _, pair in others if pair["verdict"] == "INDISTINCT"]
+    title = f"LOGPROB COMPARISON RESULTS: {len(identical)} identical pairs, {len(others) - len(indistinct)} different"
+    if indistinct:  # of one run each nobody knows the noise
+        known = all(pair.get("within") is not None for pair in indistinct)
+        title += f", {len(indistinct)} {'within repeat noise' if known else 'not told apart'}"
     cut = len(identical) > _CLOSEST or len(others) > _CLOSEST
     legend = (
         f"closest first{f', {_CLOSEST} of each' if cut else ''}; L2: own metric; published: prefill metric, first to second; "

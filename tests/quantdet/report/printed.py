@@ -4,6 +4,7 @@ The figures are those of `verdicts.Reference` and of `Pair.chosen_l2`, `chosen_m
 the tokens part, so each table says of which pairs that is so.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 LIMIT = 8  # formats of a matrix on the screen
 _REFERENCES = 4  # matrices on the screen
+_TOLD = 100  # references in the JUnit property
 STEPS_NOTE = (
     "published metric, decode rows compared by their number, also where the tokens have parted (then of two texts); references "
     "of which every pair has a figure"
@@ -35,19 +37,23 @@ def reference(one: "Place", id_: str, field: str, a: str, b: str) -> float | Non
 
 
 def references(one: "Place") -> list[str]:
-    """Ids of the references that some pair has, in their order."""
+    """Ids of the references that some pair has, in their order; none of reports that `tokens` tells whole."""
+    if tokens(one):
+        return []
     return list(dict.fromkeys(str(row["id"]) for pair in one.pairs.values() for row in pair.get("references", ())))
 
 
 def whole(one: "Place") -> list[str]:
-    """References that have a finite figure of every pair step by step, though the mean over all references has not."""
-    if not one.complete():
-        return []
+    """References that have a finite figure of every pair step by step, where the matrix over all of them is another one."""
     ids = [(a, b) for a in one.formats for b in one.formats if a != b]
-    return [
-        id_ for id_ in references(one)
-        if len(references(one)) > 1 and all(nats(reference(one, id_, "steps", a, b)) not in ("", "inf") for a, b in ids)
-    ]  # fmt: skip
+    if not one.complete() or not any(one.value("decode_published", a, b) == math.inf for a, b in ids):
+        return []
+    found = []
+    for id_ in references(one):
+        values = [reference(one, id_, "steps", a, b) for a, b in ids]
+        if all(value is not None and math.isfinite(value) for value in values):
+            found.append(id_)
+    return found
 
 
 def steps(one: "Place", width: int) -> list[str]:
@@ -61,7 +67,7 @@ def steps(one: "Place", width: int) -> list[str]:
 
         texts.append(prose(f"DECODE STEP BY STEP, {id_}: {one.where}", width))
         texts += matrix("published", one.formats, one.formats, cell, width)
-        apart = [f"{a} | {b}" for a, b in one.pairs if reference(one, id_, "decode", a, b) == float("inf")]
+        apart = [f"{a} | {b}" for a, b in one.pairs if reference(one, id_, "decode", a, b) == math.inf]
         told = f"tokens part: {', '.join(apart)}" if apart else "no tokens part"
         texts.append(prose(f"{told} ({STEPS_NOTE})" if id_ == chosen[0] else told, width))
     if len(chosen) > _REFERENCES:
@@ -75,7 +81,7 @@ def tokens(one: "Place") -> list[tuple[str, str, str, str, str]]:
     for (a, b), pair in one.pairs.items():
         if pair.get("chosen_l2") is None or pair.get("chosen_max") is None:
             continue
-        apart = f"part at step {pair['decode_steps'] - 1}" if pair["decode_published"] == float("inf") else "the same"
+        apart = f"part at step {pair['decode_steps'] - 1}" if pair["decode_published"] == math.inf else "the same"
         rows.append((a, b, f"{pair['chosen_l2']:.6e}", f"{pair['chosen_max']:.6e}", apart))
     rank = {name: index for index, name in enumerate(one.formats)}
     ordered = [row if rank[row[0]] < rank[row[1]] else (row[1], row[0], *row[2:]) for row in rows]
@@ -103,7 +109,7 @@ def properties(places: Sequence["Place"]) -> list[tuple[str, str]]:
                 field: [[None if a == b else reference(one, id_, field, a, b) for b in one.formats] for a in one.formats]
                 for field in ("prefill", "decode", "steps")
             }
-            for id_ in references(one)
+            for id_ in references(one)[:_TOLD]
         }
         if found:
             by_reference[one.where] = {"formats": one.formats, **found}
