@@ -94,6 +94,10 @@ class Place:
     def complete(self) -> bool:
         return 2 * len(self.pairs) == len(self.formats) * (len(self.formats) - 1)
 
+    def untold(self) -> int:
+        """Pairs that are neither the same nor distinct, as far as was seen."""
+        return sum(pair["verdict"] == "INDISTINCT" for pair in self.pairs.values())
+
     def identical(self) -> list[tuple[str, str]]:
         return [ids for ids, pair in self.pairs.items() if pair["verdict"] == "IDENTICAL"]
 
@@ -180,7 +184,9 @@ def classes(one: Place, width: int) -> list[str]:
         return [prose(f"kernel equivalence classes, {one.where}: {known} (of {len(one.pairs)} compared pairs)", width)]
     groups = equivalence_classes(one.formats, same)
     several = "; ".join(" = ".join(group) for group in groups if len(group) > 1) or "none"
-    tail = f"({len(groups)} classes of {len(one.formats)} formats)"
+    untold = one.untold()  # may be the same or not: so many classes at most
+    tail = f"({'at most ' if untold else ''}{len(groups)} classes of {len(one.formats)} formats"
+    tail += f", {untold} pair{'s' if untold > 1 else ''} not told apart)" if untold else ")"
     texts = [prose(f"kernel equivalence classes, {one.where}: {several} {tail}", width)]
     for a, b, c in intransitive(one.formats, same):
         texts.append(prose(f"  not transitive: {a} = {b}, {b} = {c}, but not {a} = {c}", width))

@@ -39,6 +39,7 @@ class Heat:
     classes: list[tuple[str, ...]]
     maps: list[Map]
     complete: bool
+    untold: int
     steps: list[tuple[str, list[list[str]]]]  # by reference, step by step
     tokens: list[tuple[str, str, str, str, str]]
     absent: list[str]  # what has no map, since no pair has a figure of it
@@ -68,7 +69,19 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
             maps.append(Map(name, about, picture, _figures(formats, value), str(one.spread(field))))
         absent = [f"{name} ({about})" for name, field, about in MAPS if not one.told(field)]
         several = [group for group in groups if len(group) > 1]
-        made.append(Heat(one.where, formats, several, maps, one.complete(), _steps(one, formats), printed.tokens(one), absent))
+        made.append(
+            Heat(
+                one.where,
+                formats,
+                several,
+                maps,
+                one.complete(),
+                one.untold(),
+                _steps(one, formats),
+                printed.tokens(one),
+                absent,
+            )
+        )
     return made, scale
 
 
