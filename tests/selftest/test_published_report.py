@@ -362,7 +362,7 @@ def test_a_measured_zero_stays(suite: Suite, tmp_path: Path) -> None:
     assert "0" == of_pair(run, "sm90", "awq", "awq_marlin")["prefill_published"]
     assert re.search(r"awq \| awq_marlin INDISTINCT 0 0 0 0/1", words)
     assert "1 not told apart" in words
-    assert "none (at most 3 classes of 3 formats, 1 pair not told apart)" in words
+    assert "none (3 classes of 3 formats at most: 1 pair not told apart)" in words
 
 
 # --------------------------------------------------------------------------------------------------------------- no zeros

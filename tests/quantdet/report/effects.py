@@ -185,8 +185,8 @@ def classes(one: Place, width: int) -> list[str]:
     groups = equivalence_classes(one.formats, same)
     several = "; ".join(" = ".join(group) for group in groups if len(group) > 1) or "none"
     untold = one.untold()  # may be the same or not: so many classes at most
-    tail = f"({'at most ' if untold else ''}{len(groups)} classes of {len(one.formats)} formats"
-    tail += f", {untold} pair{'s' if untold > 1 else ''} not told apart)" if untold else ")"
+    tail = f"({len(groups)} classes of {len(one.formats)} formats"
+    tail += f" at most: {untold} pair{'s' if untold > 1 else ''} not told apart)" if untold else ")"
     texts = [prose(f"kernel equivalence classes, {one.where}: {several} {tail}", width)]
     for a, b, c in intransitive(one.formats, same):
         texts.append(prose(f"  not transitive: {a} = {b}, {b} = {c}, but not {a} = {c}", width))
