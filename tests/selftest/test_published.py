@@ -202,7 +202,7 @@ def test_pairs_of_top_k() -> None:
 
 
 def test_a_pair_of_top_k_has_the_published_figures() -> None:
-    """Both directions of both phases, prompt by prompt too; what one run cannot say, and what no row was reported of, is None."""
+    """Both directions of both phases, prompt by prompt too; None is what one run cannot say, and what was not reported."""
     table, found = TABLES["h100_within"], imported(EXTRACTS, GENERATION)
     names = table["formats"]
     for (i, a), (j, b) in combinations(enumerate(names), 2):
@@ -238,7 +238,7 @@ def test_a_pair_of_generated_tokens_has_the_published_figures() -> None:
 
 
 def made(folder: Path, rows: dict[str, dict[int, float]], top_k: int = 2) -> dict[str, Observation]:
-    """Observations of a made-up file: two references of three equal rows, the first with decode as prefill, the second without."""
+    """Observations of a made-up file: two references of three equal rows, the second without decode."""
     block = {name: dict.fromkeys((-3, -2, -1), row) for name, row in rows.items()}
     files = {
         name: [reference(0, 9, [4, 4, 4], one, one), reference(1, 12, [4, 4, 4], one, {})] for name, one in block.items()
