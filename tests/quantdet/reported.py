@@ -103,7 +103,7 @@ def published_per_prompt(
     found: list[float | None] = []
     for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
-        if phase == "decode" and same_tokens and not np.array_equal(x.output_ids, y.output_ids):
+        if phase == "decode" and same_tokens and not _same_tokens(x, y):
             found.append(math.inf)
             continue
         _, at_x, at_y = np.intersect1d(one.rows(phase), other.rows(phase), assume_unique=True, return_indices=True)
@@ -137,11 +137,17 @@ def tokens_alone(one: Observation) -> bool:
 
 def _references(a: Observation, b: Observation) -> tuple[Reference, ...]:
     """The published metric of each prompt, there and back."""
-    columns: list[list[float | None]] = []
-    asked: tuple[tuple[Phase, bool], ...] = (("prefill", True), ("decode", True), ("decode", False))
-    for phase, same in asked:
-        columns += [published_per_prompt(x, y, phase, same_tokens=same) for x, y in ((a, b), (b, a))]
-    return tuple(Reference(one.header.id, *row) for one, *row in zip(a.prompts, *columns, strict=True))
+    prefill, steps = (
+        [published_per_prompt(x, y, phase, same_tokens=False) for x, y in ((a, b), (b, a))] for phase in reversed(PHASES)
+    )
+    apart = [not _same_tokens(one.run(0), other.run(0)) for one, other in zip(a.prompts, b.prompts, strict=True)]
+    decode = [[math.inf if parted else value for parted, value in zip(apart, row, strict=True)] for row in steps]
+    ids = [one.header.id for one in a.prompts]
+    return tuple(Reference(*row) for row in zip(ids, *prefill, *decode, *steps, strict=True))
+
+
+def _same_tokens(x: Output, y: Output) -> bool:
+    return np.array_equal(x.output_ids, y.output_ids)
 
 
 def _chosen(x: Logprobs, y: Logprobs) -> tuple[float | None, float | None]:
