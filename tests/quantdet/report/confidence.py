@@ -28,11 +28,9 @@ def counted(cases: list[Case]) -> str:
     """For example `36 of 36 BIT_EXACT count`: those whose hardware's controls were caught."""
     exact = [case for case in cases if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT"]
     caught = sum(case["properties"].get("controlled") == "yes" for case in exact)
-    if not exact:
-        return "no BIT_EXACT to count"
-    if not caught:
+    if exact and not caught:
         return f"UNCONTROLLED: none of {len(exact)} BIT_EXACT counts"
-    return f"{caught} of {len(exact)} BIT_EXACT count"
+    return f"{caught} of {len(exact)} BIT_EXACT count" if exact else "no BIT_EXACT to count"
 
 
 def at_once(cases: list[Case], confidence: float = 0.95) -> str:
