@@ -66,9 +66,10 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     figures |= {
         "runs": calls, "lifetimes": len(parts), "distinct_outputs": max(max(one) + 1 for one in groups),
         "flip_rate_upper95": round(bound, 6), "activations.layers": layers,
-        "activations.sha256": _sha256(parts[0][1], phase), "activations.seconds": round(parts[0][1].header.seconds, 3),
-        "activations.logits": "differ" if logits else "equal",
+        "activations.sha256": _sha256(parts[0][1], phase), "activations.logits": "differ" if logits else "equal",
     }  # fmt: skip
+    if (seconds := parts[0][1].header.seconds) is not None:
+        figures["activations.seconds"] = round(seconds, 3)
     if phase == "prefill":
         figures["activations.last_position.sha256"] = _sha256(parts[0][1], phase, last=True)
     if not flips:

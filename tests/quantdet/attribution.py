@@ -99,7 +99,8 @@ def judge(
     figures = {**_figures(recorded, gaps, base, nearest), "beside": _beside(recorded, verified[base])}
     record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
     where, prompts = f"{claim} reexecution", len(nearest.nearest)
-    low, high = nearest.interval or (0.0, 1.0)
+    assert nearest.interval is not None  # `mine` is not empty
+    low, high = nearest.interval
     share = (
         f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
     )
@@ -163,8 +164,13 @@ def _apart(verified: Mapping[str, Observation], recorded: Observation, sequences
     return largest
 
 
-def within(recorded: Observation) -> float:
-    """How far the claimed format's own repeats are apart in decode, mean over its prompts, nats; 0 if it is bit-exact."""
+def within(recorded: Observation) -> float | None:
+    """How far the claimed format's own repeats are apart in decode, mean over its prompts, nats.
+
+    0 if they are bit-exact, None where nothing was repeated.
+    """
+    if recorded.header.repeats < 2:
+        return None
     gaps = []
     for prompt in recorded.prompts:
         base = prompt.run(0)
@@ -206,7 +212,8 @@ def _figures(
     recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, nearest: identification.Identification
 ) -> dict[str, object]:
     header = recorded.header
-    low, high = nearest.interval or (0.0, 1.0)
+    assert nearest.interval is not None
+    low, high = nearest.interval
     return {
         "phase": "decode",
         "runs": len(recorded.claims),
@@ -229,7 +236,8 @@ def _record(
     found: Mapping[str, signal_noise.Detection], nearest: identification.Identification,
 ) -> dict[str, object]:  # fmt: skip
     """What the report needs, JSON-able."""
-    low, high = nearest.interval or (0.0, 1.0)
+    assert nearest.interval is not None
+    low, high = nearest.interval
     shares = {name: count / len(nearest.nearest) for name, count in nearest.counts.items()}
     for names, count in nearest.tied.items():
         for name in names:
@@ -249,10 +257,12 @@ def _record(
         "comparisons": {
             name: {
                 "verdict": str(found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
-                "mde": one.mde, "snr": one.snr, "p": one.p, "energy": signal_noise.energy(one.signal, own, 0.0),
+                "mde": one.mde, "snr": one.snr, "p": one.p,
+                # The verifier re-executes once: its own repeats, which would be taken off too, are not known.
+                "energy_at_most": None if own is None else signal_noise.energy(one.signal, own, 0.0),
             }
             for name, one in compared.items()
         },
         "nearest": shares,
-        "identified": {"share": nearest.share or 0.0, "low": low, "high": high},
+        "identified": {"share": nearest.share, "low": low, "high": high},
     }  # fmt: skip

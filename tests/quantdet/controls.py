@@ -122,6 +122,8 @@ def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
     if not isinstance(result, Measured):
         return False, f"known noise not tried: {where}"
     found = judgements.repeat(result.observations, "decode", session.expectations(noisy))
+    if found.verdict is Verdict.UNAVAILABLE:
+        return None, f"known noise not tried, {found.message.removeprefix('UNAVAILABLE ')}"
     caught = found.verdict is Verdict.NOISY
     return caught, f"known noise {'caught' if caught else 'NOT SEEN'} in {where}"
 

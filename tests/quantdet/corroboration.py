@@ -101,7 +101,8 @@ def judge(
         return _silent(str(error))
     found = signal(distances, base, [name for name in mine if name in with_them])
     logprobs = signal(by_logprobs, base, mine)
-    low, high = found.nearest.interval or (0.0, 1.0)
+    assert found.nearest.interval is not None  # `base` is among its own
+    low, high = found.nearest.interval
     prompts = len(found.nearest.nearest)
     how = f"{found.word}, own nearest in {found.nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}]"
     if found.closest:

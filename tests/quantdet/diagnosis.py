@@ -83,13 +83,14 @@ class Diagnosis(_Part):
     found: `layer` gave other outputs for equal inputs; between: the inputs of `layer` differ although all that was traced
     before it is equal, so that the difference arose outside of the traced modules; other calls: repeats did not call the
     same modules, from `layer` on; not reproduced: every repeat is equal; not possible: see `reason`.
-    `repeats`: repeats traced; `differ`: those that differ from repeat 0; `first_in`: where each of them first differs, by name.
+    `repeats`: repeats traced; `differ`: those that differ from repeat 0; both None where nothing was traced; `first_in`: where
+    each of them first differs, by name.
     """
 
     status: Literal["found", "between", "other calls", "not reproduced", "not possible"]
     prompt: str = ""
-    repeats: int = 0
-    differ: int = 0
+    repeats: int | None = None
+    differ: int | None = None
     layer: Layer | None = None
     first_in: dict[str, int] = {}
     reason: str = ""
@@ -140,7 +141,7 @@ def compare(trace: Trace) -> Diagnosis:
             found.append((first[0], repeat, first[1]))
     common = {"prompt": trace.prompt, "repeats": len(trace.repeats)}
     if not found:
-        return Diagnosis(status="not reproduced", **common)
+        return Diagnosis(status="not reproduced", differ=0, **common)
     row, repeat, status = min(found)
     names = Counter(_layer(trace, at, one).name for at, one, _ in sorted(found))
     return Diagnosis(

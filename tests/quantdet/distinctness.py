@@ -110,7 +110,9 @@ def distinctness(
 def above_lifetimes(result: Pair, spread: float) -> Pair:
     """`result`, INDISTINCT where the formats are no farther apart than the engine lifetimes of one of them (`spread`, nats)."""
     if spread and result.verdict is Verdict.DISTINCT and result.l2 <= spread:
-        return replace(result, verdict=Verdict.INDISTINCT, within=max(result.within, spread))
+        return replace(
+            result, verdict=Verdict.INDISTINCT, within=spread if result.within is None else max(result.within, spread)
+        )
     return result
 
 
@@ -136,4 +138,5 @@ def _size(result: Pair) -> str:
     if result.p is None:
         return text
     p = f"p = {result.p:.3g} by permuting repeats, smallest possible {result.p_smallest:.3g}"
-    return f"{text}; within {result.within:.3g}, {p}"
+    within = "not known" if result.within is None else f"{result.within:.3g}"
+    return f"{text}; within {within}, {p}"

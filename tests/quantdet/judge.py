@@ -1,5 +1,6 @@
 """The `judge` fixture: gets a cell's result from the session, asks the pure judgements, and lets the verdict stand."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +66,7 @@ class Judge:
         if name == "known_noise":
             observations = self._measured(cell)
             found = judgements.repeat(observations, "decode", self.session.expectations(cell))
+            self._available(cell, found)
             self._say(replace(found, expected=found.verdict is Verdict.NOISY), observations)
             return
         result = self.session.control(cell, "integer" if name == "one_integer" else "control")
@@ -90,7 +92,7 @@ class Judge:
         if not peers:
             reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
             self._skip(Verdict.UNAVAILABLE, reason)
-        spreads = {one: self.session.spread(one) for one in (cell, *peers)}
+        spreads = self._spreads((cell, *peers))
         known = self.session.expectations(cell)
         self._say(judgements.distinctness(observations[0], peers, known, self.session.compare, spreads), observations)
 
@@ -144,7 +146,7 @@ class Judge:
         """A question of a published experiment, answered from the verdicts of its cells."""
         row = self.session.matrix.questions[case.format_id]
         results = {cell: self.session.result(cell) for cell in questions.available(case, self.session)}
-        spreads = {cell: self.session.spread(cell) for cell in results}
+        spreads = self._spreads(results)
         judgement = questions.answer(case, row, results, self.session.expectations, self.session.compare, spreads)
         self._available(case, judgement)
         if any(controls.status(self.session, cell).blind for cell, found in results.items() if isinstance(found, Measured)):
@@ -181,6 +183,11 @@ class Judge:
                 self._missing(cell, result)
         raise AssertionError("unreachable: both calls above raise")
 
+    def _spreads(self, cells: Iterable[Cell]) -> dict[Cell, float]:
+        """How far engine lifetimes are apart, of the cells that have several."""
+        known = {cell: self.session.spread(cell) for cell in cells}
+        return {cell: spread for cell, spread in known.items() if spread is not None}
+
     def _missing(self, cell: Cell, result: Missing) -> None:
         if result.verdict in (Verdict.UNAVAILABLE, Verdict.UNSUPPORTED):
             required = self.session.options.require_hardware == cell.hardware_id
@@ -211,11 +218,11 @@ class Judge:
         if observations:
             header = observations[0].header
             figures |= {
-                "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation"),
+                "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation") or "",
                 "lifetimes": len(observations),
                 "kernel.executed": header.executed.summary if header.executed is not None else "",
                 "checkpoint.sha256": header.checkpoint_sha256,
-                "tokens_per_second": "" if observations[0].reported else round(header.timings.get("tokens_per_second", 0.0), 1),
+                "tokens_per_second": _rate(header.timings),
                 **speed.properties(header, self.session.matrix),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
@@ -225,16 +232,10 @@ class Judge:
         # Pairs of a question are of any two of its formats; other pairs have the case's own format as their first side.
         asked = getattr(self.item, "originalname", "") == "test_question"
         for pair in judgement.pairs:
-            figures[f"pair.{pair.a}.{pair.b}" if asked else f"pair.{pair.b}"] = (
-                f"{pair.verdict} l2={pair.l2:.6g} max_abs={pair.max_abs:.6g} differing={pair.differing}/{pair.positions} "
-                f"prefill_published={pair.prefill_published:.6g} prefill_published_back={pair.prefill_published_back:.6g} "
-                f"decode_steps={pair.decode_steps} decode_l2={pair.decode_l2:.6g} decode_published={pair.decode_published:.6g} "
-                f"decode_published_back={pair.decode_published_back:.6g} within={pair.within:.6g}"
-                + ("" if pair.p is None else f" p={pair.p:.6g} p_smallest={pair.p_smallest:.6g}")
-            )
+            figures[f"pair.{pair.a}.{pair.b}" if asked else f"pair.{pair.b}"] = pair.figures
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there
-        self.item.user_properties.extend((name, str(value)) for name, value in figures.items())
+        self.item.user_properties.extend((name, "" if value is None else str(value)) for name, value in figures.items())
         if self.session.options.report is not None:
             self.item.stash[EVIDENCE] = evidence.of(judgement, observations, getattr(self.item, "originalname", ""))
         self.item.stash[JUDGEMENT] = judgement
@@ -249,6 +250,12 @@ class Judge:
     @staticmethod
     def _relative(observation: Observation) -> str:
         return "/".join(observation.path.parts[-5:]) if observation.path is not None else ""
+
+
+def _rate(timings: dict[str, float]) -> str:
+    """Tokens per second of the capturing calls; empty where nothing was timed (a rate of 0 was no measurement either)."""
+    rate = timings.get("tokens_per_second")
+    return f"{rate:.1f}" if rate else ""
 
 
 def _seconds(timings: dict[str, float]) -> str:

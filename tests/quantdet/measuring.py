@@ -119,7 +119,7 @@ class Measuring:
         found = scope.store.find(cell, place, key)
         if found is None:
             return Missing(Verdict.ERROR, f"the engine completed but left no whole observation, log: {log}"), False
-        self.clock.measuring += found.header.timings.get("measure_s", 0.0)
+        self.clock.measured(found.header.timings.get("measure_s"))
         return found, False
 
     def stored(self, cell: Cell) -> Observation | None:

@@ -127,7 +127,7 @@ class Activations(_Part):
     layers: names of the modules, in their order: decoder layers and the norm behind them; stream: what a decoder layer gives,
     "hidden" or "hidden + residual"; width: elements of a hidden state; runs: by prompt and phase, the outcome that each of
     `repeats` gave, in requests of their own behind those that the logits are from; projected: layers with fingerprints, by
-    index; problem: why nothing was taken; seconds: of these requests.
+    index; problem: why nothing was taken; seconds: of these requests, None where there were none.
     """
 
     layers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=1025)
@@ -138,7 +138,7 @@ class Activations(_Part):
     projection: str = ""
     projected: tuple[int, ...] = ()
     problem: Words = ""
-    seconds: float = Field(0.0, ge=0)
+    seconds: float | None = Field(None, ge=0)
 
 
 class Header(_Part):

@@ -78,7 +78,8 @@ def pair(a: Observation, b: Observation) -> Pair:
         decode_steps=steps,
         decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
         decode_published=float(np.mean([forth for forth, _ in published])),
-        decode_published_back=float(np.mean([back for _, back in published])), within=within,
+        decode_published_back=float(np.mean([back for _, back in published])),
+        within=within if min(a.header.repeats, b.header.repeats) > 1 else None,
         prefill_published=float(np.mean([forth for forth, _ in prefill_published])),
         prefill_published_back=float(np.mean([back for _, back in prefill_published])), p=p, p_smallest=p_smallest,
     )  # fmt: skip

@@ -150,7 +150,8 @@ def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) ->
     if noisy:
         return f"NOISY in {' and '.join(noisy)}", fine
     worst = next((judged.verdict for judged in verdicts.values() if judged.verdict is not Verdict.BIT_EXACT), Verdict.BIT_EXACT)
-    return f"{worst} (n = {next(iter(verdicts.values())).figures.get('runs', 0)})", fine
+    runs = next(iter(verdicts.values())).figures.get("runs")
+    return f"{worst} (n = {runs})" if runs else str(worst), fine
 
 
 def _names(cells: list[Cell], measured: Mapping[Cell, tuple[Observation, ...]]) -> str:

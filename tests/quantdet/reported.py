@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.distance import Distance, published_chosen, published_topk, summarise, union_topk
+from quantdet.distance import Distance, Logprobs, published_chosen, published_topk, summarise, union_topk
+from quantdet.importers.layouts import INVESTIGATION
 from quantdet.observation import Observation, Output, PromptRecord
 from quantdet.schema import PHASES, Phase
-from quantdet.verdicts import Judgement, Pair, Verdict
+from quantdet.verdicts import Judgement, Pair, Reference, Verdict
 
 NOTE = "reported logprobs only, no full-vocabulary logits"
 F = TypeVar("F", bound=Callable[..., Judgement])
@@ -33,7 +34,11 @@ def qualified(judge: F) -> F:
         seen = [one for one in _observations((*args, *kwargs.values())) if one.reported]
         if not seen:
             return found
-        note = NOTE if any(one.header.repeats > 1 for one in seen) else f"{NOTE}; one run each, repeat noise is not known"
+        once = [one.header.format for one in seen if one.header.repeats < 2]
+        note = NOTE
+        if once:
+            runs = "one run each" if len(once) == len(seen) else f"one run of {', '.join(dict.fromkeys(once))}"
+            note += f"; {runs}, repeat noise is not known"
         figures = {**found.figures, "evidence": "reported"}
         figures.pop("logits.sha256", None)
         return replace(found, message=f"{found.message}; {note}", figures=figures)
@@ -70,32 +75,44 @@ def comparable(a: Observation, b: Observation) -> str | None:
     return None
 
 
-def published(a: Observation, b: Observation, phase: Phase) -> float:
+def published(a: Observation, b: Observation, phase: Phase) -> float | None:
     """The published distance of two formats from `a` to `b`, in nats: mean over prompts, `inf` where decode's tokens part.
 
     Of top-k reports the distance of a prompt is `published_topk` over its rows, from the first `top_k` ids that `a`
-    reports; of the generated tokens' logprobs alone it is `published_chosen`.
+    reports; of the generated tokens' logprobs alone it is `published_chosen`. None where some prompt has none, and no other
+    one makes the mean `inf`.
     """
-    return float(np.mean(published_per_prompt(a, b, phase)))
+    return _over_prompts(published_per_prompt(a, b, phase))
 
 
-def published_per_prompt(a: Observation, b: Observation, phase: Phase, *, same_tokens: bool = True) -> list[float]:
-    """`published`, prompt by prompt.
+def _over_prompts(found: Sequence[float | None]) -> float | None:
+    if math.inf in found:
+        return math.inf
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if len(known) == len(found) else None
+
+
+def published_per_prompt(
+    a: Observation, b: Observation, phase: Phase, *, same_tokens: bool = True
+) -> list[float | None]:  # fmt: skip
+    """`published`, prompt by prompt; None where no row of the phase was reported of both.
 
     `same_tokens` False: decode rows of parted tokens are compared by number all the same. The printed decode tables do so:
     they have `inf` where no row has an id in common, and a figure where some row happens to have one.
     """
-    found = []
+    found: list[float | None] = []
     for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
-        if phase == "decode" and same_tokens and not np.array_equal(x.output_ids, y.output_ids):
+        if phase == "decode" and same_tokens and not _same_tokens(x, y):
             found.append(math.inf)
             continue
         _, at_x, at_y = np.intersect1d(one.rows(phase), other.rows(phase), assume_unique=True, return_indices=True)
         p, q = x.block(phase), y.block(phase)
-        if a.header.top_k == 1:
-            known = np.isfinite(p.chosen[at_x]) & np.isfinite(q.chosen[at_y])
-            found.append(published_chosen(p.chosen[at_x], q.chosen[at_y])[0] if known.size and known.all() else math.inf)
+        if not at_x.size:
+            found.append(None)
+            continue
+        if tokens_alone(a) and tokens_alone(b):
+            found.append(_chosen(p.chosen[at_x], q.chosen[at_y])[0])
             continue
         values = []
         for i, j in zip(at_x, at_y, strict=True):
@@ -113,6 +130,40 @@ def published_per_prompt(a: Observation, b: Observation, phase: Phase, *, same_t
     return found
 
 
+def tokens_alone(one: Observation) -> bool:
+    """Whether the report is of the generated tokens' logprobs and of no other id: the investigation layout."""
+    return one.reported and one.header.workload == INVESTIGATION
+
+
+def _references(a: Observation, b: Observation) -> tuple[Reference, ...]:
+    """The published metric of each prompt, there and back."""
+    prefill, steps = (
+        [published_per_prompt(x, y, phase, same_tokens=False) for x, y in ((a, b), (b, a))] for phase in reversed(PHASES)
+    )
+    apart = [not _same_tokens(one.run(0), other.run(0)) for one, other in zip(a.prompts, b.prompts, strict=True)]
+    decode = [[math.inf if parted else value for parted, value in zip(apart, row, strict=True)] for row in steps]
+    ids = [one.header.id for one in a.prompts]
+    return tuple(Reference(*row) for row in zip(ids, *prefill, *decode, *steps, strict=True))
+
+
+def _same_tokens(x: Output, y: Output) -> bool:
+    return np.array_equal(x.output_ids, y.output_ids)
+
+
+def _chosen(x: Logprobs, y: Logprobs) -> tuple[float | None, float | None]:
+    """`published_chosen`; no figures where a token's logprob was not reported."""
+    if len(x) != len(y) or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return None, None
+    return published_chosen(x, y)
+
+
+def _printed(a: Observation, b: Observation) -> tuple[float | None, float | None]:
+    """What is printed of reports of one prompt's generated tokens: `published_chosen` over all steps of the first repeats."""
+    if len(a.prompts) != 1 or not (tokens_alone(a) and tokens_alone(b)):
+        return None, None
+    return _chosen(*(one.prompts[0].run(0).decode.chosen for one in (a, b)))
+
+
 def pair(a: Observation, b: Observation) -> Pair:
     """Two formats by the rows that were reported of both, with the same tokens before them.
 
@@ -128,7 +179,7 @@ def pair(a: Observation, b: Observation) -> Pair:
     gaps: list[Distance] = []
     decode: list[Distance] = []
     cross: list[float] = []
-    within: list[float] = []
+    within: list[list[float]] = []  # by prompt, of each format that was repeated
     for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
         at_x, at_y = _common(one, other, x, y, phase)
@@ -144,19 +195,29 @@ def pair(a: Observation, b: Observation) -> Pair:
         if phase == "decode":
             tokens = [{output.output_ids.tobytes() for output in seen} for seen in variants]
             parted = parted or (len(tokens[0]) == len(tokens[1]) == 1 and tokens[0] != tokens[1])
-        own = [
-            _mean(_gap(record, record, i, j, phase, last), 0.0)
-            for record, seen in zip((one, other), variants, strict=True)
-            for i, j in combinations(seen, 2)
-        ]
-        within.append(max(own, default=0.0))
-    distinct = parted or float(np.mean(cross)) > float(np.mean(within)) if noisy else differing > 0
+        within.append(
+            [
+                max((_mean(_gap(record, record, i, j, phase, last)) for i, j in combinations(seen, 2)), default=0.0)
+                for record, seen in zip((one, other), variants, strict=True)
+                if len(record.header.runs) > 1
+            ]
+        )
+    apart = float(np.mean([max(own, default=0.0) for own in within]))  # as far as it was seen
+    distinct = parted or float(np.mean(cross)) > apart if noisy else differing > 0
+    references = _references(a, b)
+    published_ = {
+        name: _over_prompts([getattr(one, name) for one in references])
+        for name in ("prefill", "prefill_back", "decode", "decode_back")
+    }
+    chosen_l2, chosen_max = _printed(a, b)
     return Pair(
         a.header.format, b.header.format, Verdict.DISTINCT if distinct else Verdict.INDISTINCT,
         l2=_mean(gaps), max_abs=max((gap.max_abs for gap in gaps), default=math.inf), differing=differing, positions=positions,
-        decode_steps=steps, decode_l2=_mean(decode),
-        decode_published=published(a, b, "decode"), decode_published_back=published(b, a, "decode"),
-        within=float(np.mean(within)),
+        basis=phase, decode_steps=steps, decode_l2=_mean(decode) if steps else None,
+        prefill_published=published_["prefill"], prefill_published_back=published_["prefill_back"],
+        decode_published=published_["decode"], decode_published_back=published_["decode_back"],
+        within=apart if all(len(own) == 2 for own in within) and math.isfinite(apart) else None,
+        chosen_l2=chosen_l2, chosen_max=chosen_max, references=references,
     )  # fmt: skip
 
 
@@ -198,9 +259,9 @@ def _gap(one: PromptRecord, other: PromptRecord, x: Output, y: Output, phase: Ph
     return [summarise(union_topk(p.topk_ids[i], p.topk_logprobs[i], q.topk_ids[j], q.topk_logprobs[j]), 0)]
 
 
-def _mean(gaps: Sequence[Distance], default: float = math.inf) -> float:
+def _mean(gaps: Sequence[Distance]) -> float:
     if not gaps:
-        return default
+        return math.inf
     return float(np.average([gap.l2 for gap in gaps], weights=[gap.positions for gap in gaps]))
 
 

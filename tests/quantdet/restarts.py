@@ -40,8 +40,8 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     bound = stats.flip_rate_upper(flips, len(seen))
     rows = dict.fromkeys(describe(row, "") for row in (*noise.values(), recompiles) if row is not None)
     gaps = [gap(observations[0], other) for other in observations[1:]]
-    l2 = max((one.l2 for one in gaps), default=0.0)
-    max_abs = max((one.max_abs for one in gaps), default=0.0)
+    l2 = max(one.l2 for one in gaps)
+    max_abs = max(one.max_abs for one in gaps)
     far = recompiles is not None and recompiles.max_l2 is not None and l2 > recompiles.max_l2
     figures: dict[str, object] = {
         "expectation": "; ".join(rows) or "bit-exact across lifetimes",

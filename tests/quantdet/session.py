@@ -103,13 +103,16 @@ class Session(Scope):
                 found[other] = known
         return found
 
-    def spread(self, cell: Cell) -> float:
-        """How far the engine lifetimes of a cell that this run has measured are apart: largest mean L2 to the first, nats."""
+    def spread(self, cell: Cell) -> float | None:
+        """How far the engine lifetimes of a cell that this run has measured are apart: largest mean L2 to the first, nats.
+
+        None where there are not two of them.
+        """
         result = self._results.get(cell)
         if not isinstance(result, Measured):
-            return 0.0
+            return None
         first, *others = result.observations
-        return max((restarts.gap(first, other).l2 for other in others), default=0.0)
+        return max((restarts.gap(first, other).l2 for other in others), default=None)
 
     def compare(self, a: Observation, b: Observation) -> Pair:
         """The pair of two observations of this run, computed once for both directions."""

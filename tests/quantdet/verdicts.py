@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from quantdet.schema import Phase
+
 
 class Verdict(StrEnum):
     """Words of cells, of pairs and of re-executions. `CONFIRMED` is a kernel that ran as requested.
@@ -38,15 +40,42 @@ class Violation(AssertionError):
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The published metric of one prompt of two reports, from `a` to `b` and back, nats; None where it cannot be computed.
+
+    steps: of decode, row by row by the number of the step, also after the tokens have parted, as the printed decode tables
+    have it; then it tells two texts apart, not two formats.
+    """
+
+    id: str
+    prefill: float | None
+    prefill_back: float | None
+    decode: float | None
+    decode_back: float | None
+    steps: float | None
+    steps_back: float | None
+
+    @property
+    def swapped(self) -> "Reference":
+        """The same from `b` to `a`."""
+        forth, back = (self.prefill, self.decode, self.steps), (self.prefill_back, self.decode_back, self.steps_back)
+        return Reference(self.id, *(one for both in zip(back, forth, strict=True) for one in both))
+
+
+@dataclass(frozen=True)
 class Pair:
-    """Two formats of one model on one hardware, on the same forced token ids.
+    """Two formats of one model on one hardware, on the same forced token ids. A figure that was not computed is None.
 
     l2: mean over content positions of the L2 distance of the logprobs over the union of top-k ids, nats;
-    max_abs: largest |difference| of a logprob, nats; prefill_published: the published metric over the same content
+    max_abs: largest |difference| of a logprob, nats; differing: positions with different full-vocabulary logits, of
+    `positions`; basis: the phase that these four are of, decode only for reports without rows of prefill;
+    prefill_published: the published metric over the same content
     positions; decode_steps: steps whose context is common; decode_l2: the suite's L2 over these; decode_published: the
     published decode metric, `inf` where tokens part. The published metric takes the ids of its first side, so it has a
     direction: `a` to `b`, and back;
-    differing: positions with different full-vocabulary logits, of `positions`;
+    within: largest distance within either format, where both were repeated;
+    chosen_l2, chosen_max: published figures of reports of the generated tokens' logprobs alone (`distance.published_chosen`,
+    first repeats, also after the tokens have parted); references: the prompts of two reports, one by one;
     p: of the exact permutation test over repeats, where one of the formats is noisy in prefill, and p_smallest, what these
     numbers of repeats could reach; None where bits decide.
     """
@@ -54,17 +83,21 @@ class Pair:
     a: str
     b: str
     verdict: Verdict
-    l2: float = 0.0
-    max_abs: float = 0.0
-    differing: int = 0
-    positions: int = 0
-    decode_steps: int = 0
-    decode_l2: float = 0.0
-    decode_published: float = 0.0
-    decode_published_back: float = 0.0
-    within: float = 0.0
-    prefill_published: float = 0.0
-    prefill_published_back: float = 0.0
+    l2: float
+    max_abs: float
+    differing: int
+    positions: int
+    basis: Phase = "prefill"
+    decode_steps: int | None = None
+    decode_l2: float | None = None
+    decode_published: float | None = None
+    decode_published_back: float | None = None
+    within: float | None = None
+    prefill_published: float | None = None
+    prefill_published_back: float | None = None
+    chosen_l2: float | None = None
+    chosen_max: float | None = None
+    references: tuple[Reference, ...] = ()
     p: float | None = None
     p_smallest: float | None = None
 
@@ -75,7 +108,25 @@ class Pair:
             self, a=self.b, b=self.a,
             decode_published=self.decode_published_back, decode_published_back=self.decode_published,
             prefill_published=self.prefill_published_back, prefill_published_back=self.prefill_published,
+            references=tuple(one.swapped for one in self.references),
         )  # fmt: skip
+
+    @property
+    def figures(self) -> str:
+        """`name=value` of every figure that there is, for one property; those of printed tables with their digits."""
+        found = [f"{self.verdict} l2={self.l2:.6g} max_abs={self.max_abs:.6g} differing={self.differing}/{self.positions}"]
+        found += [f"basis={self.basis}"] if self.basis != "prefill" else []
+        named = {name: getattr(self, name) for name in _FIGURES}
+        found += [f"{name}={value:.6g}" for name, value in named.items() if value is not None]
+        printed = {name: getattr(self, name) for name in ("chosen_l2", "chosen_max")}
+        found += [f"{name}={value:.6e}" for name, value in printed.items() if value is not None]
+        return " ".join(found)
+
+
+_FIGURES = (
+    "prefill_published", "prefill_published_back", "decode_steps", "decode_l2", "decode_published", "decode_published_back",
+    "within", "p", "p_smallest",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

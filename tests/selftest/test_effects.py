@@ -21,11 +21,12 @@ INF = float("inf")
 H100 = "qwen3-8b on sm90, vLLM 0.11.2"
 
 
-def a_pair(a: str, b: str, verdict: str = "DISTINCT", **figures: float) -> dict[str, Any]:
+def a_pair(a: str, b: str, verdict: str = "DISTINCT", **figures: float | str | None) -> dict[str, Any]:
     made: dict[str, Any] = {
         "a": a, "b": b, "verdict": verdict, "l2": 1.0, "max_abs": 2.0, "differing": 12, "positions": 12, "decode_steps": 8,
         "decode_l2": 0.5, "decode_published": 0.25, "decode_published_back": 0.25, "within": 0.0, "prefill_published": 0.75,
-        "prefill_published_back": 0.75, "p": None, "p_smallest": None,
+        "prefill_published_back": 0.75, "p": None, "p_smallest": None, "basis": "prefill", "chosen_l2": None,
+        "chosen_max": None, "references": (),
     }  # fmt: skip
     assert set(figures) <= set(made)
     return made | figures
@@ -117,6 +118,43 @@ def test_the_mean_is_over_the_finite_pairs() -> None:
 
     assert "mean 2.00e-01 over the 3 finite, range [1.00e-01, 3.00e-01]; 3 of 6 pairs inf" in said
     assert "their own L2 is 7.00e+00 to 8.00e+00" in said
+
+
+def absent() -> list[dict[str, Any]]:
+    """a and b by decode alone, without a published figure of prefill; a and c whole, of which a measured 0; b and c apart."""
+    return cases(
+        a_pair("a", "b", basis="decode", prefill_published=None, prefill_published_back=None, decode_published=None,
+               decode_published_back=None, within=None),
+        a_pair("a", "c", decode_published=0.0, decode_published_back=0.0, l2=0.25),
+        a_pair("b", "c", decode_published=INF, decode_published_back=INF, decode_l2=None, l2=0.75),
+    )  # fmt: skip
+
+
+def test_a_figure_that_is_not_there_is_blank() -> None:
+    """Neither 0 nor taken from another phase; what was measured as 0 is told, and the others' number stands beside."""
+    place, said = effects.places(absent())[0], " ".join(text(absent()).split())
+
+    assert (None, None, 0.25) == (place.value("l2", "a", "b"), place.value("l2", "b", "a"), place.value("l2", "a", "c"))
+    assert "published a b c a - 7.50e-01 b - 7.50e-01 c 7.50e-01 7.50e-01 -" in said
+    assert "published a b c a - 0.00e+00 b - inf c 0.00e+00 inf -" in said
+    assert "over the 2 finite, range [0.00e+00, 0.00e+00]; 2 of 6 pairs have no figure; 2 of 6 pairs inf" in said
+    assert "their own L2 is 7.50e-01 to 7.50e-01" in said
+    row = " ".join("\n".join(effects.comparison_results(absent(), 80)).split())
+    assert "a | b DISTINCT 1 - 2 12/12" in row
+    assert "of decode, tokens in common, where no prefill was reported; - : no figure" in row
+    prefill = json.loads(dict(effects.properties(absent()))["effects.prefill"])[H100]
+    assert [None, None, 0.75] == prefill["published"]["matrix"][0]
+    assert (2, 0.75) == (prefill["published"]["absent"], prefill["published"]["mean"])
+
+
+def test_without_any_figure_there_is_no_matrix() -> None:
+    """Of a metric, or of a whole phase: a line says what was lacking."""
+    bare = a_pair("a", "b", basis="decode", prefill_published=None, prefill_published_back=None, decode_l2=None)
+    said = " ".join(text(cases(bare)).split())
+
+    assert "EFFECTS (PREFILL): qwen3-8b on sm90, vLLM 0.11.2: no figure, nothing of prefill was reported" in said
+    assert "own L2: no figure, no step after the same tokens was reported of two formats" in said
+    assert "published a b a - 2.50e-01" in said
 
 
 def test_both_metrics_are_there_and_say_which_is_which() -> None:

@@ -157,7 +157,7 @@ def test_a_pair_is_computed_once_and_turned_round(monkeypatch: pytest.MonkeyPatc
     """The session remembers it for the other format's test: names and directed figures change places."""
     cache: Any = SimpleNamespace(_pairs={})
     directed = {"decode_published": 1.0, "decode_published_back": 2.0, "prefill_published": 3.0, "prefill_published_back": 4.0}
-    once = [Pair("bf16", "gptq", Verdict.DISTINCT, l2=5.0, **directed)]
+    once = [Pair("bf16", "gptq", Verdict.DISTINCT, l2=5.0, max_abs=6.0, differing=1, positions=2, **directed)]
     monkeypatch.setattr("quantdet.session.pair", lambda a, b: once.pop())
 
     forth, back = Session.compare(cache, BF16, GPTQ), Session.compare(cache, GPTQ, BF16)

@@ -28,6 +28,7 @@ from quantdet.store import Store
 from quantdet.verdicts import Verdict
 from selftest.fakes import ROOT, observation
 from selftest.inner import Suite
+from selftest.reports import generation, reference
 
 pytest_plugins = ["pytester"]
 
@@ -200,6 +201,71 @@ def test_pairs_of_top_k() -> None:
     assert told.message.endswith(f"{reported.NOTE}; one run each, repeat noise is not known")
 
 
+def test_a_pair_of_top_k_has_the_published_figures() -> None:
+    """Both directions of both phases, prompt by prompt too; None is what one run cannot say, and what was not reported."""
+    table, found = TABLES["h100_within"], imported(EXTRACTS, GENERATION)
+    names = table["formats"]
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        result = pair(found[a], found[b])
+        prefill = (result.prefill_published, result.prefill_published_back)
+        assert [table["prefill"][i][j], table["prefill"][j][i]] == [f"{value:.2e}" for value in prefill]
+        assert (math.inf, math.inf) == (result.decode_published, result.decode_published_back)
+        one = result.references[table["decode_printed_reference"]]
+        assert [table["decode_printed"][i][j], table["decode_printed"][j][i]] == [f"{one.steps:.2e}", f"{one.steps_back:.2e}"]
+        assert (result.prefill_published, "ref0") == (
+            pytest.approx(np.mean([row.prefill for row in result.references])),
+            result.references[0].id,
+        )
+        assert (None, None, None, "prefill") == (result.within, result.chosen_l2, result.chosen_max, result.basis)
+    # The decode rows of AWQ and GPTQ are behind the parting of every prompt: no step in common was reported.
+    assert (0, None) == (
+        pair(found["awq"], found["gptq_marlin"]).decode_steps,
+        pair(found["awq"], found["gptq_marlin"]).decode_l2,
+    )
+
+
+def test_a_pair_of_generated_tokens_has_the_published_figures() -> None:
+    """Seven digits of every pair, whichever is first; nothing of prefill; what is within was measured."""
+    found = imported(EXTRACTS, "*_investigation.json", "sm80")
+    for row in TABLES["int4_pairs"]["rows"]:
+        a, b = row["pair"]
+        for result in (pair(found[a], found[b]), pair(found[b], found[a])):
+            assert (row["l2"], row["max"]) == (f"{result.chosen_l2:.6e}", f"{result.chosen_max:.6e}")
+            assert (None, None, "decode") == (result.prefill_published, result.prefill_published_back, result.basis)
+            assert result.within is not None
+            assert (result.within > 0) is ("gptq" in (a, b))
+            assert [(None, None)] == [(one.prefill, one.prefill_back) for one in result.references]
+
+
+def made(folder: Path, rows: dict[str, dict[int, float]], top_k: int = 2) -> dict[str, Observation]:
+    """Observations of a made-up file: two references of three equal rows, the second without decode."""
+    block = {name: dict.fromkeys((-3, -2, -1), row) for name, row in rows.items()}
+    files = {
+        name: [reference(0, 9, [4, 4, 4], one, one), reference(1, 12, [4, 4, 4], one, {})] for name, one in block.items()
+    }  # fmt: skip
+    generation(folder, files, top_k)
+    return imported(folder, "made_generation.json")
+
+
+def test_the_mean_over_prompts_needs_all_of_them(tmp_path: Path) -> None:
+    """A prompt without rows leaves no mean: not that of the others, not 0, not inf."""
+    found = made(tmp_path, {"awq": {1: -1.0, 2: -2.0}, "gptq_marlin": {1: -1.3, 2: -2.4}})
+    result = pair(found["awq"], found["gptq_marlin"])
+
+    assert (0.5, 0.5) == (pytest.approx(result.prefill_published), pytest.approx(result.prefill_published_back))
+    assert [pytest.approx(0.5), None] == [one.decode for one in result.references]
+    assert (None, None) == (result.decode_published, result.decode_published_back)
+    assert (3, pytest.approx(0.5)) == (result.decode_steps, result.decode_l2)
+
+
+def test_top_1_of_some_rows_is_a_mean(tmp_path: Path) -> None:
+    """One id a row is no vector of generated tokens: three rows that are 0.25 apart are 0.25 apart."""
+    found = made(tmp_path, {"awq": {4: -1.0}, "gptq_marlin": {4: -1.25}}, top_k=1)
+    result = pair(found["awq"], found["gptq_marlin"])
+
+    assert (0.25, 0.25, None) == (result.prefill_published, result.references[0].decode, result.chosen_l2)
+
+
 def test_equal_reports_are_not_identical_formats() -> None:
     """Equal rows under two names say nothing of the logits that were not reported."""
     raw = raw_json(GENERATION)
@@ -254,8 +320,8 @@ def test_four_formats_on_an_a100(tmp_path: Path) -> None:
     raw["metadata"]["environment"]["gpu_name"] = "NVIDIA A100-SXM4-80GB"
     raw["metadata"]["model_configs"]["gptq"] = {"model_name": "JunHowie/Qwen3-8B-GPTQ-Int4", "quantization": "gptq"}
     raw["generations"]["gptq"] = copy.deepcopy(raw["generations"]["gptq_marlin"])
-    for reference in raw["generations"]["gptq"]:
-        for signal in reference["prefill_signals"].values():
+    for one in raw["generations"]["gptq"]:
+        for signal in one["prefill_signals"].values():
             signal["logprobs"]["log_probs"] = [value - 0.25 for value in signal["logprobs"]["log_probs"]]
 
     assert 0 == main(written(tmp_path, raw), "--out", tmp_path / "out")

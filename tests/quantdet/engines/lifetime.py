@@ -145,6 +145,7 @@ def trace(loaded: Loaded, plan: Plan, directory: Path) -> None:
 def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: Mapping[str, float]) -> None:
     """Write the observation; `timings`: of what came before, seconds by the names of `quantdet.engines.stopwatch.PARTS`."""
     recorder, claims = done.recorder, done.claims
+    timed = recorder.generate_s - recorder.first_call_s
     header = Header.model_validate(
         {
             **plan.identity,
@@ -160,7 +161,7 @@ def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: M
             "timings": {
                 **timings,
                 "generate_s": recorder.generate_s,
-                "tokens_per_second": recorder.tokens / max(recorder.generate_s - recorder.first_call_s, 1e-9),
+                **({"tokens_per_second": recorder.tokens / timed} if timed > 0 else {}),
                 **done.timings,
             },
         }

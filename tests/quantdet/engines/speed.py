@@ -57,7 +57,8 @@ def measure(
         clock: seconds.
 
     Returns:
-        prefill_tokens_per_second: prompt tokens / time of a call for 1 token (time to first token);
+        prefill_tokens_per_second: prompt tokens / time of a call for 1 token (time to first token), left out where the
+            clock did not move;
         decode_tokens_per_second: n / (time of a call for 1 + n tokens - that of a call for 1), left out where n is 0 or the
             difference of the medians is not above 0; speed_prompt_tokens; speed_decode_steps: n; speed_rounds; speed_s: all.
     """
@@ -80,7 +81,7 @@ def measure(
         others += [seconds(1 + steps)] if steps else []
     first = statistics.median(ones)
     found = {
-        "prefill_tokens_per_second": len(ids) / max(first, 1e-9),
+        **({"prefill_tokens_per_second": len(ids) / first} if first > 0 else {}),
         "speed_prompt_tokens": float(len(ids)), "speed_decode_steps": float(steps), "speed_rounds": float(len(ones)),
         "speed_s": clock() - began,
     }  # fmt: skip

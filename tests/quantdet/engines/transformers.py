@@ -59,10 +59,9 @@ class TransformersEngine:
             done = lifetime.whole(loaded, plan)
         timings = {
             "import_s": imported - began,
-            "start_s": 0.0,
             "load_s": read - imported,
             "prepare_s": ready - read,
-            "compile_s": done.recorder.first_call_s,
+            **({"compile_s": done.recorder.first_call_s} if plan.repeats > 1 else {}),
             "measure_s": done.ended - ready - done.recorder.first_call_s,
         }
         lifetime.save(plan, directory, executed, done, timings)

@@ -30,7 +30,7 @@ def counted(cases: list[Case]) -> str:
     caught = sum(case["properties"].get("controlled") == "yes" for case in exact)
     if exact and not caught:
         return f"UNCONTROLLED: none of {len(exact)} BIT_EXACT counts"
-    return f"{caught} of {len(exact)} BIT_EXACT count"
+    return f"{caught} of {len(exact)} BIT_EXACT count" if exact else "no BIT_EXACT to count"
 
 
 def at_once(cases: list[Case], confidence: float = 0.95) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantdet.classes import equivalence_classes, intransitive
+from quantdet.report import printed
 from quantdet.report.tables import Case, joined, matrix, nats, one_line, place, prose, render, table, unique_pairs
 
 LIMIT = 8  # formats of a matrix on the screen
@@ -20,35 +21,50 @@ METRICS = {
     "prefill": (("published", "prefill_published"), ("own L2", "l2")),
     "decode": (("published", "decode_published"), ("own L2", "decode_l2")),
 }
+_LACKING = {
+    ("prefill", "prefill_published"): "no logprobs of prefill were reported of two formats",
+    ("prefill", "l2"): "no logprobs of prefill were reported of two formats",
+    ("decode", "decode_published"): "no logprobs of the same tokens were reported of two formats",
+    ("decode", "decode_l2"): "no step after the same tokens was reported of two formats",
+}
 LEGEND = (
     "Distances in nats, row against column. published: the published metric, over the top-k ids of the row's format, "
     "ids missing in the column's dropped, mean over positions. own L2: this suite's metric, over the union of both "
     "top-k, missing ids censored. PREFILL: the same forced tokens, content positions. DECODE: each format's own tokens; "
-    "published is inf where they part, own L2 is over the steps with a common context."
+    "published is inf where they part, own L2 is over the steps with a common context. Blank: no figure."
 )
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Figures over the directed pairs of a place: the mean is over the finite ones."""
+    """Figures over the directed pairs of a place that were compared: the mean is over the finite ones.
+
+    `absent`: those without a figure, which are in nothing else.
+    """
 
     pairs: int
     infinite: int
+    absent: int
     mean: float | None
     low: float | None
     high: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        finite = [value for value in values if math.isfinite(value)]
+    def of(cls, values: Sequence[float | None]) -> "Spread":
+        known = [value for value in values if value is not None]
+        finite = [value for value in known if math.isfinite(value)]
         mean = math.fsum(finite) / len(finite) if finite else None
-        return cls(len(values), len(values) - len(finite), mean, min(finite, default=None), max(finite, default=None))
+        low, high = min(finite, default=None), max(finite, default=None)
+        return cls(len(values), len(known) - len(finite), len(values) - len(known), mean, low, high)
 
     def __str__(self) -> str:
+        if self.absent == self.pairs:
+            return "no figure of any pair"
+        absent = f"; {self.absent} of {self.pairs} pairs have no figure" if self.absent else ""
         if self.mean is None:
-            return "off-diagonal mean n/a (no pair is finite)"
-        of = f" over the {self.pairs - self.infinite} finite" if self.infinite else ""
-        return f"off-diagonal mean {nats(self.mean)}{of}, range [{nats(self.low)}, {nats(self.high)}]"
+            return f"off-diagonal mean n/a (no pair is finite){absent}"
+        of = f" over the {self.pairs - self.infinite - self.absent} finite" if self.infinite or self.absent else ""
+        return f"off-diagonal mean {nats(self.mean)}{of}, range [{nats(self.low)}, {nats(self.high)}]{absent}"
 
 
 @dataclass(frozen=True)
@@ -60,18 +76,27 @@ class Place:
     pairs: dict[tuple[str, str], dict[str, Any]]
 
     def value(self, field: str, a: str, b: str) -> float | None:
-        """A pair's figure from `a` to `b`; None if they were not compared."""
+        """A pair's figure from `a` to `b`; None if there is none, or they were not compared. `l2` is that of prefill."""
         pair = self.pairs.get((a, b)) or self.pairs.get((b, a))
-        if pair is None:
+        if pair is None or (field == "l2" and pair.get("basis", "prefill") != "prefill"):
             return None
-        return float(pair[field if pair["a"] == a else _BACK.get(field, field)])
+        value = pair.get(field if pair["a"] == a else _BACK.get(field, field))
+        return None if value is None else float(value)
 
     def spread(self, field: str) -> Spread:
-        values = (self.value(field, a, b) for a in self.formats for b in self.formats if a != b)
-        return Spread.of([value for value in values if value is not None])
+        return Spread.of([self.value(field, *ids) for pair in self.pairs for ids in (pair, pair[::-1])])
+
+    def told(self, field: str) -> bool:
+        """Whether any pair has the figure."""
+        found = self.spread(field)
+        return found.absent < found.pairs
 
     def complete(self) -> bool:
         return 2 * len(self.pairs) == len(self.formats) * (len(self.formats) - 1)
+
+    def untold(self) -> int:
+        """Pairs that are neither the same nor distinct, as far as was seen."""
+        return sum(pair["verdict"] == "INDISTINCT" for pair in self.pairs.values())
 
     def identical(self) -> list[tuple[str, str]]:
         return [ids for ids, pair in self.pairs.items() if pair["verdict"] == "IDENTICAL"]
@@ -107,13 +132,19 @@ def within_hardware(cases: Iterable[Case], order: Sequence[str], width: int) -> 
     for one in found:
         for phase in METRICS:
             texts += _phase(one, phase, width)
-        texts += classes(one, width)
+        texts += [*printed.steps(one, width), *printed.generated(one, width), *classes(one, width)]
     return texts
 
 
 def _phase(one: Place, phase: str, width: int) -> list[str]:
-    texts = [prose(f"WITHIN-HARDWARE QUANTIZATION EFFECTS ({phase.upper()}): {one.where}", width)]
+    title = f"WITHIN-HARDWARE QUANTIZATION EFFECTS ({phase.upper()}): {one.where}"
+    if not any(one.told(field) for _, field in METRICS[phase]):
+        return [prose(f"{title}: no figure, nothing of {phase} was reported of two formats", width)]
+    texts = [prose(title, width)]
     for name, field in METRICS[phase]:
+        if not one.told(field):
+            texts.append(prose(f"{name}: no figure, {_LACKING[phase, field]}", width))
+            continue
         if len(one.formats) <= LIMIT:
 
             def cell(a: str, b: str, field: str = field) -> str:
@@ -124,13 +155,13 @@ def _phase(one: Place, phase: str, width: int) -> list[str]:
         text = f"{name}: {spread}"
         if spread.infinite:
             parted = [
-                float(pair["l2"]) for (a, b), pair in one.pairs.items()
-                if math.inf in (one.value(field, a, b), one.value(field, b, a))
-            ]  # fmt: skip
+                one.value("l2", a, b) for a, b in one.pairs if math.inf in (one.value(field, a, b), one.value(field, b, a))
+            ]
+            forced = [value for value in parted if value is not None]
             why = "tokens part" if phase == "decode" else "no id in common"
             text += f"; {spread.infinite} of {spread.pairs} pairs inf ({why})"
-            if phase == "decode":
-                text += f", on the same forced tokens their own L2 is {nats(min(parted))} to {nats(max(parted))}"
+            if phase == "decode" and forced and len(forced) == len(parted):
+                text += f", on the same forced tokens their own L2 is {nats(min(forced))} to {nats(max(forced))}"
         texts.append(prose(text, width))
     if len(one.formats) > LIMIT:
         model = one.where.partition(" on ")[0]
@@ -153,7 +184,9 @@ def classes(one: Place, width: int) -> list[str]:
         return [prose(f"kernel equivalence classes, {one.where}: {known} (of {len(one.pairs)} compared pairs)", width)]
     groups = equivalence_classes(one.formats, same)
     several = "; ".join(" = ".join(group) for group in groups if len(group) > 1) or "none"
-    tail = f"({len(groups)} classes of {len(one.formats)} formats)"
+    untold = one.untold()  # may be the same or not: so many classes at most
+    tail = f"({len(groups)} classes of {len(one.formats)} formats"
+    tail += f" at most: {untold} pair{'s' if untold > 1 else ''} not told apart)" if untold else ")"
     texts = [prose(f"kernel equivalence classes, {one.where}: {several} {tail}", width)]
     for a, b, c in intransitive(one.formats, same):
         texts.append(prose(f"  not transitive: {a} = {b}, {b} = {c}, but not {a} = {c}", width))
@@ -171,18 +204,29 @@ def comparison_results(cases: Iterable[Case], width: int) -> list[str]:
     made = table("model", "pair", "verdict", "L2", "published", "max", "positions", fold=("model", "pair"))
     for where, pair in (*identical[:_CLOSEST], *others[:_CLOSEST]):
         made.add_row(
-            labels[where], joined(pair["a"], "|", pair["b"], width - 64), pair["verdict"], f"{pair['l2']:.3g}",
-            f"{pair['prefill_published']:.3g}", f"{pair['max_abs']:.3g}", f"{pair['differing']}/{pair['positions']}",
+            labels[where], joined(pair["a"], "|", pair["b"], width - 64), pair["verdict"],
+            *(_shown(pair.get(name)) for name in ("l2", "prefill_published", "max_abs")),
+            f"{pair['differing']}/{pair['positions']}",
         )  # fmt: skip
-    indistinct = sum(pair["verdict"] == "INDISTINCT" for _, pair in others)
-    title = f"LOGPROB COMPARISON RESULTS: {len(identical)} identical pairs, {len(others) - indistinct} different"
-    title += f", {indistinct} within repeat noise" if indistinct else ""
+    indistinct = [pair for _, pair in others if pair["verdict"] == "INDISTINCT"]
+    title = f"LOGPROB COMPARISON RESULTS: {len(identical)} identical pairs, {len(others) - len(indistinct)} different"
+    if indistinct:  # of one run each nobody knows the noise
+        known = all(pair.get("within") is not None for pair in indistinct)
+        title += f", {len(indistinct)} {'within repeat noise' if known else 'not told apart'}"
     cut = len(identical) > _CLOSEST or len(others) > _CLOSEST
     legend = (
         f"closest first{f', {_CLOSEST} of each' if cut else ''}; L2: own metric; published: prefill metric, first to second; "
         "max: largest difference of a logprob; positions: with other logits, of all"
     )
+    if any(pair.get("basis", "prefill") == "decode" for _, pair in rows):
+        legend += "; of decode, tokens in common, where no prefill was reported"
+    if any(pair.get("prefill_published") is None for _, pair in rows):
+        legend += "; - : no figure"
     return [prose(title, width), prose(f"({legend})", width), render(made, width)]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _labels(wheres: Sequence[str]) -> dict[str, str]:
@@ -199,7 +243,8 @@ def properties(cases: Iterable[Case], order: Sequence[str] = ()) -> list[tuple[s
     found = places(cases, order)
     if not found:
         return []
-    return [(f"effects.{phase}", one_line({one.where: _figures(one, phase) for one in found})) for phase in METRICS]
+    made = [(f"effects.{phase}", one_line({one.where: _figures(one, phase) for one in found})) for phase in METRICS]
+    return made + printed.properties(found)
 
 
 def _figures(one: Place, phase: str) -> dict[str, Any]:

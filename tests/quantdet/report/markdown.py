@@ -73,7 +73,7 @@ def summary(records: Records, first: str, newer: str = "") -> str:
             some = (logits or activations.cases_of(cases))[0]["properties"]
             ran = cases["kernel"]["properties"] if "kernel" in cases else some
             executed = f"{_word(cases.get('kernel'))} {in_markdown(ran.get('kernel.executed', ''))}".strip()
-            n = in_markdown(some.get("runs", "")) if logits else ""
+            n = in_markdown(some.get("runs", "")) if logits and some.get("flip_rate_upper95") else ""
             lines.append(f"| {in_markdown(name)} | {' | '.join(words)} | {executed} | {n} |")
     return "\n".join(lines + _questions(records))
 

@@ -248,8 +248,8 @@ def identification(one: Verification, width: int) -> list[str]:
     if chosen and len(one.claims) * len(chosen) <= LIMIT:
 
         def cell(claimed: str, verified: str) -> str:
-            share = one.claims[claimed]["nearest"].get(verified, 0.0)
-            return (f"{share:.2f}" if share else "-") + ("*" if one.marked(claimed, verified) else "")
+            share = one.claims[claimed]["nearest"].get(verified)  # None: this one did not re-execute the claim
+            return ("-" if share is None else f"{share:.2f}") + ("*" if one.marked(claimed, verified) else "")
 
         texts.append(
             prose("Confusion matrix (rows claimed, columns nearest; formats that are nearest to none left out)", width)

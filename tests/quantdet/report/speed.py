@@ -28,8 +28,10 @@ def properties(header: Header, matrix: Matrix) -> dict[str, str]:
     }
     if not found:
         return {}
-    steps, rounds, tokens = (int(timings.get(f"speed_{name}", 0)) for name in ("decode_steps", "rounds", "prompt_tokens"))
-    found["tokens_per_second.n"] = f"rounds={rounds} decode_steps={steps} prompt_tokens={tokens}"
+    counts = {
+        name: timings[f"speed_{name}"] for name in ("rounds", "decode_steps", "prompt_tokens") if f"speed_{name}" in timings
+    }
+    found["tokens_per_second.n"] = " ".join(f"{name}={int(count)}" for name, count in counts.items())
     found["tokens_per_second.baseline"] = baseline(header, matrix)
     return found
 

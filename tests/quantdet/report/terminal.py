@@ -91,7 +91,8 @@ def engines(clock: Clock) -> str:
     if clock.reused:
         text += f", {clock.reused} of {'them' if clock.cells > 1 else 'it'} from the store (--fresh measures again)"
     return (
-        f"{text}; {clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring; "
+        f"{text}; {clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring"
+        f"{f' ({clock.untimed} did not say)' if clock.untimed else ''}; "
         f"{clock.checkpoints:.1f} s for checkpoints"
     )
 
@@ -179,8 +180,8 @@ def time_tables(records: Records, width: int) -> list[str]:
         names = [name for name in (part.removesuffix("_s") for part in PARTS) if any(row.get(name) for row in cells.values())]
         rows = []
         for format_, parts in sorted(cells.items(), key=lambda row: -sum(row[1].values())):
-            figures = (*(parts.get(name, 0.0) for name in names), sum(parts.values()))
-            rows.append((format_, *(f"{value:.1f}" for value in figures)))
+            figures = (*(parts.get(name) for name in names), sum(parts.values()))
+            rows.append((format_, *("" if value is None else f"{value:.1f}" for value in figures)))
         columns = ("format", *(f">{name}" for name in (*names, "total")))
         tables.append(fitted(columns, rows, width, fold=("format",), title=f"{where}: seconds"))
     return tables

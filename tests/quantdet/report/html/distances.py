@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from quantdet.classes import equivalence_classes
-from quantdet.report import effects
+from quantdet.report import effects, printed
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
 from quantdet.report.html.verdicts import Place, Tag, place, short, tag
@@ -18,6 +18,7 @@ MAPS = (
     ("Prefill", "prefill_published", "published metric, the same forced tokens, top-k of the row's format"),
     ("Decode", "decode_published", "published metric, each format's own tokens, inf where they part"),
 )
+_OWN = ("Common steps", "decode_l2", "own L2, each format's own tokens while they are the same, union of top-k ids")
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,72 @@ class Heat:
     classes: list[tuple[str, ...]]
     maps: list[Map]
     complete: bool
+    untold: int
+    steps: list[tuple[str, list[list[str]]]]  # by reference, step by step
+    tokens: list[tuple[str, str, str, str, str]]
+    absent: list[str]  # what has no map, since no pair has a figure of it
 
 
 def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.Scale]:
     """Every place where formats were compared, and the scale of all maps."""
     places = effects.places(cases, order)
     scale = svg.Scale.of(
-        one.value(field, a, b) for one in places for _, field, _ in MAPS for a, b in [*one.pairs, *(i[::-1] for i in one.pairs)]
+        one.value(field, a, b)
+        for one in places
+        for _, field, _ in _maps(one)
+        for a, b in [*one.pairs, *(i[::-1] for i in one.pairs)]
     )
     made = []
     for number, one in enumerate(places):
         groups = equivalence_classes(one.formats, one.identical())
         formats = [name for group in groups for name in group]
         maps = []
-        for name, field, about in MAPS:
+        for name, field, about in _maps(one):
 
             def value(a: str, b: str, one: effects.Place = one, field: str = field) -> float | None:
                 return one.value(field, a, b)
 
             title = f"{name} distances, {one.where} ({about})"
             picture = svg.heat_map(f"heat-{number}-{name.lower()}", title, formats, value, scale, groups)
-            figures = [["\N{EN DASH}" if a == b else nats(value(a, b)) for b in formats] for a in formats]
-            maps.append(Map(name, about, picture, figures, str(one.spread(field))))
-        made.append(Heat(one.where, formats, [group for group in groups if len(group) > 1], maps, one.complete()))
+            maps.append(Map(name, about, picture, _figures(formats, value), str(one.spread(field))))
+        absent = [f"{name} ({about})" for name, field, about in MAPS if not one.told(field)]
+        several = [group for group in groups if len(group) > 1]
+        made.append(
+            Heat(
+                one.where,
+                formats,
+                several,
+                maps,
+                one.complete(),
+                one.untold(),
+                _steps(one, formats),
+                printed.tokens(one),
+                absent,
+            )
+        )
     return made, scale
+
+
+def _maps(one: effects.Place) -> list[tuple[str, str, str]]:
+    """What pairs have figures of; the suite's own metric on common steps in place of that on forced tokens."""
+    found = [row for row in MAPS if one.told(row[1])]
+    return found if one.told("l2") or not one.told(_OWN[1]) else [*found, _OWN]
+
+
+def _figures(formats: list[str], value: svg.Value) -> list[list[str]]:
+    return [["\N{EN DASH}" if a == b else nats(value(a, b)) for b in formats] for a in formats]
+
+
+def _steps(one: effects.Place, formats: list[str]) -> list[tuple[str, list[list[str]]]]:
+    """The matrix of each reference whose decode has a figure step by step of every pair."""
+    made = []
+    for id_ in printed.whole(one):
+
+        def value(a: str, b: str, id_: str = id_) -> float | None:
+            return printed.reference(one, id_, "steps", a, b)
+
+        made.append((id_, _figures(formats, value)))
+    return made
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from quantdet.report import confidence, speed
+from quantdet.report import confidence, printed, speed
 from quantdet.report.html import coverage, distances, questions, reexecutions, svg, verdicts
 from quantdet.report.html.data import CASES, Data
 
@@ -50,6 +50,7 @@ def view(data: Data) -> dict[str, Any]:
         "equal": distances.equal(cases), "drift": distances.drift(cases), "questions": questions.answered(cases),
         "reexecutions": reexecutions.verified(cases, order), "covered": covered, "reasons": reasons,
         "symbols": used(cases), "data_file": CASES, "speed_note": speed.NOTE,
+        "steps_note": printed.STEPS_NOTE, "tokens_note": printed.TOKENS_NOTE,
     }  # fmt: skip
     return {**found, "sections": sections(found)}
 

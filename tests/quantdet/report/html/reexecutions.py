@@ -56,10 +56,8 @@ def verified(cases: Sequence[Case], order: Sequence[str]) -> list[Verified]:
         columns = [name for name in one.columns if any(data["nearest"].get(name) for data in one.claims.values())]
         confusion = []
         for name, data in one.claims.items():
-            shares = [(float(data["nearest"].get(column, 0.0)), one.marked(name, column)) for column in columns]
-            confusion.append(
-                (name, [(f"{share:.2f}" if share else "\N{MIDDLE DOT}", _depth(share), own) for share, own in shares])
-            )
+            shares = [(data["nearest"].get(column), one.marked(name, column)) for column in columns]
+            confusion.append((name, [(*_share(share), own) for share, own in shares]))
         made.append(Verified(one.where, claims, forest, columns, confusion, _snr(one)))
     return made
 
@@ -68,8 +66,11 @@ def _key(data: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(data[name]) for name in ("model", "source", "by_text", "claimed"))
 
 
-def _depth(share: float) -> str:
-    return "zero" if share <= 0 else f"c{min(8, 1 + int(share * 7.999))}"
+def _share(share: float | None) -> tuple[str, str]:
+    """A share of prompts and its class; empty for a format that did not re-execute the claim."""
+    if share is None:
+        return "", "no"
+    return f"{share:.2f}", "zero" if share <= 0 else f"c{min(8, 1 + int(share * 7.999))}"
 
 
 def _claimed(

@@ -56,7 +56,7 @@ def heat_map(
             found = value(a, b)
             word = scale.word(found)
             if n <= _EXACT:
-                text = "not compared" if found is None else f"{found:.3g} nats"
+                text = "no figure" if found is None else f"{found:.3g} nats"
                 titled.append(
                     f'<rect class="{word}" x="{left + x * side}" y="{top + y * side}" width="{side - 1}" height="{side - 1}">'
                     f"<title>{escape(a)} to {escape(b)}: {text}</title></rect>"

@@ -147,7 +147,7 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     figures = [
         ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
         ("executed", executed),
-        ("repeats n", p.get("runs", "")),
+        ("repeats n", p.get("runs", "") if bound else ""),
         ("flip rate below", f"{float(bound):.3g} per call, at 95 %" if bound else ""),
         *_speeds(pace),
         ("tokens per second, all captured", p.get("tokens_per_second", "")),
@@ -164,7 +164,7 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     decode = (
         "" if pace is None else pace.decode + (f" (\N{MULTIPLICATION SIGN}{pace.decode_ratio})" if pace.decode_ratio else "")
     )
-    parts = (("n", p.get("runs", "")), ("flips <", f"{float(bound):.3g}" if bound else ""))
+    parts = (("n", p.get("runs", "") if bound else ""), ("flips <", f"{float(bound):.3g}" if bound else ""))
     sample = ", ".join(f"{name} {text}" for name, text in parts if text)
     return Entry(tags, short(executed), decode, [(name, text) for name, text in figures if text], links, sample)
 
