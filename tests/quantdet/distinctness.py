@@ -29,6 +29,7 @@ def distinctness(
     cell = own.cell
     pairs: list[Pair] = []
     wrong: list[str] = []
+    among = {str(cell)}
     mute: list[str] = []
     if own.header.nonfinite:
         first = own.header.nonfinite[0]
@@ -43,7 +44,7 @@ def distinctness(
         why = comparable(own, observation)
         if why is not None:
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
-            return Judgement(Verdict.INVALID, message, False)
+            return Judgement(Verdict.INVALID, message, False, among=frozenset({str(cell), str(other)}))
         result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
         row = expectations.twins(cell, other)
         if row is not None and row.same_kernel and not _same_kernel(own, observation):
@@ -59,6 +60,7 @@ def distinctness(
         if any(expectations.noise(one, "prefill") or expectations.recompiles(one) for one in (cell, other)):
             fine.add(Verdict.INDISTINCT)
         if result.verdict not in fine:
+            among.add(str(other))
             hint = "" if row is not None or result.verdict is not Verdict.IDENTICAL else _same(own, observation)
             wrong.append(
                 f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}){hint}"
@@ -92,7 +94,8 @@ def distinctness(
         text += f" (measured on {len(units)} GPUs of one kind)"
     figures["compared_with"] = ",".join(p.b for p in pairs)
     if wrong:
-        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))
+        text, rest = f"{verdict} {cell} distinct: {wrong[0]}", "\n".join(wrong[1:])
+        return Judgement(verdict, text, False, figures, rest, tuple(pairs), among=frozenset(among))
     text += f"; closest {closest.b} ({_size(closest)})"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
 

@@ -1,6 +1,8 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
-from quantdet import attribution, checkpoints
+from dataclasses import replace
+
+from quantdet import attribution, causes, checkpoints
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
@@ -65,7 +67,9 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     except checkpoints.Unavailable as error:
         return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
     except (OSError, ValueError) as error:
-        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False)
+        cell = Cell(claim.model_id, claim.format_id, claim.hardware_id)
+        cause = causes.missing(cell, Missing(Verdict.ERROR, f"checkpoint: {error}"))
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False, cause=cause)
     if here != wanted:
         text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {here[:16]}"
         return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
@@ -86,4 +90,9 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     formats = session.matrix.formats
     weights = {name: numbers(formats[name]) for name in (*verified, claim.format_id)}
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
-    return attribution.judge(claim, recorded, verified, weights, sequences, failed)
+    judgement = attribution.judge(claim, recorded, verified, weights, sequences, failed)
+    if judgement.verdict is not Verdict.ERROR:
+        return judgement
+    results = {cell: session.verified(cell, recorded.header.dtype) for cell in verifiers(claim, session)}
+    own = [cell for cell in results if numbers(formats[cell.format_id]) == weights[claim.format_id]]
+    return replace(judgement, cause=causes.of_reexecution(results, own, session.expectations))
