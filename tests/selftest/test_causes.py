@@ -35,7 +35,7 @@ def crashed(first: str, *log: str, path: str = "/store/logs/awq.0.17.log") -> Mi
          "Fatal Python error: Segmentation fault"),
         (("worker: machete.cu:41: void run(): Assertion `k % 64 == 0' failed.",),
          "worker: machete.cu:41: void run(): Assertion `k % 64 == 0' failed."),
-        (("KeyError: 'old'", "ValueError: the last one", "RuntimeError: Engine core initialization failed. See root cause above."),
+        (("KeyError: 'old'", "ValueError: the last one", "RuntimeError: Engine core failed. See root cause above."),
          "ValueError: the last one"),
     ],
     ids=["torch", "logger", "c++", "python", "assert", "wrapped"],

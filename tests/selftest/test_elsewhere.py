@@ -1,4 +1,4 @@
-"""Hardware that is not here: every case in the JUnit file, with need and have, and a line on the terminal. What is first is first."""
+"""Hardware that is not here: whole in the JUnit file, with need and have, and a line on the terminal; what is asked first."""
 
 from pathlib import Path
 
@@ -58,8 +58,8 @@ def test_the_curious_see_them(suite: Suite, args: tuple[str, ...]) -> None:
     """-v shows a line for each, as of any other case."""
     run = suite("-k", "alpha and kernel", *args, apart="-n" in args)
 
-    assert 6 == sum("SKIPPED" in line and "/sm90]" in line or "cpu-elsewhere]" in line for line in run.output.splitlines()
-                    if "SKIPPED" in line)  # fmt: skip
+    shown = [line for line in run.output.splitlines() if "SKIPPED" in line]
+    assert 6 == len(shown) == sum("/sm90]" in line or "/cpu-elsewhere]" in line for line in shown)
     assert "sm90 (a GPU that is not here): 2 cases, needs sm90, have cpu-here" in run.words
 
 
@@ -82,6 +82,20 @@ def test_skips_for_another_reason_are_shown(suite: Suite) -> None:
     assert "..." in letters(run)
     assert 1 == letters(run).count("s")
     assert "1 cell UNAVAILABLE distinct: needs another format of alpha" in run.words
+
+
+def test_a_machine_that_lacks_something_is_not_elsewhere(suite: Suite) -> None:
+    """No vLLM on this machine: its cells are skipped and seen, beside those of machines that are not here."""
+    none = """
+def pytest_quantdet_machine(config):
+    return Machine("fake cpu", frozenset({"avx2"}), 64.0), Software()
+"""
+
+    run = suite("-k", "beta and kernel or sm90", machine=none)
+
+    assert "ss" == letters(run)
+    assert "2 cells UNAVAILABLE vllm: needs vLLM (pip install -e '.[cpu]'), have none" in run.words
+    assert ROWS[1] in run.words
 
 
 def test_a_required_row_is_not_silent(suite: Suite) -> None:

@@ -45,7 +45,7 @@ def told(run: Run) -> dict[str, list[str]]:
 def test_cells_that_die_of_the_same_are_an_entry_each(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
 ) -> None:
-    """The engine's words in the first line, the log's end once, every case below it; in JUnit all cases, each with its words."""
+    """The engine's words in the first line, the log's end once, every case below it; in JUnit every case with its words."""
     monkeypatch.setenv(markdown.VARIABLE, str(tmp_path / "summary.md"))
     matrix = MATRIX + "".join(setting(name, "raise") for name in FORMATS)
 
@@ -123,7 +123,8 @@ def test_a_control_that_was_missed_is_the_cause_of_all_that_rests_on_it(suite: S
 
     run = suite("-k", f"{HERE} and (test_repeat or bit_flip)", matrix=matrix, controls=True)
 
-    (first,) = told(run)
+    first, *others = told(run)
+    assert [] == others
     assert first.startswith("INVALID alpha/bf16/cpu-here control: ")
     assert 15 == len(run.failures())
     words = " ".join(section(run).split())
@@ -149,7 +150,8 @@ def test_formats_that_say_the_same_of_each_other_are_one_entry(suite: Suite) -> 
     run = suite("-k", f"{HERE} and alpha and (awq or int8 or bf16)", matrix=MATRIX + twins)
 
     assert {"test_distinct[alpha/awq/cpu-here]", "test_distinct[alpha/int8/cpu-here]"} == set(run.failures())
-    (first,) = told(run)
+    first, *others = told(run)
+    assert [] == others
     assert first.startswith(f"IDENTICAL {AWQ} distinct: IDENTICAL to int8, expected DISTINCT")
     words = " ".join(section(run).split())
     assert "IDENTICAL alpha/int8/cpu-here distinct: IDENTICAL to awq, expected DISTINCT" in words
@@ -239,6 +241,14 @@ def test_other_causes_and_other_cells_are_other_entries() -> None:
     ]  # fmt: skip
 
     assert [1] * 6 == [len(one.cases) for one in entries.of(cases)]
+
+
+def test_figures_make_no_other_cause() -> None:
+    """Of one cell: what was free, and where, is another figure each time. The first stands there as it was said."""
+    said = ("MemoryError: 98.5 MiB taken at 0x7fa0", "MemoryError: 112 MiB taken at 0x1b")
+    cases = [case("test_kernel[m/a/h]", cause={"cell": "m/a/h", "first": first, "detail": ""}) for first in said]
+
+    assert [("MemoryError: 98.5 MiB taken at 0x7fa0", 2)] == [(one.first, len(one.cases)) for one in entries.of(cases)]
 
 
 def test_pairs_are_one_entry_as_far_as_they_reach() -> None:

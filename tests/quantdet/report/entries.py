@@ -13,6 +13,8 @@ from quantdet.collect import place_of
 from quantdet.schema import PHASES
 
 Case = dict[str, Any]
+# What differs from one engine of a cell to the next, though they end for the same: bytes that were free, addresses, processes.
+_FIGURES = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?")
 _MOST_LINES = 16
 _MOST_NAMES = 8
 _LONGEST = 600
@@ -61,7 +63,7 @@ def of(cases: Iterable[Case]) -> list[Entry]:
     for case in unexpected:
         cause, among = case.get("cause"), frozenset(case.get("among") or ())
         if cause:
-            key: tuple[str, ...] = ("cause", cause["cell"], cause["first"])
+            key: tuple[str, ...] = ("cause", cause["cell"], _FIGURES.sub("#", cause["first"]))
         elif len(among) > 1:
             key = ("among", case["test"], *sorted(next(group for group in known if among <= group)))
         else:
