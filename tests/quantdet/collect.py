@@ -10,6 +10,7 @@ from quantdet.claims import Claim, check
 from quantdet.expectations import Expectations, describe
 from quantdet.observation import ObservationError
 from quantdet.questions import Asked
+from quantdet.report import elsewhere
 from quantdet.schema import PHASES, Cell
 from quantdet.session import Session
 from quantdet.untrusted import plain
@@ -20,6 +21,9 @@ REQUIRED = pytest.StashKey[str]()
 
 # How the skip of a case begins whose cell the matrix declares unsupported; test_hardware is the case that judges it.
 DECLARED = f"{Verdict.UNSUPPORTED} as declared, see test_hardware:"
+
+# What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
+FIRST = ("test_repeat", "test_kernel", "test_distinct")
 
 MARKERS = (
     "cpu: the case needs a CPU backend",
@@ -101,22 +105,29 @@ def prune(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def order(items: list[pytest.Item], session: Session) -> None:
-    """Model by model, test by test; pairs when everything that they compare has been measured; skips last.
+    """Model by model, what is asked first first (`FIRST`); skips last.
 
-    The same on every xdist worker. A model's tests stand file by file, since pytest begins a line with each file.
+    Repeats measure the cells of a model: its pairs, and all that compares, come when everything has been measured. The same
+    on every xdist worker. A model's tests stand file by file, since pytest begins a line with each file.
     """
     models, cells = list(session.matrix.models), {cell: index for index, cell in enumerate(session.cells())}
 
-    def rank(item: pytest.Item) -> tuple[int, int, int, str, int]:
+    def rank(item: pytest.Item) -> tuple[int, int, int, int, str, int]:
         cell = cell_of(item)
         if cell is None:
-            return (-1, 0, 0, "", 0)
+            return (-1, 0, 0, 0, "", 0)
         skipped = item.get_closest_marker("skip") is not None
         late = item.get_closest_marker("compares_formats") is not None
         model = models.index(cell.model_id) if not skipped and cell.model_id in models else 0
-        return (int(skipped), model, int(late), item.nodeid.partition("[")[0], cells.get(cell, 0))
+        first = place_of(getattr(item, "originalname", item.name))
+        return (int(skipped), model, first, int(late), item.nodeid.partition("[")[0], cells.get(cell, 0))
 
     items.sort(key=rank)
+
+
+def place_of(test: str) -> int:
+    """Where a test stands: its place in `FIRST`, or behind all of these."""
+    return FIRST.index(test) if test in FIRST else len(FIRST)
 
 
 def _empty(item: pytest.Item) -> bool:
@@ -162,6 +173,8 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
+            if session.replay is not None or not session.here(cell.hardware_id):
+                item.stash[elsewhere.ROW] = cell.hardware_id
             skip(item, Verdict.UNAVAILABLE, reason)
         elif isinstance(cell, Asked):
             selected.update(questions.available(cell, session))

@@ -8,11 +8,11 @@ The verdicts are pure functions in `control_judgements`.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quantdet import judgements
+from quantdet import causes, judgements
 from quantdet.control_judgements import bit_flip
 from quantdet.results import Measured, Missing
 from quantdet.schema import PHASES, Cell, EngineName, matches_any
-from quantdet.verdicts import Verdict
+from quantdet.verdicts import Cause, Judgement, Verdict
 
 if TYPE_CHECKING:
     from quantdet.session import Session
@@ -32,6 +32,7 @@ class Status:
     flip: str
     noise: str = ""
     blind: bool = False  # nothing can be said of this engine: a flip was not seen, or the engine died at it
+    cause: Cause | None = None  # of that
 
     @property
     def text(self) -> str:
@@ -96,11 +97,17 @@ def _status(session: "Session", cell: Cell) -> Status:
     if not isinstance(result, Measured):
         reason = result.reason if isinstance(result, Missing) else result.message
         died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)
-        return Status(False, f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}", noise, blind=died)
+        text = f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}"
+        return Status(False, text, noise, died, causes.of(here, result, session.expectations(here)))
     found = bit_flip(result.observations[0])
     if not found.expected:
-        return Status(False, found.message, noise, blind=True)
+        return Status(False, found.message, noise, blind=True, cause=cause_of(found, here))
     return Status(noise_caught is not False, f"bit flip caught in {here.model_id}/{here.format_id}", noise)
+
+
+def cause_of(found: Judgement, cell: Cell) -> Cause | None:
+    """What a control that was missed means for every case that would rest on it."""
+    return None if found.expected else Cause(str(cell), found.message, found.detail)
 
 
 def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:

@@ -34,6 +34,7 @@ def distinctness(
     cell = own.cell
     pairs: list[Pair] = []
     wrong: list[str] = []
+    among = {str(cell)}
     mute: list[str] = []
     if own.header.nonfinite:
         first = own.header.nonfinite[0]
@@ -48,7 +49,7 @@ def distinctness(
         why = comparable(own, observation)
         if why is not None:
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
-            return Judgement(Verdict.INVALID, message, False)
+            return Judgement(Verdict.INVALID, message, False, among=frozenset({str(cell), str(other)}))
         result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
         derived = sameness(own, observation, expectations.unseen)
         row = expectations.twins(cell, other)
@@ -69,6 +70,7 @@ def distinctness(
         if derived.same and any(found.max_l2 is not None and result.l2 <= found.max_l2 for found in recompiled):
             fine.add(Verdict.DISTINCT)  # two processes, each with kernels of its own compilation
         if result.verdict not in fine:
+            among.add(str(other))
             why = f"declared: {row.reason}" if row is not None else derived.why
             wrong.append(
                 f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}): {why}"
@@ -102,7 +104,8 @@ def distinctness(
         text += f" (measured on {len(units)} GPUs of one kind)"
     figures["compared_with"] = ",".join(p.b for p in pairs)
     if wrong:
-        return Judgement(verdict, f"{verdict} {cell} distinct: {wrong[0]}", False, figures, "\n".join(wrong[1:]), tuple(pairs))
+        text, rest = f"{verdict} {cell} distinct: {wrong[0]}", "\n".join(wrong[1:])
+        return Judgement(verdict, text, False, figures, rest, tuple(pairs), among=frozenset(among))
     text += f"; closest {closest.b} ({_size(closest)})"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantdet import activations, control_judgements, controls, drift, judgements, questions, reexecution, reported
+from quantdet import activations, causes, control_judgements, controls, drift, judgements, questions, reexecution, reported
 from quantdet.claims import Claim
 from quantdet.engines.stopwatch import PARTS
 from quantdet.observation import Observation
@@ -16,7 +16,7 @@ from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.results import Measured, Missing, Refusal
 from quantdet.schema import Cell, Phase
 from quantdet.session import Session
-from quantdet.verdicts import Judgement, Verdict
+from quantdet.verdicts import Cause, Judgement, Verdict
 
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
 PROPERTIES = (
@@ -39,6 +39,8 @@ class Judge:
         observations = self._measured(cell)
         judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
         self._available(cell, judgement)
+        if judgement.verdict is Verdict.INVALID:
+            judgement = replace(judgement, cause=self._cause(cell))
         self._say(self._controlled(cell, judgement), observations)
 
     def activations(self, cell: Cell, phase: Phase) -> None:
@@ -57,8 +59,8 @@ class Judge:
         figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
         if status.blind:
             where = f"{cell} {judgement.figures.get('phase', '')}"
-            text = f"INVALID {where}: no repeat differs, but no seeded difference was seen either"
-            return Judgement(Verdict.INVALID, f"{text}: {status.flip}", False, figures, judgement.text)
+            text = f"INVALID {where}: no repeat differs, but no seeded difference was seen either: {status.flip}"
+            return Judgement(Verdict.INVALID, text, False, figures, judgement.text, cause=status.cause)
         return replace(judgement, figures=figures)
 
     def control(self, cell: Cell, name: controls.Name) -> None:
@@ -74,12 +76,13 @@ class Judge:
             case Measured():
                 (seeded,) = result.observations
             case Refusal():
-                reason = f"control: refused: {result.message}"
-                self._missing(cell, Missing(Verdict.ERROR, reason))
+                text, known = f"ERROR {cell}: control: refused: {result.message}", self.session.expectations(cell)
+                self._say(Judgement(Verdict.ERROR, text, False, cause=causes.of(cell, result, known)), ())
             case Missing():
                 self._missing(cell, result)
         if name == "bit_flip":
-            self._say(control_judgements.bit_flip(seeded), (seeded,))
+            found = control_judgements.bit_flip(seeded)
+            self._say(replace(found, cause=controls.cause_of(found, cell)), (seeded,))
         else:
             (own, *_) = self._measured(cell)
             compare = control_judgements.same_weights if name == "same_weights" else control_judgements.one_integer
@@ -94,7 +97,10 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, reason)
         spreads = self._spreads((cell, *peers))
         known = self.session.expectations(cell)
-        self._say(judgements.distinctness(observations[0], peers, known, self.session.compare, spreads), observations)
+        judgement = judgements.distinctness(observations[0], peers, known, self.session.compare, spreads)
+        if judgement.verdict is Verdict.INVALID:
+            judgement = replace(judgement, cause=self._cause(cell))
+        self._say(judgement, observations)
 
     def kernel(self, cell: Cell) -> None:
         """The executed kernel is the requested one in every layer."""
@@ -149,10 +155,12 @@ class Judge:
         spreads = self._spreads(results)
         judgement = questions.answer(case, row, results, self.session.expectations, self.session.compare, spreads)
         self._available(case, judgement)
-        if any(controls.status(self.session, cell).blind for cell, found in results.items() if isinstance(found, Measured)):
+        cause = next(filter(None, map(self._cause, results)), None)
+        known = [controls.status(self.session, cell) for cell, found in results.items() if isinstance(found, Measured)]
+        if blind := [status for status in known if status.blind]:
             text = f"INVALID {case}: no seeded difference was seen on this hardware: {judgement.message}"
-            judgement = Judgement(Verdict.INVALID, text, False, judgement.figures)
-        self._say(judgement, ())
+            judgement, cause = Judgement(Verdict.INVALID, text, False, judgement.figures), cause or blind[0].cause
+        self._say(replace(judgement, cause=cause), ())
 
     def refused(self, cell: Cell) -> None:
         """The engine refuses the cell, as the matrix says."""
@@ -160,8 +168,7 @@ class Judge:
         row = self.session.expectations(cell).unsupported(cell)
         match result:
             case Refusal():
-                known = (result.observation,) if result.observation is not None else ()
-                self._say(judgements.refusal(cell, result.message, self.session.expectations(cell)), known)
+                self._refused(cell, result)
             case Measured():
                 self._say(judgements.refusal(cell, None, self.session.expectations(cell)), result.observations)
             case Missing(verdict=Verdict.UNSUPPORTED) if row is not None:
@@ -177,8 +184,7 @@ class Judge:
             case Measured():
                 return result.observations
             case Refusal():
-                known = (result.observation,) if result.observation is not None else ()
-                self._say(judgements.refusal(cell, result.message, self.session.expectations(cell)), known)
+                self._refused(cell, result)
             case Missing():
                 self._missing(cell, result)
         raise AssertionError("unreachable: both calls above raise")
@@ -188,13 +194,22 @@ class Judge:
         known = {cell: self.session.spread(cell) for cell in cells}
         return {cell: spread for cell, spread in known.items() if spread is not None}
 
+    def _cause(self, cell: Cell) -> Cause | None:
+        """Why there is nothing to judge of a cell that was measured, or tried, already."""
+        return causes.of(cell, self.session.result(cell), self.session.expectations(cell))
+
+    def _refused(self, cell: Cell, result: Refusal) -> None:
+        known = (result.observation,) if result.observation is not None else ()
+        judgement = judgements.refusal(cell, result.message, self.session.expectations(cell))
+        self._say(replace(judgement, cause=self._cause(cell)), known)
+
     def _missing(self, cell: Cell, result: Missing) -> None:
         if result.verdict in (Verdict.UNAVAILABLE, Verdict.UNSUPPORTED):
             required = self.session.options.require_hardware == cell.hardware_id
             if not required:
                 self._skip(result.verdict, result.reason)
-        first, _, rest = result.reason.partition("\n")
-        self._say(Judgement(result.verdict, f"{result.verdict} {cell}: {first}", False, {}, rest), ())
+        cause = causes.missing(cell, result)
+        self._say(Judgement(result.verdict, cause.first, False, {}, cause.detail, cause=cause), ())
 
     def _available(self, cell: Cell, judgement: Judgement) -> None:
         """Skip what the evidence cannot answer, unless the row is required."""

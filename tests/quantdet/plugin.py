@@ -13,7 +13,7 @@ from quantdet import collect, hardware, interrupts, matrix, options, planning, w
 from quantdet.engines import process
 from quantdet.judge import Judge
 from quantdet.observation import ObservationError
-from quantdet.report import cut, header, html, junit, markdown, progress, record, terminal
+from quantdet.report import cut, elsewhere, header, html, junit, markdown, progress, record, terminal, unexpected
 from quantdet.session import Session
 from quantdet.untrusted import plain
 
@@ -110,10 +110,27 @@ def judge(request: pytest.FixtureRequest) -> Judge:
     return Judge(request.config.stash[collect.SESSION], request.node)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    with elsewhere.uncounted(session):
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    return elsewhere.protocol(item, nextitem)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
+    elsewhere.attach(item, report)
     return record.attach(item, call, report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
+    return elsewhere.status(report, config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -132,10 +149,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     workers.report_clock(session.config)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    terminal.summary(terminalreporter, config)
-    html.announce(terminalreporter, config)
-    markdown.announce(terminalreporter, config)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Generator[None, None, None]:
+    with unexpected.apart(terminalreporter):
+        yield
+        terminal.summary(terminalreporter, config)
+        html.announce(terminalreporter, config)
+        markdown.announce(terminalreporter, config)
+    unexpected.summary(terminalreporter, config)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,8 +1,9 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from quantdet import attribution, checkpoints, numerics
+from quantdet import attribution, causes, checkpoints, numerics
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
@@ -67,7 +68,9 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     except checkpoints.Unavailable as error:
         return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
     except (OSError, ValueError) as error:
-        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False)
+        cell = Cell(claim.model_id, claim.format_id, claim.hardware_id)
+        cause = causes.missing(cell, Missing(Verdict.ERROR, f"checkpoint: {error}"))
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False, cause=cause)
     if weights.sha256 != wanted:
         text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {weights.sha256[:16]}"
         return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
@@ -93,7 +96,14 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
         need = f"reexecution: needs a format with the numbers of {claim.format_id} ({numerics.short(held[claim.format_id])})"
         return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
-    return attribution.judge(claim, recorded, verified, labels, sequences, failed)
+    judgement = attribution.judge(claim, recorded, verified, labels, sequences, failed)
+    if judgement.verdict is not Verdict.ERROR:
+        return judgement
+    results = {cell: session.verified(cell, recorded.header.dtype) for cell in verifiers(claim, session)}
+    # What failed tells no numbers: by the word that the matrix has for it.
+    words = {cell: labels.get(cell.format_id) or numbers(session.matrix.formats[cell.format_id]) for cell in results}
+    own = [cell for cell, word in words.items() if word == labels[claim.format_id]]
+    return replace(judgement, cause=causes.of_reexecution(results, own, session.expectations))
 
 
 def labelled(held: Mapping[str, str], words: Mapping[str, str], claimed: str) -> dict[str, str]:

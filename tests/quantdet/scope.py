@@ -70,6 +70,11 @@ class Scope:
             return self.replay.gate(cell)
         return gate(self.matrix, cell, self.machine, self.software, ignore_native=self.options.ignore_native)
 
+    def here(self, hardware_id: str) -> bool:
+        """Whether a hardware row is this machine, or can be made of it."""
+        row = self.matrix.hardware[hardware_id]
+        return self.machine.has(row) if row.limits else hardware_id in self.machine.rows(self.matrix)
+
     def lifetimes(self, cell: Cell) -> int:
         """Engine lifetimes that are asked for, or that were recorded if they are more."""
         asked = self.options.lifetimes or self.matrix.run_for(cell).lifetimes

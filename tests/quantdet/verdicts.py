@@ -130,13 +130,26 @@ _FIGURES = (
 
 
 @dataclass(frozen=True)
+class Cause:
+    """What went wrong with a cell, whatever test met it first; equal ones are one entry of the report.
+
+    `first` is one line: verdict, cell, the engine's own words. `detail` (the log's end, say) may differ from case to case.
+    """
+
+    cell: str
+    first: str
+    detail: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What one test says.
 
     `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
     `figures` become properties of the JUnit test case; `detail` follows the message where there is room; `declared`
     False: noise of a kind that no expectation of noise may excuse; `reexecution`: what the report's tables of re-execution
-    are made from.
+    are made from. `cause`: the one that other cases fail for too; `among`: cells that the verdict is about alike, each of
+    which says the same of the others.
     """
 
     verdict: Verdict
@@ -147,6 +160,8 @@ class Judgement:
     pairs: tuple[Pair, ...] = ()
     declared: bool = True
     reexecution: dict[str, Any] | None = None
+    cause: Cause | None = None
+    among: frozenset[str] = frozenset()
 
     @property
     def text(self) -> str:

@@ -126,6 +126,9 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
             raise EngineLacks("no-such-kernel")
         case "invalid":
             raise InvalidMeasurement("the fake's rows do not add up")
+        case "say":
+            print(args["says"], flush=True)
+            os._exit(1)
         case "raise":
             raise RuntimeError("the fake broke down")
         case "exit":

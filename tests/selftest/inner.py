@@ -28,6 +28,11 @@ class Run:
     cases: dict[str, Case] = field(default_factory=dict)
     suite: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def words(self) -> str:
+        """The terminal's output as if its lines had no end."""
+        return " ".join(self.output.split())
+
     def failures(self) -> dict[str, str]:
         """Cases that did not pass, with the verdict; skipped ones left out."""
         return {name: c.verdict for name, c in self.cases.items() if c.outcome not in ("passed", "skipped", "xfail")}

@@ -61,7 +61,7 @@ def test_a_noisy_cell_leaves_a_bundle(suite: Suite, monkeypatch: pytest.MonkeyPa
     case = run.cases[DECODE]
     named = "layers.1.down (RowParallelLinear, Fake4Kernel) in decode step 1; 1 of 10 traced repeats differ"
     assert (named, "bundles/alpha.awq.cpu-here") == (case.properties["first_divergent_layer"], case.properties["bundle"])
-    assert f"first divergent layer: {named}" in run.output
+    assert f"first divergent layer: {named}" in run.words
     layers = json.loads((folder / "layers.json").read_text())
     assert (named, "len20", 10) == (
         layers["first_divergent_layer"], layers["diagnosis"]["prompt"], len(layers["trace"]["repeats"])

@@ -135,7 +135,7 @@ def test_hidden_states_stand_in_the_matrix(suite: Suite) -> None:
     assert 2 == matrix.count("hidden states, decode") == matrix.count("hidden states, prefill")
     assert "hidden states, decodeNOISY beta/bf16/cpu-here decode activations: 1 of 3 repeats differ" in matrix
     row = matrix.partition("Verdicts of beta")[2].partition("bf16")[2]
-    assert "~ NOISY ! unexpected" in row.partition("CONFIRMED")[0]
+    assert "~ NOISY ! unexpected" in row.partition(" ct = BIT_EXACT")[0]
     assert "control cases" not in matrix
 
 

@@ -18,7 +18,7 @@ def case(verdict: str, message: str = "", **more: Any) -> dict[str, Any]:
     properties = {"case.model": "m", "case.format": "f", "case.hardware": "h", "case.phase": "decode", "runs": "5", **more}
     return {
         "test": "test_repeat", "verdict": verdict, "expected": not message, "message": message, "properties": properties,
-        "pairs": [], "reexecution": None,
+        "pairs": [], "reexecution": None, "nodeid": "t.py::test_repeat[m/f/h-decode]",
     }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_a_run_appends_its_summary(suite: Suite, tmp_path: Path, monkeypatch: py
     assert 0 == run.code, run.output
     assert text.startswith("before\n## quantdet\n\n")
     assert run.suite["summary"].replace("_", "\\_") in text
-    assert "| awq | BIT_EXACT | BIT_EXACT | DISTINCT | CONFIRMED " in text
+    assert "| awq | BIT_EXACT | BIT_EXACT | CONFIRMED Fake4Kernel x4 | DISTINCT | 3 |" in text
     assert "### Unexpected" not in text
 
 
@@ -42,7 +42,7 @@ def test_what_is_unexpected_comes_first_and_is_plain_text() -> None:
     """An engine's or a recording's words are shown, not obeyed."""
     text = markdown.summary(Records([case("NOISY", "NOISY <img src=x> | [a](b) `c`\nnext")]), "1 unexpected")
 
-    assert "### Unexpected\n\n- NOISY &lt;img src=x&gt; \\| \\[a\\](b) \\`c\\` next\n" in text
+    assert "### Unexpected: 1 case, 1 cause\n\n- NOISY &lt;img src=x&gt; \\| \\[a\\](b) \\`c\\` next\n" in text
     assert "| f | **NOISY !** |" in text
     assert text.index("### Unexpected") < text.index("### m on h")
 
@@ -62,9 +62,9 @@ def test_hidden_states_and_answers(suite: Suite, tmp_path: Path, monkeypatch: py
 
     text = path.read_text(encoding="utf-8")
     tables, _, answers = text.partition("### Published questions\n\n")
-    assert "| format | decode | prefill | distinct | hidden states | kernel | n |\n|---|---|---|---|---|---|---|\n" in tables
-    assert "| bf16 | BIT_EXACT | BIT_EXACT | DISTINCT | **NOISY !** | CONFIRMED " in tables
-    assert "| ct | BIT_EXACT | BIT_EXACT | DISTINCT | BIT_EXACT | CONFIRMED " in tables
+    assert "| format | decode | prefill | kernel | distinct | hidden states | n |\n|---|---|---|---|---|---|---|\n" in tables
+    assert "| bf16 | BIT_EXACT | BIT_EXACT | CONFIRMED UnquantizedLinearMethod x4 | DISTINCT | **NOISY !** | 3 |" in tables
+    assert "| ct | BIT_EXACT | BIT_EXACT | CONFIRMED Fake4Kernel x4 | DISTINCT | BIT_EXACT | 3 |" in tables
     assert (
         "- Are &lt;b&gt;three&lt;/b&gt; formats \\| apart?\n  - DISTINCT alpha/three/cpu-here: ct BIT\\_EXACT (n = 3), "
         in answers

@@ -90,7 +90,7 @@ def test_a_claim_under_another_name_is_found_out(suite: Suite, recordings: Path)
     run = suite("-k", "reexecution and gptq", f"--reference={recordings}", matrix=WITH_CLAIMS)
 
     assert {"test_reexecution[alpha/gptq/cpu-here-by-cpu-here]": "DETECTABLE"} == run.failures(), run.output
-    assert "not what it claims: awq matches it better than gptq" in run.output
+    assert "not what it claims: awq matches it better than gptq" in run.words
 
 
 TWO_MAKERS = (
@@ -216,7 +216,7 @@ def test_a_verifier_that_died_is_not_passed_over(suite: Suite, recordings: Path)
     run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS + setting("ct", "kill"))
 
     assert {"test_reexecution[alpha/awq/cpu-here-by-cpu-here]": "ERROR"} == run.failures(), run.output
-    assert "did not run: ct" in run.output
+    assert "did not run: ct" in run.cases["test_reexecution[alpha/awq/cpu-here-by-cpu-here]"].message
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_another_checkpoint_under_the_same_name_is_invalid(suite: Suite, recordi
     run = suite("-k", "reexecution and awq", f"--reference={recordings}", matrix=WITH_CLAIMS)
 
     assert {"test_reexecution[alpha/awq/cpu-here-by-cpu-here]": "INVALID"} == run.failures(), run.output
-    assert "another checkpoint under the same name: the claim's sha256 is abababab" in run.output
+    assert "another checkpoint under the same name: the claim's sha256 is abababab" in run.words
 
 
 def test_a_model_that_is_not_here_is_unavailable(suite: Suite, recordings: Path) -> None:

@@ -25,7 +25,7 @@ HERE = "alpha and cpu-here"
 
 def own(output: str) -> list[str]:
     """The lines of the suite's own summary, but the command, which is pasted as one."""
-    return [line for line in output.partition("quantdet: verdicts")[2].splitlines() if "rerun the first failure" not in line]
+    return [line for line in output.partition("quantdet: verdicts")[2].splitlines() if not line.startswith("  rerun: ")]
 
 
 @pytest.mark.parametrize("columns", ["80", None])
@@ -139,7 +139,7 @@ def test_the_rerun_command_gives_the_same(
     run = suite("-k", which, *args, matrix=matrix)
     assert run.code == 1, run.output
 
-    (line,) = re.findall(r"rerun the first failure: (.*)", run.output)
+    (line,) = re.findall(r"rerun(?: the first failure without a verdict)?: (.*)", run.output)
     words = shlex.split(line)
     monkeypatch.delenv("QUANTDET_INJECT", raising=False)
     while "=" in words[0]:
@@ -167,7 +167,7 @@ def test_the_rerun_command_names_the_file_from_where_the_run_was_started(
 
     result = pytester.runpytest_inprocess("..", "-k", "awq and cpu-here and decode", "--no-controls")
 
-    assert "rerun the first failure: pytest '../test_repeat.py::test_repeat[" in result.stdout.str()
+    assert "  rerun: pytest '../test_repeat.py::test_repeat[" in result.stdout.str()
 
 
 # --------------------------------------------------------------------------------------------------------- progress

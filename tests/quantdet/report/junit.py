@@ -8,7 +8,7 @@ from _pytest.junitxml import xml_key
 
 from quantdet import __version__, collect
 from quantdet.environment import git_revision
-from quantdet.report import confidence, effects, reexecution
+from quantdet.report import confidence, effects, entries, reexecution
 from quantdet.report.record import RECORDS
 
 
@@ -26,13 +26,15 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
     """Summary first, then what the figures depend on."""
     session, records = config.stash[collect.SESSION], config.stash[RECORDS]
     verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
-    unexpected = [case["message"] for case in records.cases if not case["expected"]]
+    unexpected = entries.of(records.cases)
+    wrong = sum(len(one.cases) for one in unexpected)
+    causes = f" ({entries.counted(len(unexpected), 'cause')})" if len(unexpected) < wrong else ""
     summary = "; ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "nothing was measured"
     summary = f"{records.cut}; {summary}" if records.cut else summary
     counted = confidence.counted(records.cases)
     found = [
-        ("summary", f"{summary}; {counted}; {len(unexpected)} unexpected; {len(records.skipped)} cases skipped"),
-        ("unexpected", " | ".join(unexpected[:5])),
+        ("summary", f"{summary}; {counted}; {wrong} unexpected{causes}; {len(records.skipped)} cases skipped"),
+        ("unexpected", " | ".join(one.first for one in unexpected[:5])),
         ("hardware", ",".join(session.machine.rows(session.matrix))),
         ("replay", ",".join(map(str, session.options.replay))),
         ("suite.version", __version__),

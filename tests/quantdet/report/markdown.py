@@ -3,13 +3,16 @@
 Format: https://docs.github.com/actions/reference/workflow-commands-for-github-actions#adding-a-job-summary
 """
 
+import html
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantdet.report import activations, confidence, junit
+from quantdet.report import activations, confidence, entries, junit, rerun
+from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place
 from quantdet.untrusted import in_markdown
@@ -17,6 +20,7 @@ from quantdet.untrusted import in_markdown
 VARIABLE = "GITHUB_STEP_SUMMARY"
 _TABLED = ("test_repeat", "test_distinct", "test_kernel", "test_hardware", "test_activations")
 _FAILED = pytest.StashKey[str]()
+_MOST_ENTRIES = 50
 _MOST_BYTES = 900_000  # GitHub refuses a summary of more than 1 MiB
 
 
@@ -26,7 +30,10 @@ def append(session: pytest.Session) -> None:
     if not path or hasattr(session.config, "workerinput"):
         return
     found = dict(junit.properties(session.config))
-    text = summary(session.config.stash[RECORDS], found["summary"], found["vllm.newer"])
+    text = summary(
+        session.config.stash[RECORDS], found["summary"], lambda one: rerun.entry(session.config, one),
+        newer=found["vllm.newer"],
+    )  # fmt: skip
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text[:_MOST_BYTES] + "\n")
@@ -41,8 +48,11 @@ def announce(reporter: Any, config: pytest.Config) -> None:
         reporter.write_line(text)
 
 
-def summary(records: Records, first: str, newer: str = "") -> str:
-    """Summary line, controls, what is unexpected, a table of verdicts for each model and hardware, answers to questions."""
+def summary(records: Records, first: str, command: Callable[[Entry], str] = lambda _: "", newer: str = "") -> str:
+    """Summary line, controls, what is unexpected, a table of verdicts for each model and hardware, answers to questions.
+
+    `command`: what runs an entry again. `newer`: what to say first of a vLLM that is newer than what was measured.
+    """
     lines = ["## quantdet", "", *([f"**{in_markdown(newer)}**", ""] if newer else []), in_markdown(first), ""]
     lines += [
         f"- controls on {in_markdown(where)}: {in_markdown(text)}" for where, text in confidence.controls(records.cases).items()
@@ -50,11 +60,12 @@ def summary(records: Records, first: str, newer: str = "") -> str:
     lines += [
         f"- {in_markdown(text)}" for text in (confidence.at_once(records.cases), confidence.multiplicity(records.cases)) if text
     ]
-    unexpected = [case for case in records.cases if not case["expected"]]
+    unexpected = entries.of(records.cases)
     if unexpected:
-        lines += ["", "### Unexpected", "", *(f"- {in_markdown(case['message'])}" for case in unexpected[:50])]
-    if len(unexpected) > 50:
-        lines.append(f"- and {len(unexpected) - 50} more")
+        lines += ["", f"### Unexpected: {entries.said(unexpected)}", ""]
+        lines += [line for one in unexpected[:_MOST_ENTRIES] for line in _entry(one, command(one))]
+    if len(unexpected) > _MOST_ENTRIES:
+        lines.append(f"- and {len(unexpected) - _MOST_ENTRIES} more")
     places: dict[str, dict[str, dict[str, Any]]] = {}
     for case in records.cases:
         properties = case["properties"]
@@ -64,18 +75,28 @@ def summary(records: Records, first: str, newer: str = "") -> str:
             places.setdefault(place(properties), {}).setdefault(properties["case.format"], {})[column] = case
     for where, formats in places.items():
         hidden = any(map(activations.cases_of, formats.values()))
-        columns = ["format", "decode", "prefill", "distinct", *(["hidden states"] if hidden else []), "kernel", "n"]
+        columns = ["format", "decode", "prefill", "kernel", "distinct", *(["hidden states"] if hidden else []), "n"]
         lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
-            words = [_word(cases.get(column) or cases.get("hardware")) for column in ("decode", "prefill", "distinct")]
-            words += [_word(activations.deciding(cases))] if hidden else []
+            words = {name: _word(cases.get(name) or cases.get("hardware")) for name in ("decode", "prefill", "distinct")}
             logits = activations.others(cases)
             some = (logits or activations.cases_of(cases))[0]["properties"]
             ran = cases["kernel"]["properties"] if "kernel" in cases else some
             executed = f"{_word(cases.get('kernel'))} {in_markdown(ran.get('kernel.executed', ''))}".strip()
             n = in_markdown(some.get("runs", "")) if logits and some.get("flip_rate_upper95") else ""
-            lines.append(f"| {in_markdown(name)} | {' | '.join(words)} | {executed} | {n} |")
+            texts = [in_markdown(name), words["decode"], words["prefill"], executed, words["distinct"]]
+            texts += [_word(activations.deciding(cases)), n] if hidden else [n]
+            lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines + _questions(records))
+
+
+def _entry(one: Entry, command: str) -> list[str]:
+    """First line, the cases that it took, its log folded away, the command: all of it shown, nothing obeyed."""
+    lines = [f"- {in_markdown(one.first)}", f"  <br>{in_markdown(one.took)}"]
+    if one.lines:  # HTML up to the end of `pre`: no Markdown is looked for in it
+        said = html.escape("\n".join(one.lines)).replace("\n", "\n  ")
+        lines += ["", f"  <details><summary>more</summary><pre>{said}</pre></details>", ""]
+    return [*lines, f"  <br><code>{in_markdown(command)}</code>"] if command else lines
 
 
 def _questions(records: Records) -> list[str]:

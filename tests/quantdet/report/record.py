@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from quantdet.report import elsewhere
 from quantdet.verdicts import Divergence, Judgement, Violation
 
 JUDGEMENT = pytest.StashKey[Judgement]()
@@ -18,8 +19,9 @@ class Records:
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    elsewhere: dict[str, str] = field(default_factory=dict)  # of these: the case -> the hardware row that is not here
     broken: list[tuple[str, str]] = field(default_factory=list)  # failed without a judgement: a crashed worker, say
-    first_failure: str = ""
+    first_failure: str = ""  # of those without a judgement: the others have their entries
     finished: set[str] = field(default_factory=set)
     cut: str = ""  # see `cut.said`
 
@@ -27,7 +29,7 @@ class Records:
         """Keep a case's record, or the reason why there is none."""
         if report.when not in ("setup", "call"):  # also what xdist reports in place of a case that took its worker along
             self.finished.add(report.nodeid)
-        if report.failed and not self.first_failure:
+        if report.failed and not self.first_failure and not unexpected(report):
             self.first_failure = report.nodeid
         record = getattr(report, _ATTRIBUTE, None)
         if record is not None:
@@ -36,9 +38,17 @@ class Records:
             self.broken.append((report.nodeid, str(report.longrepr)[:2000]))
         elif report.skipped and isinstance(report.longrepr, tuple):
             self.skipped.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
+            if row := elsewhere.row(report):
+                self.elsewhere[report.nodeid] = row
 
 
 RECORDS = pytest.StashKey[Records]()
+
+
+def unexpected(report: Any) -> bool:
+    """Whether a report says that a case failed by its judgement."""
+    record = getattr(report, _ATTRIBUTE, None)
+    return bool(report.failed and record is not None and not record["expected"])
 
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> pytest.TestReport:
@@ -59,6 +69,9 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         "reexecution": judgement.reexecution,
         "evidence": item.stash.get(EVIDENCE, None),
         "test": getattr(item, "originalname", item.name),
+        "detail": judgement.detail,
+        "cause": asdict(judgement.cause) if judgement.cause is not None else None,
+        "among": sorted(judgement.among),
     }
     setattr(report, _ATTRIBUTE, record)
     if report.failed and call.excinfo is not None and call.excinfo.errisinstance((Divergence, Violation)):

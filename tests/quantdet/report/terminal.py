@@ -9,9 +9,12 @@ from quantdet import collect
 from quantdet.clock import Clock
 from quantdet.collect import DECLARED
 from quantdet.engines.stopwatch import PARTS
+from quantdet.matrix import Matrix
 from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
+from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import fitted, place, prose
+from quantdet.verdicts import Verdict
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
@@ -46,7 +49,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
         texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
         _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
-    _skipped(reporter, records, width)
+    _skipped(reporter, records, session.matrix, width)
     if text := engines(session.clock):
         say(text)
     for aside in session.store.set_aside:
@@ -56,7 +59,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
     if session.inject is not None:
         say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
     if records.first_failure:  # in one line, to be pasted
-        reporter.write_line(f"rerun the first failure: {rerun.command(config, records.first_failure)}")
+        reporter.write_line(f"rerun the first failure without a verdict: {rerun.command(config, records.first_failure)}")
 
 
 def questions(records: Records, width: int) -> list[str]:
@@ -85,9 +88,9 @@ def engines(clock: Clock) -> str:
     started = sum(count for count, _ in kinds)
     if not started and not clock.cells:
         return ""
-    parts = ", ".join(_counted(count, word) for count, word in kinds if count)
+    parts = ", ".join(counted(count, word) for count, word in kinds if count)
     text = f"engines: {started} started{f' ({parts})' if parts else ''}"
-    text += f"; {_counted(clock.cells, 'cell')}" if clock.cells else ""
+    text += f"; {counted(clock.cells, 'cell')}" if clock.cells else ""
     if clock.reused:
         text += f", {clock.reused} of {'them' if clock.cells > 1 else 'it'} from the store (--fresh measures again)"
     return (
@@ -95,10 +98,6 @@ def engines(clock: Clock) -> str:
         f"{f' ({clock.untimed} did not say)' if clock.untimed else ''}; "
         f"{clock.checkpoints:.1f} s for checkpoints"
     )
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
@@ -147,22 +146,22 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], wid
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
-        names = ("repeat decode", "repeat prefill", *(["restart"] if restarts else []), "distinct")
-        words = [_word(cases.get(name)) for name in names]
+        words = {name: _word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct", "restart")}
         if "hardware" in cases:
-            words = [_word(cases["hardware"]), *("" for _ in names[1:])]
-        words += [activations.word(cases)] if hidden else []
+            words = {**dict.fromkeys(words, ""), "repeat decode": _word(cases["hardware"])}
         # First what the kernel's verdict is about: of several lifetimes the one that it names.
         judged = [cases["kernel"]] if "kernel" in cases else []
         executed = [case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values())]
         bound = p.get("flip_rate_upper95", "")
         rows.append((
-            format_, *words, _kernel(next(filter(None, executed), ""), cases.get("kernel")),
+            format_, words["repeat decode"], words["repeat prefill"],
+            _kernel(next(filter(None, executed), ""), cases.get("kernel")), words["distinct"],
+            *([words["restart"]] if restarts else []), *([activations.word(cases)] if hidden else []),
             p.get("runs", "") if bound else "",
             f"{float(bound):.3g}" if bound else "",
         ))  # fmt: skip
-    columns = ("format", "decode", "prefill", *(["restart"] if restarts else []), "distinct")
-    columns = (*columns, *(["layers"] if hidden else []), "kernel", ">n", ">flips <")
+    columns = ("format", "decode", "prefill", "kernel", "distinct", *(["restart"] if restarts else []))
+    columns = (*columns, *(["layers"] if hidden else []), ">n", ">flips <")
     return fitted(columns, rows, width, fold=("kernel", "format"), title=where)
 
 
@@ -202,16 +201,23 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
 
 
-def _skipped(reporter: Any, records: Records, width: int) -> None:
-    """Cells that were not measured, by reason, most cells first."""
+def _skipped(reporter: Any, records: Records, matrix: Matrix, width: int) -> None:
+    """What was not measured: a line for each row of hardware that is not here, then cells by reason, most first."""
     cells: dict[str, set[str]] = {}
+    apart: Counter[tuple[str, str]] = Counter()
     for nodeid, reason in records.skipped:
-        if "[" in nodeid and not reason.startswith(DECLARED):  # those stand in the table, by test_hardware
-            case = nodeid.rpartition("[")[2].removesuffix("]")
-            cells.setdefault(reason, set()).add(case.removesuffix("-decode").removesuffix("-prefill"))
-    if not cells:
+        if (row := records.elsewhere.get(nodeid)) is not None:
+            apart[row, reason] += 1
+        elif "[" in nodeid and not reason.startswith(DECLARED):  # those stand in the table, by test_hardware
+            cells.setdefault(reason, set()).add(cell_of(nodeid))
+    if not cells and not apart:
         return
     reporter.write_sep("=", "quantdet: not measured")
+    order = list(matrix.hardware)
+    for (row, reason), count in sorted(apart.items(), key=lambda one: (order.index(one[0][0]), -one[1])):
+        title = f" ({matrix.hardware[row].title})"
+        why = reason.removeprefix(f"{Verdict.UNAVAILABLE} ").partition(": ")[2].replace(title, "")
+        reporter.write_line(prose(f"{row}{title}: {counted(count, 'case')}, {why}", width))
     counts = Counter({reason: len(group) for reason, group in cells.items()})
     for reason, count in counts.most_common():
         reporter.write_line(prose(f"{count:4d} {'cell ' if count == 1 else 'cells'}  {reason}", width))

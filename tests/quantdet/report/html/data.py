@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantdet.collect import place_of
 from quantdet.untrusted import plain
 
 CASES = "cases.jsonl"
@@ -49,7 +50,14 @@ def ordered(cases: Iterable[Case], order: dict[str, list[str]]) -> list[Case]:
     def key(case: Case) -> tuple[Any, ...]:
         p = case["properties"]
         ranks = [rank(name, p.get(f"case.{name}", "")) for name in ("model", "hardware")]
-        return (*ranks, p.get("case.vllm", ""), rank("format", p.get("case.format", "")), case["test"], case["nodeid"])
+        return (
+            *ranks,
+            p.get("case.vllm", ""),
+            rank("format", p.get("case.format", "")),
+            place_of(case["test"]),
+            case["test"],
+            case["nodeid"],
+        )
 
     return sorted(cases, key=key)
 

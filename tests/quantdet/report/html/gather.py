@@ -12,7 +12,7 @@ import pytest
 
 from quantdet import collect
 from quantdet.matrix import Matrix
-from quantdet.report import junit, rerun
+from quantdet.report import entries, junit, rerun
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
 from quantdet.report.record import RECORDS, Records
 from quantdet.schema import Cell
@@ -31,12 +31,16 @@ def gather(config: pytest.Config, folder: Path) -> Data:
     roots = (session.replay.folders if session.replay is not None else ()) or (session.options.store,)
     root = config.rootpath.resolve()
     cases = []
-    for case in ordered(records.cases, order):
+    known = ordered(records.cases, order)
+    commands = {case["nodeid"]: rerun.entry(config, found) for found in entries.of(known) for case in found.cases}
+    for case in known:
         properties = {name: value for name, value in case["properties"].items() if not name.startswith("pair.")}
         evidence = dict(case.get("evidence") or {})
         row: Case = {**case, "message": _inside(case["message"], root), "properties": properties, "evidence": evidence}
         row["link"] = _link(properties.get("observation", ""), roots, folder)
-        row["command"] = "" if case["expected"] else rerun.command(config, case["nodeid"])
+        row["detail"] = "" if case["expected"] else _inside(case["detail"], root)
+        row["cause"] = case["cause"] and {name: _inside(text, root) for name, text in case["cause"].items()}
+        row["command"] = commands.get(case["nodeid"], "")  # of the whole entry
         cases.append(row)
     run: dict[str, Any] = {
         "schema": SCHEMA,

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from quantdet.report import confidence, printed, speed
+from quantdet.report import confidence, entries, printed, speed
 from quantdet.report.html import coverage, distances, questions, reexecutions, svg, verdicts
 from quantdet.report.html.data import CASES, Data
 
@@ -41,9 +41,10 @@ def view(data: Data) -> dict[str, Any]:
     order = list(run["titles"]["format"])
     heat, scale = distances.heat(cases, order)
     covered, reasons = coverage.covered(run["coverage"])
-    unexpected = [case for case in cases if not case["expected"]]
+    unexpected = entries.of(cases)
     found: dict[str, Any] = {
         "run": run, "titles": run["titles"], "facts": facts(data), "tiles": tiles(data), "unexpected": unexpected,
+        "unexpected_said": entries.said(unexpected),
         "cut": run.get("cut", ""), "broken": data.broken, "skipped": skips(data), "counted": confidence.counted(cases),
         "controls_said": confidence.controls(cases), "tables": verdicts.tables(cases), "controls": verdicts.controls(cases),
         "kernels": verdicts.kernels(cases), "noisy": verdicts.noisy(cases), "heat": heat, "scale": scale, "steps": svg.STEPS,

@@ -88,7 +88,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """The matrix of one model."""
+    """The matrix of one model; the column `kernel`, which every one has, holds what ran and opens the evidence."""
 
     model: str
     places: list[Place]
@@ -103,7 +103,7 @@ class Table:
     @property
     def span(self) -> int:
         """Columns of one place."""
-        return len(self.columns) + 1 + self.timed
+        return len(self.columns) + self.timed
 
 
 def tables(cases: Sequence[Case]) -> list[Table]:
@@ -122,7 +122,8 @@ def tables(cases: Sequence[Case]) -> list[Table]:
             cells.setdefault((case["properties"]["case.format"], place(case)), {})[name] = case
         places = list(dict.fromkeys(where for _, where in cells))
         formats = list(dict.fromkeys(format_ for format_, _ in cells))
-        columns = [name for name in ("decode", "prefill", "restart", "distinct") if any(name in c for c in cells.values())]
+        names = ("decode", "prefill", "kernel", "distinct", "restart")
+        columns = [name for name in names if name == "kernel" or any(name in c for c in cells.values())]
         columns += [LAYERS] if any(map(activations.cases_of, cells.values())) else []
         paces = speed.paces(group)
         rows = [(one, [_entry(cells.get((one, where)), paces) for where in places]) for one in formats]
