@@ -542,6 +542,13 @@ head_dim = 32
 when = { format = "awq", hardware = "cpu-*" }
 args = { executes = "Fake4Kernel" }
 reason = "the fake executes what it is told"
+
+[[expect]]
+when = { format = "gptq", hardware = "cpu-*" }
+outcome = "identical_to"
+formats = ["ct"]
+reason = "the same integers"
+source = "by construction"
 """
 
 # A question about three formats, whose words would be markup, and one about formats that repeat; to append to MATRIX.

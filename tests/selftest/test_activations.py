@@ -441,7 +441,7 @@ def test_round_trip(folder: Path) -> None:
 
 def test_an_observation_without_them_is_sealed_as_before() -> None:
     """Older recordings have no such field, and their seals hold."""
-    path = next((ROOT / "fixtures" / "recordings").rglob("observation.json"))
+    path = next((ROOT / "fixtures" / "lifetimes").rglob("observation.json"))
     raw = json.loads(path.read_text(encoding="utf-8"))
 
     assert "activations" not in raw
