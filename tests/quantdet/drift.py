@@ -12,20 +12,20 @@ from quantdet.pairs import comparable_requests, pair
 from quantdet.verdicts import Judgement, Pair, Verdict
 
 
-def across(known: Sequence[Observation], row: Expect | None, family: Callable[[str], str]) -> Judgement:
+def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: Callable[[str], str]) -> Judgement:
     """Compare one cell's observations, oldest vLLM first, each with the one before it.
 
     Where the same kernels ran (kernel families, attention, execution mode, torch) the logits have to be the same, unless
-    `row` (`may_drift`) says otherwise. Where other kernels ran, either answer is one, and it is reported.
+    a row (`may_drift`) about the newer of the two says otherwise. Where other kernels ran, either answer is one, and it is reported.
 
     Args:
         known: at least two, of one cell.
-        row: the expectation that excuses a difference.
+        rows: of each but the oldest, the expectation that excuses a difference to the one before it.
         family: the matrix's kernel name of an executed class.
     """
     cell = known[0].header.cell
     figures: dict[str, object] = {
-        "expectation": f"may_drift: {row.reason}" if row else "same logits where the same kernels run",
+        "expectation": _expectation(known, rows),
         "versions": ",".join(one.vllm for one in known),
     }
     for one in known:
@@ -35,7 +35,7 @@ def across(known: Sequence[Observation], row: Expect | None, family: Callable[[s
     told: list[str] = []
     results: list[Pair] = []
     wrong = False
-    for older, newer in pairwise(known):
+    for (older, newer), row in zip(pairwise(known), rows, strict=True):
         place = f"{older.vllm} -> {newer.vllm}"
         why = comparable_requests(older, newer)
         if older.header.checkpoint_sha256 != newer.header.checkpoint_sha256:
@@ -54,6 +54,16 @@ def across(known: Sequence[Observation], row: Expect | None, family: Callable[[s
     verdict = next(word for word in (Verdict.DISTINCT, Verdict.INDISTINCT, Verdict.IDENTICAL) if word in words)
     figures |= {"l2": max(r.l2 for r in results), "max_abs_diff": max(r.max_abs for r in results), "changes": " | ".join(told)}
     return Judgement(verdict, f"{verdict} {cell} versions: {', '.join(steps)}", not wrong, figures)
+
+
+def _expectation(known: Sequence[Observation], rows: Sequence[Expect | None]) -> str:
+    """What is declared, by the version that it is about; the same words once."""
+    about: dict[str, list[str]] = {}
+    for newer, row in zip(known[1:], rows, strict=True):
+        if row is not None:
+            about.setdefault(row.reason, []).append(newer.vllm)
+    said = "; ".join(f"may_drift ({', '.join(versions)}): {reason}" for reason, versions in about.items())
+    return said or "same logits where the same kernels run"
 
 
 def _said(result: Pair) -> str:

@@ -137,8 +137,8 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, f"versions: needs recordings of two vLLM versions, have {have}")
         if any(one.reported for one in known):
             self._skip(Verdict.UNAVAILABLE, f"versions: needs raw logits, have {reported.NOTE}")
-        row = self.session.expectations(known[-1].cell).drifts(known[-1].cell)
-        self._say(drift.across(known, row, self.session.matrix.family), tuple(known[:1]))
+        rows = [self.session.expectations(one.cell).drifts(one.cell) for one in known[1:]]
+        self._say(drift.across(known, rows, self.session.matrix.family), tuple(known[:1]))
 
     def reexecution(self, claim: Claim) -> None:
         """Tokens generated elsewhere, re-executed here by every format: which format do they come from?"""
