@@ -16,7 +16,8 @@ def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: 
     """Compare one cell's observations, oldest vLLM first, each with the one before it.
 
     Where the same kernels ran (kernel families, attention, execution mode, torch) the logits have to be the same, unless
-    a row (`may_drift`) about the newer of the two says otherwise. Where other kernels ran, either answer is one, and it is reported.
+    a row (`may_drift`) about the newer of the two says otherwise. Where other kernels ran, either answer is one, and it is
+    reported.
 
     Args:
         known: at least two, of one cell.
