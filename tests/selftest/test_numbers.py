@@ -217,6 +217,28 @@ def test_what_is_not_decoded_is_known_by_its_bytes(cache: Path, tmp_path: Path, 
     assert edited(whole.path, tmp_path / "three", other) != one
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": None}, {"quant_method": "gptq", "bits": "four"}, {"quant_method": ["gptq"]},
+        {"quant_method": "compressed-tensors"}, {"quant_method": "compressed-tensors", "config_groups": [1]},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": None}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
+        {"quant_method": "fp8", "weight_block_size": "all"}, {"quant_method": "awq", "bits": {}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["gptq", "ct"])
+def test_settings_that_do_not_fit_cost_no_cell(cache: Path, tmp_path: Path, layout: str, settings: dict[str, Any]) -> None:
+    """Whatever somebody wrote into config.json: the numbers are known by their bytes, and nothing is raised."""
+    whole = made(cache, layout, "int4-sym")
+
+    def as_said(_: Any, given: dict[str, Any]) -> None:
+        given.clear()
+        given |= settings
+
+    assert edited(whole.path, tmp_path / "copy", as_said).startswith("bytes:")
+
+
 def test_tensors_that_a_layout_does_not_have_are_not_passed_over(cache: Path, tmp_path: Path) -> None:
     """An unknown tensor beside the known ones of a projection: known by its bytes."""
     whole = made(cache, "gptq", "int4-sym")

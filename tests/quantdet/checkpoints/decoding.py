@@ -23,6 +23,8 @@ Part = tuple[str, Array | str]  # what of a projection is hashed, by name
 _MARKS = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
 _INTEGER_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _FORMATS = (*_INTEGER_FORMATS, "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+# What settings and shapes raise that do not fit each other; somebody else wrote both.
+_MISFITS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, re.error, Unavailable)
 _DYNAMIC_FP8 = {"num_bits": 8, "type": "float", "dynamic": True}
 
 
@@ -62,7 +64,7 @@ class Decoder:
             yield from {"gptq": self._gptq, "awq": self._awq, "compressed-tensors": self._ct, "fp8": self._fp8}[self.method](
                 name, left
             )
-        except (KeyError, ValueError, IndexError, Unavailable) as error:
+        except _MISFITS as error:
             raise NotDecoded(f"{name}: {type(error).__name__}: {error}") from None
         bias = left.pop("bias", None)
         if bias is not None and np.any(bias):  # makers write zeros where the model has none
@@ -89,7 +91,8 @@ class Decoder:
         if int(self.settings.get("bits", self.settings.get("w_bit", 4))) != 4:
             raise ValueError("AWQ with other than 4 bits")
         codes = pack(np.ascontiguousarray(_straight(left.pop("qweight")).T), 4)
-        zeros = _straight(left.pop("qzeros")).T if self.settings.get("zero_point", True) else None
+        zeros = left.pop("qzeros", None)
+        zeros = None if zeros is None else _straight(zeros).T
         yield "activations", activations(None)
         yield from integers(4, codes, left.pop("scales").T, zeros)
 
@@ -160,8 +163,8 @@ def decoder(settings: Mapping[str, Any]) -> Decoder:
     """
     if not settings:
         return Decoder("")
-    method = str(settings.get("quant_method", "gptq" if "desc_act" in settings else ""))
-    if method not in ("gptq", "awq", "compressed-tensors", "fp8"):
+    method = settings.get("quant_method", "gptq" if "desc_act" in settings else "")
+    if not isinstance(method, str) or method not in ("gptq", "awq", "compressed-tensors", "fp8"):
         raise NotDecoded(f"method {method!r}")
     if settings.get("dynamic") or settings.get("sparsity_config") or settings.get("transform_config"):
         raise NotDecoded(f"{method} with settings of single modules, sparsity or transforms")
@@ -191,7 +194,7 @@ def floats(codes: Array, scales: Array) -> Iterator[Part]:
 
 def order(index: Array | None, inputs: int, groups: int) -> Iterator[Part]:
     """Which group each input belongs to, unless it is the group of its place."""
-    if index is not None and groups and not np.array_equal(index, np.arange(inputs) // (inputs // groups)):
+    if index is not None and groups and not np.array_equal(index, np.arange(inputs) // max(inputs // groups, 1)):
         yield "group of each input", index.astype("<i4")
 
 
