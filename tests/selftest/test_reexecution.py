@@ -12,6 +12,7 @@ import pytest
 
 from quantdet import checkpoints, matrix, reexecution
 from quantdet.claims import Claim
+from quantdet.expectations import Expectations
 from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
 from quantdet.observation_header import NonFinite
 from quantdet.results import Missing
@@ -358,7 +359,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
             models={"alpha": None}, formats={"awq": format_}, verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
-        replay=SimpleNamespace(has_verified=lambda cell: True),
+        replay=SimpleNamespace(has_verified=lambda cell: True), expectations=lambda cell: Expectations(()),
         verified=lambda cell, claimed: Missing(Verdict.ERROR, "re-executes nothing"), sequences=lambda model, claimed: None,
     )  # fmt: skip
 
