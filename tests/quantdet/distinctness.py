@@ -41,6 +41,7 @@ def distinctness(
         where = f"prompt {first.prompt} {first.phase} {at(first.phase, first.position)}"
         return Judgement(Verdict.INVALID, f"INVALID {cell} distinct: non-finite logits, first {where}", False)
     twins: list[str] = []
+    unknown: list[str] = []
     declared: list[str] = []
     for other, observation in peers.items():
         if observation.header.nonfinite:  # its own case is INVALID; there is nothing to compare with
@@ -51,7 +52,7 @@ def distinctness(
             message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
             return Judgement(Verdict.INVALID, message, False, among=frozenset({str(cell), str(other)}))
         result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
-        derived = sameness(own, observation, expectations.unseen)
+        derived = _by_words(sameness(own, observation, expectations.unseen), expectations, cell, other)
         row = expectations.twins(cell, other)
         if row is not None and row.same_kernel and not same_kernels(own, observation, expectations.family):
             row = None
@@ -61,6 +62,7 @@ def distinctness(
             declared.append(f"identical to {other.format_id} ({derived.why})")
         elif derived.same is None:
             declared.append(f"distinct from or identical to {other.format_id} ({derived.why})")
+            unknown.append(other.format_id)
         if result.verdict is Verdict.IDENTICAL:
             twins.append(other.format_id)
         expected, fine = _expected(row, derived)
@@ -107,6 +109,8 @@ def distinctness(
         text, rest = f"{verdict} {cell} distinct: {wrong[0]}", "\n".join(wrong[1:])
         return Judgement(verdict, text, False, figures, rest, tuple(pairs), among=frozenset(among))
     text += f"; closest {closest.b} ({_size(closest)})"
+    if unknown:
+        text += f"; not held to anything against {', '.join(unknown)}: {len(unknown)} with unknown numbers on the same kernels"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
 
 
@@ -121,6 +125,14 @@ def above_lifetimes(result: Pair, spread: float) -> Pair:
 
 def _preposition(result: Pair) -> str:
     return "to" if result.verdict is Verdict.IDENTICAL else "from"
+
+
+def _by_words(derived: Sameness, expectations: Expectations, a: Cell, b: Cell) -> Sameness:
+    """Where numbers are not known, two words of the matrix for them are other numbers; one word proves nothing."""
+    one, other = (expectations.words.get(cell.format_id, "") for cell in (a, b))
+    if derived.same is None and one != other:
+        return Sameness(False, f"other numbers by the matrix ({one} against {other}); {derived.why}")
+    return derived
 
 
 def _expected(row: Expect | None, derived: Sameness) -> tuple[Verdict, set[Verdict]]:

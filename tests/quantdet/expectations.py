@@ -23,12 +23,14 @@ class Expectations:
     engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
     unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `schema.Engine`
     family: Callable[[str], str] = str  # the kernel of the matrix that shows a class name
+    words: Mapping[str, str] = field(default_factory=dict)  # by format, what the matrix calls its numbers
 
     @classmethod
     def of(cls, matrix: Matrix, vllm_version: str | None) -> "Expectations":
         rows = tuple(row for row in matrix.expect if row.holds_for(vllm_version))
         engines = {name: format_.engine for name, format_ in matrix.formats.items()}
-        return cls(rows, matrix.layers_in, engines, matrix.engine.unseen, matrix.family)
+        words = {name: f"{format_.weights}/{format_.activations}" for name, format_ in matrix.formats.items()}
+        return cls(rows, matrix.layers_in, engines, matrix.engine.unseen, matrix.family, words)
 
     def noise(self, cell: Cell, phase: Phase) -> Expect | None:
         """The row that says that `cell` is, or may be, noisy in `phase`."""

@@ -29,20 +29,28 @@ class Lost:
 
     root: Path
     run: str = ""
-    _known: dict[Cell, Loss] = field(default_factory=dict)
+    _known: dict[str, Loss] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def turn(self, cell: Cell) -> Iterator[Loss | None]:
+    def turn(self, cell: Cell, dtype: str) -> Iterator[Loss | None]:
         """How the engine of `cell` was lost, if it was; nobody else of this run starts it inside the `with`."""
         folder = self._shared()
         with contextlib.nullcontext() if folder is None else FileLock(folder / f"{_name(cell)}.lock"):
-            if cell not in self._known and folder is not None:
-                self._read(cell, folder / f"{_name(cell)}.json")
-            yield self._known.get(cell)
+            names = (_name(cell), _name(cell, dtype))
+            for name in names:
+                if name not in self._known and folder is not None:
+                    self._read(name, folder / f"{name}.json")
+            yield next((self._known[name] for name in names if name in self._known), None)
 
-    def remember(self, cell: Cell, loss: Loss) -> None:
-        """`cell` is not started again."""
-        self._known[cell] = loss
+    def remember(self, cell: Cell, dtype: str, role: str, loss: Loss) -> None:
+        """`cell` is not started again: of a measurement for nothing, of anything else in the same dtype.
+
+        A re-execution has other requests than the measurement: that it ran out of time says nothing of the cell.
+        """
+        if role != "measure" and isinstance(loss, Missing) and loss.verdict is Verdict.TIMEOUT:
+            return
+        name = _name(cell, "" if role == "measure" else dtype)
+        self._known[name] = loss
         folder = self._shared()
         if folder is not None:
             match loss:
@@ -50,15 +58,15 @@ class Lost:
                     told = {"refused": loss.message}
                 case Missing():
                     told = {"verdict": str(loss.verdict), "reason": loss.reason, "log": loss.log}
-            (folder / f"{_name(cell)}.json").write_text(json.dumps(told), encoding="utf-8")
+            (folder / f"{name}.json").write_text(json.dumps(told), encoding="utf-8")
 
-    def _read(self, cell: Cell, path: Path) -> None:
+    def _read(self, name: str, path: Path) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             told = json.loads(path.read_text(encoding="utf-8"))
             if "refused" in told:
-                self._known[cell] = Refusal(told["refused"])
+                self._known[name] = Refusal(told["refused"])
             else:
-                self._known[cell] = Missing(Verdict(told["verdict"]), told["reason"], told["log"])
+                self._known[name] = Missing(Verdict(told["verdict"]), told["reason"], told["log"])
 
     def _shared(self) -> Path | None:
         if not self.run.isalnum():
@@ -68,5 +76,5 @@ class Lost:
         return folder
 
 
-def _name(cell: Cell) -> str:
-    return cell.id.replace("/", ".")
+def _name(cell: Cell, dtype: str = "") -> str:
+    return ".".join(filter(None, (cell.id.replace("/", "."), dtype)))

@@ -5,7 +5,7 @@ Every mistake in the file is collected and reported at once, each with its TOML 
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,21 +102,32 @@ class Matrix(Row):
         """The run lengths of the cell's model."""
         return self.run.model_copy(update=self.models[cell.model_id].run.model_dump(exclude_none=True))
 
-    def kernel_classes(self, cell: Cell, vllm_version: str | None = None) -> tuple[str, tuple[str, ...]]:
+    def kernel_classes(
+        self, cell: Cell, vllm_version: str | None = None, packages: Collection[str] | None = None
+    ) -> tuple[str, tuple[str, ...]]:
         """`(kernel, class names)` that `cell` has to show; no class names where `auto` is not judged here.
 
-        What `auto` has to be given may depend on the version; without one, it is what any version has to give.
+        What `auto` has to be given may depend on the version, and on the `packages` beside vLLM (distributions); without these,
+        it is what any version has to give, with any of them.
         """
-        names = self._kernels(cell, vllm_version)
+        names = self._kernels(cell, vllm_version, packages)
         return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
 
-    def expert_classes(self, cell: Cell, vllm_version: str | None = None) -> tuple[str, ...]:
+    def expert_classes(
+        self, cell: Cell, vllm_version: str | None = None, packages: Collection[str] | None = None
+    ) -> tuple[str, ...]:
         """Class names that the cell's layers of experts have to show; none: not judged, but for mixing."""
-        return tuple(c for name in self._kernels(cell, vllm_version) for c in self.kernels[name].moe_classes)
+        return tuple(c for name in self._kernels(cell, vllm_version, packages) for c in self.kernels[name].moe_classes)
 
-    def _kernels(self, cell: Cell, vllm_version: str | None) -> tuple[str, ...]:
+    def _kernels(self, cell: Cell, vllm_version: str | None, packages: Collection[str] | None) -> tuple[str, ...]:
         format_ = self.formats[cell.format_id]
-        picked = pins.picked(format_, cell.hardware_id, vllm_version) if format_.kernel == "auto" else ()
+
+        def here(name: str) -> bool:
+            package = self.kernels[name].package
+            return not package or packages is None or package in packages
+
+        auto = format_.kernel == "auto"
+        picked = pins.picked(format_, cell.hardware_id, vllm_version, None if packages is None else here) if auto else ()
         return picked or (format_.kernel,)
 
     def verifying_dtype(self, cell: Cell, claimed: str) -> str:

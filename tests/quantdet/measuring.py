@@ -105,6 +105,8 @@ class Measuring:
                 # Kept only where the matrix expects it: another refusal may be gone the next time.
                 header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
                 write(folder, Header.model_validate(header), ())
+        if not isinstance(outcome, process.Completed):
+            self.clock.measured(None)
         match outcome:
             case process.Refused() if scope.expectations(cell).unsupported(cell) is None:
                 return Refusal(outcome.message), False

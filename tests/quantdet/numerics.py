@@ -32,9 +32,12 @@ class Sameness:
 
 
 def numbers(observation: Observation) -> str:
-    """Which numbers the checkpoint of an observation holds (`checkpoints.numbers`); empty: not known."""
+    """Which numbers the checkpoint of an observation holds (`checkpoints.numbers`); empty: not known.
+
+    What this suite knows of a checkpoint by its hashes comes before what a recording says of it.
+    """
     header = observation.header
-    return header.numbers or _known().get(f"{header.checkpoint_sha256} {header.checkpoint_files_sha256}", "")
+    return _known().get(f"{header.checkpoint_sha256} {header.checkpoint_files_sha256}") or header.numbers
 
 
 def sameness(a: Observation, b: Observation, unseen: Collection[str] = ()) -> Sameness:

@@ -1,6 +1,6 @@
 """How vLLM versions are told to use a kernel, and what they use when told nothing: rows of the matrix, looked up by version."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -77,16 +77,21 @@ def filled(args: Mapping[str, Any], group_size: int) -> dict[str, Any]:
     return {key: fill(value) for key, value in args.items()}
 
 
-def picked(format_: Format, hardware_id: str, version: str | None) -> tuple[str, ...]:
+def picked(
+    format_: Format, hardware_id: str, version: str | None, here: Callable[[str], bool] | None = None
+) -> tuple[str, ...]:
     """The kernels of which an `auto` format has to be given one on this hardware; none: not judged.
 
-    Without a version, those of every version.
+    Without a version, those of every version. `here`: whether a kernel is installed; of several the first that is counts.
     """
     pick = next((pick for glob, pick in format_.picks.items() if fnmatchcase(hardware_id, glob)), None)
     if pick is None or isinstance(pick, str):
         return () if pick is None else (pick,)
-    named = (kernels for spec, kernels in pick.items() if version is None or holds(spec, version))
-    return tuple(dict.fromkeys(one for kernels in named for one in ((kernels,) if isinstance(kernels, str) else kernels)))
+    named = [kernels for spec, kernels in pick.items() if version is None or holds(spec, version)]
+    several = [(kernels,) if isinstance(kernels, str) else kernels for kernels in named]
+    if here is not None:
+        several = [tuple(filter(here, kernels))[:1] for kernels in several]
+    return tuple(dict.fromkeys(one for kernels in several for one in kernels))
 
 
 def probes(specifiers: Iterable[str]) -> list[str]:

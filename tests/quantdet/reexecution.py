@@ -7,7 +7,7 @@ from quantdet import attribution, causes, checkpoints, numerics
 from quantdet.claims import Claim
 from quantdet.observation import Observation
 from quantdet.results import Measured, Missing, Refusal
-from quantdet.schema import Cell, Format
+from quantdet.schema import ONLINE, Cell, Format
 from quantdet.session import Session
 from quantdet.verdicts import Judgement, Verdict
 
@@ -90,10 +90,12 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
         return next(iter(failed.values())).removeprefix(f"{Verdict.UNAVAILABLE} ")
     # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
     held = {name: numerics.numbers(one) for name, one in verified.items()}
-    held |= {claim.format_id: held.get(claim.format_id) or weights.numbers}
+    made = session.matrix.formats[claim.format_id].layout in ONLINE  # by the engine: the folder's numbers are the plain ones
+    held |= {claim.format_id: held.get(claim.format_id) or ("" if made else weights.numbers)}
     labels = labelled(held, {name: numbers(session.matrix.formats[name]) for name in held}, claim.format_id)
     if not failed and all(labels[name] != labels[claim.format_id] for name in verified):
-        need = f"reexecution: needs a format with the numbers of {claim.format_id} ({numerics.short(held[claim.format_id])})"
+        told = numerics.short(held[claim.format_id]) or "not known here"
+        need = f"reexecution: needs a format with the numbers of {claim.format_id} ({told})"
         return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
     judgement = attribution.judge(claim, recorded, verified, labels, sequences, failed)

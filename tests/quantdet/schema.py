@@ -197,12 +197,14 @@ class Kernel(Row):
     """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
 
     `weight_only`: it multiplies activations in the model's dtype, whatever the checkpoint asks for.
-    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied.
+    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied. `package`: the distribution
+    that it is in, where that is not vLLM's own: of several kernels of a pick the first counts whose package was installed.
     """
 
     hardware: tuple[str, ...] = Field(min_length=1)
     classes: tuple[str, ...] = ()
     weight_only: bool = False
+    package: str = ""
     moe_classes: tuple[str, ...] = ()
 
 

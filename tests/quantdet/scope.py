@@ -123,8 +123,8 @@ class Scope:
         said = []
         for kind, versions in found.items():
             known = self.matrix.engine.measured.get(kind, ())  # type: ignore[call-overload]
-            newest = max(map(Version, known), default=None)
-            later = [text for text in dict.fromkeys(versions) if newest is not None and text and Version(text) > newest]
+            newest = max(map(_release, known), default=None)
+            later = [text for text in dict.fromkeys(versions) if newest is not None and text and _release(text) > newest]
             if later:
                 said.append(
                     f"vLLM {', '.join(later)} is newer than what was measured ({kind.upper()}: {', '.join(known)}): kernels' "
@@ -138,3 +138,8 @@ class Scope:
             return self.replay.environment()
         row = self.matrix.hardware.get(self.options.hardware or "")
         return dict(self.environment if row is None else environment_on(self.environment, self.machine, row))
+
+
+def _release(version: str) -> Version:
+    """Without the label of a build (`+cu130`) and of a packaging (`.post1`): the same sources."""
+    return Version(Version(version).base_version)

@@ -78,12 +78,13 @@ class Session(Scope):
 
     def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
         """`Measuring.lifetime`, unless the cell's engine has refused or died in this run already: once is enough to know."""
-        with self.lost.turn(cell) as loss:
+        dtype = str(plan.identity.get("dtype", ""))
+        with self.lost.turn(cell, dtype) as loss:
             if loss is not None:
                 return loss, False
             outcome, was_there = self.measuring.lifetime(cell, plan, lifetime)
             if not isinstance(outcome, Observation):
-                self.lost.remember(cell, outcome)
+                self.lost.remember(cell, dtype, str(plan.identity.get("role", "measure")), outcome)
             return outcome, was_there
 
     def peers(self, cell: Cell) -> dict[Cell, Observation]:

@@ -78,16 +78,33 @@ def test_what_workers_tell_each_other(tmp_path: Path) -> None:
     """By the name of their run; another run, and one without workers, knows nothing of it."""
     one, two, other, alone = Lost(tmp_path, "r1"), Lost(tmp_path, "r1"), Lost(tmp_path, "r2"), Lost(tmp_path)
     died = Missing(Verdict.ERROR, "engine process killed by SIGKILL\n  | the log", "/log")
-    one.remember(CELL, died)
-    one.remember(Cell("alpha", "ct", "cpu-here"), Refusal("ValueError: no"))
+    one.remember(CELL, "float16", "measure", died)
+    one.remember(Cell("alpha", "ct", "cpu-here"), "float16", "verify", Refusal("ValueError: no"))
 
     for lost, known in ((one, died), (two, died), (other, None), (alone, None)):
-        with lost.turn(CELL) as loss:
+        with lost.turn(CELL, "bfloat16") as loss:
             assert known == loss
-    with two.turn(Cell("alpha", "ct", "cpu-here")) as loss:
+    with two.turn(Cell("alpha", "ct", "cpu-here"), "float16") as loss:
         assert Refusal("ValueError: no") == loss
-    alone.remember(CELL, died)
+    alone.remember(CELL, "float16", "measure", died)
     assert ["r1", "r2"] == sorted(path.name for path in (tmp_path / "lost").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("role", "dtype", "verdict", "known"),
+    [
+        ("measure", "float16", Verdict.TIMEOUT, True), ("measure", "bfloat16", Verdict.ERROR, True),
+        ("verify", "float16", Verdict.ERROR, True), ("verify", "bfloat16", Verdict.ERROR, False),
+        ("verify", "float16", Verdict.TIMEOUT, False), ("control", "float16", Verdict.ERROR, True),
+    ],
+)  # fmt: skip
+def test_what_a_loss_says_of_the_cell(tmp_path: Path, role: str, dtype: str, verdict: Verdict, known: bool) -> None:
+    """A measurement that was lost is lost for all; a re-execution says nothing of another dtype, nor by the time it takes."""
+    lost = Lost(tmp_path)
+    lost.remember(CELL, dtype, role, Missing(verdict, "why"))
+
+    with lost.turn(CELL, "float16") as loss:
+        assert known == (loss is not None)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +115,11 @@ def test_what_workers_tell_each_other(tmp_path: Path) -> None:
         NotImplementedError("Could not run '_C::x' with arguments from the 'CPU' backend."),
         RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Float8_e4m3fn'"),
         RuntimeError("operator _C::gptq_gemm does not exist"),
+        RuntimeError("could not create a primitive descriptor for the matmul primitive"),
+        RuntimeError("CUDA error: invalid device function"),
+        RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0"),
+        AttributeError("module 'vllm._custom_ops' has no attribute 'marlin_gemm'"),
+        RuntimeError("ptxas fatal   : Value 'sm_90a' is not defined for option 'gpu-name'"),
     ],
 )
 def test_an_engine_without_the_code_refuses(error: Exception) -> None:

@@ -30,9 +30,9 @@ def test_a_newer_version_is_said_first(suite: Suite, tmp_path: Path) -> None:
     assert words in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("versions", [("0.32.0",), ("0.31.0", "0.33.0"), ()])
+@pytest.mark.parametrize("versions", [("0.32.0",), ("0.31.0", "0.33.0"), (), ("0.32.0+cpu",)])
 def test_what_was_measured_says_nothing(suite: Suite, versions: tuple[str, ...]) -> None:
-    """The same version, an older one, and a matrix that names none."""
+    """The same version, an older one, a matrix that names none, and the label of a build."""
     run = suite("-k", ONE, matrix=measured(*versions))
 
     assert "" == run.suite["vllm.newer"] and "NEWER" not in run.output

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,81 @@ def test_settings_stand_in_several_files(cache: Path, tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(own), encoding="utf-8")
 
     assert told(folder) == whole.numbers
+
+
+@pytest.mark.parametrize(
+    ("file", "place"), [("config.json", "compression_config"), ("config.json", "text_config"), ("quant_config.json", "")]
+)
+def test_settings_of_other_makers_are_found(cache: Path, tmp_path: Path, file: str, place: str) -> None:
+    """compressed-tensors' older name, a model with vision, AutoAWQ's file: the same numbers as in transformers' place."""
+    whole = made(cache, "ct", "int8-channel", "int8")
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.path, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = config.pop("quantization_config")
+    inside = {"compression_config": {place: own}, "text_config": {place: {"quantization_config": own}}, "": own}[place]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / file).write_text(json.dumps(config | inside if place else inside), encoding="utf-8")
+
+    assert told(folder) == whole.numbers
+
+
+def test_quantized_tensors_without_settings_are_known_by_their_bytes(cache: Path, tmp_path: Path) -> None:
+    """Nobody says how activations are quantized: not taken for weight-only, nor for unquantized."""
+    whole = made(cache, "ct", "int8-channel", "int8")
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.path, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert told(folder).startswith("bytes:")
+
+
+def test_what_is_no_number_does_not_count(cache: Path, tmp_path: Path) -> None:
+    """A buffer that follows from the configuration, null and -1 where others write nothing, capitals."""
+    whole = made(cache, "ct", "int8-channel", "int8")
+
+    def other(tensors: dict[str, Any], given: dict[str, Any]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
+        given["config_groups"]["group_0"]["input_activations"] |= {"type": "INT", "group_size": -1, "symmetric": None}
+
+    assert edited(whole.path, tmp_path / "copy", other) == whole.numbers
+
+
+def test_zero_points_in_the_middle_are_those_of_a_symmetric_set(cache: Path, tmp_path: Path) -> None:
+    """compressed-tensors with zero points that are all 8, and without any."""
+    whole = made(cache, "ct", "int4-sym")
+
+    def explicit(tensors: dict[str, Any], _: Any) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            rows, groups = tensors[name].shape
+            zeros = np.full((rows // 8, groups), -2004318072, np.int32)  # 0x88888888
+            tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
+
+    assert edited(whole.path, tmp_path / "copy", explicit) == whole.numbers
+
+
+def test_a_pattern_that_never_ends_is_not_tried(cache: Path, tmp_path: Path) -> None:
+    """Targets come from somebody else's config.json; such a one is known by its bytes, at once."""
+    whole = made(cache, "ct", "int8-channel", "int8")
+
+    def hostile(_: Any, given: dict[str, Any]) -> None:
+        given["config_groups"]["group_0"]["targets"] = ["re:(.+)+Z$"]
+
+    assert edited(whole.path, tmp_path / "copy", hostile).startswith("bytes:")
+
+
+def test_many_remember_at_once(cache: Path, tmp_path: Path) -> None:
+    """Threads and processes that ask for one checkpoint: none gets in another's way, nothing half-written stays."""
+    whole = made(cache, "gptq", "int4-sym")
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: numbers.of(whole.path, whole.sha256, tmp_path), range(64)))
+
+    assert {whole.numbers} == found
+    assert 1 == len(list((tmp_path / ".numbers").iterdir()))
+    (tmp_path / "file").write_text("", encoding="ascii")
+    assert whole.numbers == numbers.of(whole.path, whole.sha256, tmp_path / "file")  # no folder can be made there
 
 
 def test_a_digest_is_remembered_and_follows_its_checkpoint(cache: Path, tmp_path: Path) -> None:

@@ -336,6 +336,18 @@ def test_unknown_numbers_ask_for_nothing(verdict: Verdict) -> None:
     assert "it is not known which numbers ct holds" in str(found.figures["expectation"])
 
 
+def test_words_of_the_matrix_make_strangers_but_no_twins() -> None:
+    """Numbers that nobody told: other words are other numbers, so that equal logits fail; one word proves nothing."""
+    silent = with_header(CT, numbers="", checkpoint_sha256="9" * 64)
+    words = {"gptq": "int4-sym/none", "ct": "int4-asym/none"}
+
+    strangers = judge(GPTQ, silent, expectations=Expectations((), words=words))
+    assert (Verdict.IDENTICAL, False) == (strangers.verdict, strangers.expected)
+    assert "other numbers by the matrix (int4-sym/none against int4-asym/none)" in strangers.message
+    alike = judge(GPTQ, silent, expectations=Expectations((), words=dict.fromkeys(words, "int4-sym/none")))
+    assert alike.expected and "with unknown numbers" in alike.message
+
+
 def test_a_declared_surprise_is_a_departure() -> None:
     """`distinct_from`: the same numerics by all that is seen, and other logits for a reason that is declared."""
     declared = twins("ct", outcome="distinct_from")

@@ -226,6 +226,14 @@ def test_weight_only_where_there_is_no_native_fp4(
     assert wanted == matrix.kernel_classes(Cell("tiny-qwen3", format_id, hardware), version)[0]
 
 
+@pytest.mark.parametrize(
+    ("packages", "wanted"), [((), "marlin"), (("humming-kernels",), "humming"), (None, "humming or marlin")]
+)
+def test_a_pick_goes_by_what_was_installed(matrix: Matrix, packages: tuple[str, ...] | None, wanted: str) -> None:
+    """Marlin is right where Humming is not installed, and a substitution where it is."""
+    assert wanted == matrix.kernel_classes(Cell("tiny-qwen3", "mxfp4", "sm90"), "0.33.0", packages)[0]
+
+
 def test_picks_cover_every_version(matrix: Matrix) -> None:
     """Where picks depend on the version, each version has one."""
     for name, format_ in matrix.formats.items():

@@ -44,4 +44,4 @@ def test_each_kind_of_hardware_has_the_newest_version_that_was_measured_there(tm
     path = tmp_path / "matrix.toml"
     path.write_text(MATRIX.replace("[run]", '[engine]\nmeasured = { cpu = ["0.32.0", "0.9.0"] }\n\n[run]'), encoding="utf-8")
     assert {"cpu": "0.32.0", "cuda": "0.32.0"} == support.versions(load(path))
-    assert "vLLM 0.32.0 for CPU, 0.32.0 for CUDA (nothing was measured there):" in support.section(load(path))
+    assert "vLLM 0.32.0 for CPU, 0.32.0 for CUDA (by its sources; not measured):" in support.section(load(path))

@@ -21,6 +21,8 @@ Part = tuple[str, Array | str]  # what of a projection is hashed, by name
 
 # A projection that stores one of these is quantized.
 _MARKS = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
+# Buffers that follow from the configuration, which some makers write and engines leave out.
+_COMPUTED = frozenset({"inv_freq"})
 _INTEGER_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _FORMATS = (*_INTEGER_FORMATS, "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 # What settings and shapes raise that do not fit each other; somebody else wrote both.
@@ -41,15 +43,21 @@ class Decoder:
     whole: str = ""
 
     def split(self, tensors: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-        """Quantized projections by name, each with its tensors by local name; and every other tensor."""
+        """Quantized projections by name, each with its tensors by local name; and every other tensor.
+
+        Raises:
+            NotDecoded: there are quantized projections, and nothing says how they are to be read.
+        """
         marked = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _MARKS}
-        modules: dict[str, dict[str, Array]] = {name: {} for name in marked if self.method}
+        if marked and not self.method:
+            raise NotDecoded(f"{min(marked)}: quantized, and no settings say how")
+        modules: dict[str, dict[str, Array]] = {name: {} for name in marked}
         rest: dict[str, Array] = {}
         for name, array in tensors.items():
             parent, _, local = name.rpartition(".")
             if parent in modules:
                 modules[parent][local] = array
-            else:
+            elif local not in _COMPUTED:
                 rest[name] = array
         return modules, rest
 
@@ -82,9 +90,8 @@ class Decoder:
         zeros = unpacked(left.pop("qzeros"), bits).T
         if self.settings.get("checkpoint_format", "gptq") != "gptq_v2":
             zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)  # version 1 stores z - 1
-        symmetric = bool(self.settings.get("sym", True)) and bool((zeros == 2 ** (bits - 1)).all())
         yield "activations", activations(None)
-        yield from integers(bits, codes, scales.T, None if symmetric else zeros)
+        yield from integers(bits, codes, scales.T, zeros)
         yield from order(left.pop("g_idx", None), inputs, groups)
 
     def _awq(self, _: str, left: dict[str, Array]) -> Iterator[Part]:
@@ -136,7 +143,7 @@ class Decoder:
         for group in groups:
             for target in group["targets"]:
                 pattern = target.removeprefix("re:")
-                if name == target or (target.startswith("re:") and re.match(pattern, name)):
+                if name == target or (target.startswith("re:") and _simple(pattern) and re.match(pattern, name)):
                     return dict(group)
         if len(by_class) != 1:
             raise ValueError("no group, or several, for this module")
@@ -175,11 +182,14 @@ def decoder(settings: Mapping[str, Any]) -> Decoder:
 
 
 def integers(bits: int, codes: Array, scales: Array, zeros: Array | None) -> Iterator[Part]:
-    """Integers int32 [N, K * bits / 32] packed along K, scales [N, groups], zero points uint8 [N, groups] or None."""
+    """Integers int32 [N, K * bits / 32] packed along K, scales [N, groups], zero points uint8 [N, groups] or None.
+
+    Zero points that are all in the middle are those of a symmetric set, which most layouts do not write.
+    """
     yield "integers", f"{bits} bit"
     yield "codes", codes
     yield "scales", scales.astype("<f4")
-    if zeros is None:
+    if zeros is None or (zeros == 2 ** (bits - 1)).all():
         yield "zero points", "none: symmetric"
     else:
         yield "zero points", zeros
@@ -203,9 +213,9 @@ def activations(arguments: Mapping[str, Any] | None) -> str:
     if not arguments:
         return "none"
     words = {name: arguments.get(name) for name in ("type", "num_bits", "strategy", "dynamic", "group_size")}
-    words["symmetric"] = arguments.get("symmetric", True)
-    if isinstance(words["strategy"], str):
-        words["strategy"] = words["strategy"].lower()
+    words["symmetric"] = arguments.get("symmetric") is not False
+    words |= {name: word.lower() for name, word in words.items() if isinstance(word, str)}
+    words["group_size"] = None if words["group_size"] == -1 else words["group_size"]
     return ", ".join(f"{name} {value}" for name, value in words.items() if value is not None)
 
 
@@ -214,6 +224,17 @@ def unpacked(words: Array, bits: int) -> Array:
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     spread = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
     return np.asarray(spread.astype(np.uint8).reshape(len(words), -1))
+
+
+def _simple(pattern: str) -> bool:
+    """Whether a pattern that somebody else wrote is matched in no time: few repetitions, and none of a group.
+
+    Raises:
+        ValueError: it may not be.
+    """
+    if len(pattern) > 500 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"pattern {pattern[:80]!r}")
+    return True
 
 
 def _straight(words: Array) -> Array:

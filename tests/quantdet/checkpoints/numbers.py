@@ -10,8 +10,11 @@ What is not decoded here (bitsandbytes, torchao, settings of single modules) has
 quantization settings: the same for copies of one checkpoint, another for everything else.
 """
 
+import contextlib
 import hashlib
 import json
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -29,8 +32,14 @@ from quantdet.untrusted import parse_json, read_bounded
 VERSION = 1
 
 _MAX_CONFIG_BYTES = 16 << 20
-# Where a checkpoint says how it is quantized, first found: transformers', AutoGPTQ's and ModelOpt's file.
-_SETTINGS = (("config.json", "quantization_config"), ("quantize_config.json", ""), ("hf_quant_config.json", "quantization"))
+_TEXT = re.compile(r"(?:decoded|bytes):[0-9a-f]{64}")
+# Where a checkpoint says how it is quantized, first found: transformers' file (of a model with vision inside of its text
+# part; compressed-tensors had a name of its own), AutoGPTQ's, AutoAWQ's and ModelOpt's.
+_SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("config.json", ("quantization_config",)), ("config.json", ("compression_config",)),
+    ("config.json", ("text_config", "quantization_config")), ("quantize_config.json", ()), ("quant_config.json", ()),
+    ("quant_config.json", ("quant_config",)), ("hf_quant_config.json", ("quantization",)),
+)  # fmt: skip
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -39,13 +48,14 @@ def settings(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: a file that cannot be read, or is no JSON object.
     """
-    for name, key in _SETTINGS:
+    for name, keys in _SETTINGS:
         if not (folder / name).is_file():
             continue
         found = parse_json(read_bounded(folder / name, _MAX_CONFIG_BYTES))
         if not isinstance(found, dict):
             raise ValueError(f"{folder / name}: not an object")
-        found = found.get(key) if key else found
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
         if isinstance(found, dict) and found:
             return found
     return {}
@@ -66,18 +76,31 @@ def of(folder: Path, tensors_sha256: str, cache: Path | None = None) -> str:
     canonical = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{VERSION}\0{tensors_sha256}\0{canonical}".encode()).hexdigest()
     known = None if cache is None else cache / ".numbers" / f"{key[:32]}.txt"
-    if known is not None and known.is_file() and (text := known.read_text(encoding="ascii")).count(":") == 1:
+    if known is not None and (text := _remembered(known)):
         return text
     try:
         text = f"decoded:{_digest(load_folder(folder), decoder(asked))}"
     except NotDecoded:
         text = f"bytes:{key}"
     if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        part = known.with_suffix(f".{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}.part")
-        part.write_text(text, encoding="ascii")
-        part.replace(known)
+        _remember(known, text)
     return text
+
+
+def _remembered(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="ascii")
+        return text if _TEXT.fullmatch(text) else ""
+    return ""
+
+
+def _remember(path: Path, text: str) -> None:
+    """Whole under its name or not at all; a cache that cannot be written costs time, and no cell."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=path.parent, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
 
 
 def online(plain: str, how: Mapping[str, Any]) -> str:

@@ -32,10 +32,15 @@ _NOT_A_REFUSAL = re.compile(
 # dtype or a backend that a registered one does not take, a GPU that nothing was compiled for.
 _NO_CODE = re.compile(
     r"'_OpNamespace' '\w+' object has no attribute|no kernel image is available|Could not run '\S+' with arguments from the"
-    r"|not implemented for '\w+'|No module named 'vllm\._\w*C|operator \S+ does not exist|not compiled (?:with|for)",
+    r"|module 'vllm\._(?:\w*C|custom_ops)\w*' has no attribute|No module named 'vllm\._\w*C|undefined symbol"
+    r"|(?:No such operator|operator \S+ does not exist)|not implemented for '\w+'|not compiled (?:with|for)"
+    r"|could not create a primitive|invalid device function|ptxas fatal|(?:only|not) supported (?:on|for|by)"
+    r"|Unsupported (?:ISA|instruction set|compute capability|architecture)",
     re.IGNORECASE,
 )
-_PACKAGES = ("transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "triton")
+_PACKAGES = (
+    "transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "humming-kernels", "triton",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,13 @@ class Done:
 
 def whole(loaded: Loaded, plan: Plan) -> Done:
     """The repeats, then what must not disturb them: hidden states, claims, and calls that only their time is taken of."""
-    hidden = activations.Recorded(loaded.model, plan)
     with needing_code():
-        recorder = execute(loaded, plan, hidden)
+        return _whole(loaded, plan)
+
+
+def _whole(loaded: Loaded, plan: Plan) -> Done:
+    hidden = activations.Recorded(loaded.model, plan)
+    recorder = execute(loaded, plan, hidden)
     ended = time.monotonic()
     hidden.repeat(lambda again: execute(loaded, again, hidden), recorder.generate_s)
     began = time.monotonic()

@@ -141,6 +141,8 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
                 return TimedOut(time_limit_s, log)
             child.join(timeout=10)
             seconds = time.monotonic() - started
+            if record is None and child.exitcode == -signal.SIGILL:
+                return Refused(f"engine process {ended.words(child.exitcode, kills)}", seconds)
             if record is None:
                 how = ended.words(child.exitcode, kills)
                 return Crashed(f"engine process {how}, no completion record{ended.said(child.exitcode, log)}", log, seconds)

@@ -14,7 +14,8 @@ from quantdet.importers.checked import Field, shown
 # Names in the files -> formats of the matrix.
 FORMATS = {
     "awq": "awq", "awq_marlin": "awq_marlin", "gptq": "gptq", "gptq_marlin": "gptq_marlin",
-    "torchao": "pytorch_int4", "pytorch_int4": "pytorch_int4",
+    "torchao": "pytorch_int4", "pytorch_int4": "pytorch_int4", "bf16": "bf16", "awq_auto": "awq_auto",
+    "gptq_auto": "gptq_auto",
 }  # fmt: skip
 INVESTIGATION, GENERATION = "published-investigation", "published-generation"
 MAX_TOKENS = 1 << 20  # of a prompt

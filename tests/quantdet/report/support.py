@@ -67,7 +67,7 @@ def section(matrix: Matrix) -> str:
     """What stands between the markers."""
     about = versions(matrix)
     told = ", ".join(
-        f"{version} for {kind.upper()}" + ("" if kind in matrix.engine.measured else " (nothing was measured there)")
+        f"{version} for {kind.upper()}" + ("" if kind in matrix.engine.measured else " (by its sources; not measured)")
         for kind, version in about.items()
     )
     return f"{BEGIN}\n\nvLLM {told}:\n\n{table(matrix)}\n\n{END}"

@@ -163,3 +163,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value
+
+
+def figure(value: float) -> str:
+    """`value` with one digit behind the point; what would read 0.0 with one significant digit, unless it is 0."""
+    return f"{value:.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:.1g}"

@@ -13,7 +13,7 @@ from quantdet.matrix import Matrix
 from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
-from quantdet.report.tables import fitted, place, prose
+from quantdet.report.tables import figure, fitted, place, prose
 from quantdet.verdicts import Verdict
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
@@ -94,9 +94,10 @@ def engines(clock: Clock) -> str:
     if clock.reused:
         text += f", {clock.reused} of {'them' if clock.cells > 1 else 'it'} from the store (--fresh measures again)"
     return (
-        f"{text}; {clock.engines:.1f} s in engines, of these {clock.measuring:.1f} s measuring"
+        f"{text}; {figure(clock.engines)} s in engines, "
+        f"{f'of these {figure(clock.measuring)} s measuring' if clock.measuring else 'none of it measuring'}"
         f"{f' ({clock.untimed} did not say)' if clock.untimed else ''}; "
-        f"{clock.checkpoints:.1f} s for checkpoints"
+        f"{figure(clock.checkpoints)} s for checkpoints"
     )
 
 
@@ -180,7 +181,7 @@ def time_tables(records: Records, width: int) -> list[str]:
         rows = []
         for format_, parts in sorted(cells.items(), key=lambda row: -sum(row[1].values())):
             figures = (*(parts.get(name) for name in names), sum(parts.values()))
-            rows.append((format_, *("" if value is None else f"{value:.1f}" for value in figures)))
+            rows.append((format_, *("" if value is None else figure(value) for value in figures)))
         columns = ("format", *(f">{name}" for name in (*names, "total")))
         tables.append(fitted(columns, rows, width, fold=("format",), title=f"{where}: seconds"))
     return tables
