@@ -55,7 +55,7 @@ def test_the_diagnosis_names_the_layer_with_the_defect(bundle: Path) -> None:
     traced = {module["kind"] for module in layers["trace"]["modules"]}
     assert {"linear", "attention", "norm", "activation", "embedding", "rotary", "logits"} <= traced
     output = (bundle.parents[2] / "output").read_text()
-    assert re.search(rf"^first divergent layer: {re.escape(LAYER)} \(", output, re.MULTILINE), output
+    assert re.search(rf"^ *first divergent layer: {re.escape(LAYER)} \(", output, re.MULTILINE), output
     assert f'name="first_divergent_layer" value="{LAYER} (' in (bundle.parents[2] / "report.xml").read_text()
     assert f"## First divergent layer\n\n{LAYER} (" in (bundle / "README.md").read_text()
 

@@ -107,6 +107,8 @@ def test_older_recordings_are_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert f"decoded:{'3' * 64}" == numerics.numbers(format_of(numbers="", checkpoint_files_sha256="f" * 64))
     assert "" == numerics.numbers(format_of(numbers="", checkpoint_files_sha256="e" * 64))
     assert OWN.header.numbers == numerics.numbers(OWN)
+    forged = format_of(numbers=f"decoded:{'4' * 64}", checkpoint_files_sha256="f" * 64)
+    assert f"decoded:{'3' * 64}" == numerics.numbers(forged)  # what is known by the hashes is not another's to say
     numerics._known.cache_clear()
 
 
