@@ -84,14 +84,16 @@ def test_few_repeats_cannot_show_that_noisy_formats_are_distinct() -> None:
     assert f"p = {found.p:.3g} by permuting repeats, smallest possible 0.1" in judge(*few).message
 
 
-def case(verdict: str, *pairs: tuple[float | None, str], p: str = "") -> dict[str, Any]:
+def case(verdict: str, *pairs: tuple[float | None, str], p: float | None = None) -> dict[str, Any]:
+    """A case of a format with these pairs, or of a claim whose nearest format with other numbers has the p-value `p`."""
     found = [{"a": "x", "b": "y", "p": value, "verdict": words} for value, words in pairs]
+    compared = {"same": {"p": 0.9}, "far": {"p": 0.0001}, "near": {"p": p}}  # "same" has the claim's numbers
     return {
         "test": "test_x",
         "verdict": verdict,
         "pairs": found,
-        "properties": {"p": p},
-        "reexecution": {"model": "m"} if p else None,
+        "properties": {},
+        "reexecution": None if p is None else {"own": ["base", "same"], "comparisons": compared},
     }
 
 
@@ -104,11 +106,12 @@ def test_multiplicity_is_over_every_case_that_rests_on_a_p_value() -> None:
 
     assert "" == confidence.multiplicity([exact])
     assert "1 cases rest on a p-value: of 1 that found a difference 1 stay after" in confidence.multiplicity([weak, exact])
-    both = confidence.multiplicity([weak, strong, case("UNDERPOWERED", p="0.04"), exact])
+    both = confidence.multiplicity([weak, strong, case("UNDERPOWERED", p=0.04), exact])
     assert both.startswith("3 cases rest on a p-value: of 2 that found a difference 1 stay after Holm over the run")
     assert confidence.multiplicity([lost, strong]).startswith("2 cases rest on a p-value: of 1 that found a difference 1 stay")
     assert "of 1 that found a difference 0 stay" in confidence.multiplicity([weak, lost, lost])
-    assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, case("DETECTABLE", p="0.04")])
+    assert "of 1 that found a difference 1 stay" in confidence.multiplicity([case("DETECTABLE", p=0.04)])
+    assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, case("DETECTABLE", p=0.04)])
 
 
 def test_a_question_is_no_further_test() -> None:

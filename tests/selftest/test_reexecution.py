@@ -71,6 +71,8 @@ def test_honest_claims_are_identified(suite: Suite, recordings: Path) -> None:
     assert "own=0 published=0" == case.properties["distance.decode.ct"]  # the same integers, the same kernel
     assert "PAIRWISE SNR SUMMARY" in run.output
     assert "NOT_DETECTABLE" in run.output
+    # Three claims, each told from the formats with other numbers by a p-value of its own: all count in the run's Holm.
+    assert "3 cases rest on a p-value: of 3 that found a difference 3 stay" in run.suite["multiplicity"]
 
 
 def test_engines_verify_once(suite: Suite, recordings: Path, tmp_path: Path) -> None:

@@ -56,19 +56,21 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     """What stays of the run's tests when all of them count: a case is one test, of the format against all others or of a claim.
 
     Source: Holm (1979) over the cases that rest on a p-value; that of a format against all others is the largest of its
-    pairs (intersection-union, Berger 1982). Whatever is true, any false alarm among those that stay has at most
-    probability `alpha`. Where bits decide there is no test: no difference, no alarm. A published question is no further test:
-    its pairs are those of its formats' cases.
+    pairs (intersection-union, Berger 1982), and so is that of a claim against all formats with other numbers. Whatever is true, any
+    false alarm among those that stay has at most probability `alpha`. Where bits decide there is no test: no difference, no
+    alarm. A published question is no further test: its pairs are those of its formats' cases.
     """
     tests: list[tuple[float, bool]] = []
     for case in cases:
         if case["test"] == "test_question":
             continue
         pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None]
+        claim = case["reexecution"] or {}
+        others = [one["p"] for name, one in claim.get("comparisons", {}).items() if name not in claim["own"]]
         if pairs:
             tests.append((max(pairs), case["verdict"] != "INDISTINCT"))
-        elif case["reexecution"] and case["properties"].get("p"):
-            tests.append((float(case["properties"]["p"]), case["verdict"] == "DETECTABLE"))
+        elif others:
+            tests.append((max(others), case["verdict"] == "DETECTABLE"))
     if not tests:
         return ""
     adjusted = stats.holm([value for value, _ in tests])
