@@ -56,9 +56,9 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     """What stays of the run's tests when all of them count: a case is one test, of the format against all others or of a claim.
 
     Source: Holm (1979) over the cases that rest on a p-value; that of a format against all others is the largest of its
-    pairs (intersection-union, Berger 1982), and so is that of a claim against all formats with other numbers. Whatever is true, any
-    false alarm among those that stay has at most probability `alpha`. Where bits decide there is no test: no difference, no
-    alarm. A published question is no further test: its pairs are those of its formats' cases.
+    pairs (intersection-union, Berger 1982), and so is that of a claim against all formats with other numbers. Whatever is
+    true, any false alarm among those that stay has at most probability `alpha`. Where bits decide there is no test: no
+    difference, no alarm. A published question is no further test: its pairs are those of its formats' cases.
     """
     tests: list[tuple[float, bool]] = []
     for case in cases:
