@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from quantdet.engines import EngineRefused, InvalidMeasurement, ranks
+from quantdet.engines.ended import RANK_LOST
 from quantdet.observation_header import Executed, Layer
 from selftest.fakes import TESTS, alive
 
@@ -168,6 +169,26 @@ def test_what_broke_is_said_at_the_end_whoever_caught_it(started: Callable[[Serv
         found.ask([5], 1, {})
     with pytest.raises(InvalidMeasurement, match="something else"):
         found.stop()
+
+
+def test_a_request_that_broke_because_a_rank_was_killed(
+    started: Callable[[Serve], ranks.OtherRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo says "Connection reset by peer" at once; the engine ends for what was the cause. Of ranks that live, nothing ends."""
+    found = started(serving())
+    found.agree(RUNS)
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", ended)
+    found.broke(RuntimeError("of this rank's own"))
+    os.kill(pids_of(found)[-1], signal.SIGKILL)
+
+    with pytest.raises(SystemExit) as how:
+        found.broke(RuntimeError("Connection reset by peer"))
+    found.close()  # before the watching thread's time is over
+    assert RANK_LOST == how.value.code
 
 
 def test_every_answer_is_read_before_one_is_judged(started: Callable[[Serve], ranks.OtherRanks]) -> None:

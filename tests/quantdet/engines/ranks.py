@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quantdet.engines import EngineRefused, InvalidMeasurement, ended
 from quantdet.observation_header import Executed
@@ -122,8 +122,16 @@ class OtherRanks:
                 raise InvalidMeasurement(f"rank {rank} generated {other}, rank 0 {list(token_ids)}")
 
     def broke(self, error: BaseException) -> None:
-        """A request was not answered by all ranks alike: nothing more can be asked, and `stop` says so, whoever caught it."""
+        """A request was not answered by all ranks alike: nothing more can be asked, and `stop` says so, whoever caught it.
+
+        Where another rank was killed, that is why: this process ends, as it does where it waits for that rank. Through
+        gloo (on CPUs whose vLLM has no shared memory for it) a rank's end is an error of this rank's at once.
+        """
         self._broken = self._broken or error
+        for rank, process in enumerate(self.processes, start=1):
+            process.join(timeout=1.0)
+            if process.exitcode is not None and process.exitcode < 0:
+                self._end(rank, process.exitcode)
 
     def stop(self) -> None:
         """Let the others end, and wait for it.
@@ -164,9 +172,12 @@ class OtherRanks:
                     continue
                 if self._ending.wait(_GRACE_S):
                     return
-                print(f"quantdet: rank {rank} of the engine has ended (exit code {process.exitcode})", flush=True)
-                self._forget_shared_memory()
-                os._exit(ended.RANK_LOST)
+                self._end(rank, process.exitcode)
+
+    def _end(self, rank: int, exitcode: int | None) -> NoReturn:
+        print(f"quantdet: rank {rank} of the engine has ended (exit code {exitcode})", flush=True)
+        self._forget_shared_memory()
+        os._exit(ended.RANK_LOST)
 
 
 def meeting() -> tuple[str, int, int]:
