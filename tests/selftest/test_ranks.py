@@ -174,7 +174,7 @@ def test_what_broke_is_said_at_the_end_whoever_caught_it(started: Callable[[Serv
 def test_a_request_that_broke_because_a_rank_was_killed(
     started: Callable[[Serve], ranks.OtherRanks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gloo says "Connection reset by peer" at once; the engine ends for what was the cause. Of ranks that live, nothing ends."""
+    """gloo says "Connection reset by peer" at once; the engine ends for the cause. Where all ranks live, nothing ends."""
     found = started(serving())
     found.agree(RUNS)
 
