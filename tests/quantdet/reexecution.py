@@ -1,6 +1,6 @@
 """Which formats re-execute a claim here, and why a claim cannot be judged here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from quantdet import attribution, causes, checkpoints, numerics
@@ -52,7 +52,16 @@ def gate(claim: Claim, session: Session) -> str | None:
     if header.dtype not in dtypes:
         need = f"reexecution: needs a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
         return f"{need}, have {', '.join(sorted(dtypes))}"
+    # Of one source and one word: the same numbers. Two makers' may be others, which their checkpoints tell later.
+    if len(own) == len(here) and session.matrix.models[claim.model_id].hub is None:
+        return _alone(claim, [cell.format_id for cell in here])
     return None
+
+
+def _alone(claim: Claim, verified: Iterable[str]) -> str:
+    """What is missing where no format with other numbers re-executes a claim: nothing could tell it from anything."""
+    need = f"reexecution: needs a format with other numbers than {claim.format_id} on {claim.hardware_id}"
+    return f"{need}, have {', '.join(sorted(verified))}"
 
 
 def judge(claim: Claim, session: Session) -> Judgement | str:
@@ -97,6 +106,8 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
         told = numerics.short(held[claim.format_id]) or "not known here"
         need = f"reexecution: needs a format with the numbers of {claim.format_id} ({told})"
         return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
+    if not failed and all(labels[name] == labels[claim.format_id] for name in verified):
+        return _alone(claim, verified)
     sequences = session.sequences(claim.model_id, recorded.header.dtype)
     judgement = attribution.judge(claim, recorded, verified, labels, sequences, failed)
     if judgement.verdict is not Verdict.ERROR:

@@ -18,7 +18,7 @@ from quantdet.observation_header import NonFinite
 from quantdet.results import Missing
 from quantdet.schema import Cell
 from quantdet.verdicts import Judgement, Verdict
-from selftest.fakes import MATRIX, observation, setting
+from selftest.fakes import MATRIX, expect, observation, setting
 from selftest.inner import Run, Suite
 
 pytest_plugins = ["pytester"]
@@ -346,6 +346,21 @@ def test_another_vllm_version_is_named(suite: Suite, recordings: Path) -> None:
     assert "vllm 0.20.2 -> 0.32.0" in case.properties["beside"]
 
 
+def test_a_claim_with_nothing_to_be_told_from_is_unavailable(suite: Suite, recordings: Path, tmp_path: Path) -> None:
+    """Every format with other numbers is refused here, as declared: a skip with need and have, and no engine starts."""
+    starts = tmp_path / "starts"
+    every = f'\n[[setting]]\nwhen = {{}}\nargs = {{ starts = "{starts}" }}\nreason = "counts"\n'
+    matrix = WITH_CLAIMS + expect("awq", "unsupported") + every
+
+    run = suite("-k", "reexecution and (gptq or /ct/)", f"--reference={recordings}", matrix=matrix)
+
+    assert 0 == run.code, run.output
+    found = [case for name, case in run.cases.items() if name.startswith("test_reexecution")]
+    assert 2 == len(found) and {"UNAVAILABLE"} == {case.verdict for case in found}
+    assert "needs a format with other numbers than gptq on cpu-here, have ct, gptq" in " ".join(case.message for case in found)
+    assert not starts.exists()
+
+
 # ------------------------------------------------------------------------------------------ before anything is re-executed
 
 CLAIM = Claim("alpha", "awq", "cpu-here", source="elsewhere")
@@ -358,7 +373,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
         measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights, numbers="")),
         matrix=SimpleNamespace(
-            models={"alpha": None}, formats={"awq": format_}, verifying_dtype=lambda cell, claimed: dtype,
+            models={"alpha": SimpleNamespace(hub={"awq": "maker/x"})}, formats={"awq": format_}, verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
         replay=SimpleNamespace(has_verified=lambda cell: True), expectations=lambda cell: Expectations(()),
