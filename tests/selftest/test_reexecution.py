@@ -357,7 +357,8 @@ def test_a_claim_with_nothing_to_be_told_from_is_unavailable(suite: Suite, recor
     assert 0 == run.code, run.output
     found = [case for name, case in run.cases.items() if name.startswith("test_reexecution")]
     assert 2 == len(found) and {"UNAVAILABLE"} == {case.verdict for case in found}
-    assert "needs a format with other numbers than gptq on cpu-here, have ct, gptq" in " ".join(case.message for case in found)
+    told = " ".join(case.message for case in found)
+    assert "needs a format with other numbers than gptq on cpu-here, have ct, gptq" in told
     assert not starts.exists()
 
 
