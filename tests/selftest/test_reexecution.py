@@ -369,7 +369,7 @@ CLAIM = Claim("alpha", "awq", "cpu-here", source="elsewhere")
 
 def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float16") -> Any:
     """As much of a session as is asked before any engine starts; it re-executes nothing."""
-    format_ = SimpleNamespace(weights="int4-asym", activations="none", engine="vllm")
+    format_ = SimpleNamespace(weights="int4-asym", activations="none", engine="vllm", layout="awq")
     return SimpleNamespace(
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
         measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights, numbers="")),
