@@ -110,7 +110,7 @@ def distinctness(
         return Judgement(verdict, text, False, figures, rest, tuple(pairs), among=frozenset(among))
     text += f"; closest {closest.b} ({_size(closest)})"
     if unknown:
-        text += f"; not held to anything against {', '.join(unknown)}: {len(unknown)} with unknown numbers on the same kernels"
+        text += f"; either verdict passes against {', '.join(unknown)}: the same kernels, and not known which numbers"
     return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
 
 

@@ -135,6 +135,8 @@ def _act(behaviour: str, args: dict[str, Any]) -> None:
             os._exit(3)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "ill":
+            os.kill(os.getpid(), signal.SIGILL)
         case "segv":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "garbage":

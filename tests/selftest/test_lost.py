@@ -34,7 +34,8 @@ def counted(starts: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "verdict"), [("refuse", "UNSUPPORTED"), ("kill", "ERROR"), ("raise", "ERROR"), ("invalid", "INVALID")]
+    ("behaviour", "verdict"),
+    [("refuse", "UNSUPPORTED"), ("kill", "ERROR"), ("raise", "ERROR"), ("invalid", "INVALID"), ("ill", "UNSUPPORTED")],
 )
 def test_an_engine_is_lost_once(suite: Suite, tmp_path: Path, behaviour: str, verdict: str) -> None:
     """Repeats, kernel, distinct, hidden states, controls: every case of the cell fails of the one start."""
