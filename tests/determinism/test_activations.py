@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantdet.judge import Judge
-from quantdet.schema import Cell, Phase
+from quantdet.matrix.rows import Cell, Phase
+from quantdet.session.cases.judge import Judge
 
 
 @pytest.mark.hidden_states

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantdet.judge import Judge
-from quantdet.schema import Cell
+from quantdet.matrix.rows import Cell
+from quantdet.session.cases.judge import Judge
 
 
 @pytest.mark.control("bit_flip")

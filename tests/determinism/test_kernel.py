@@ -1,7 +1,7 @@
 """The kernel that ran is the kernel that the row asks for."""
 
-from quantdet.judge import Judge
-from quantdet.schema import Cell
+from quantdet.matrix.rows import Cell
+from quantdet.session.cases.judge import Judge
 
 
 def test_kernel(cell: Cell, judge: Judge) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantdet.judge import Judge
-from quantdet.questions import Asked
+from quantdet.session.cases.judge import Judge
+from quantdet.session.questions import Asked
 
 
 @pytest.mark.compares_formats

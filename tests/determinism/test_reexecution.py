@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantdet.claims import Claim
-from quantdet.judge import Judge
+from quantdet.observations.claims import Claim
+from quantdet.session.cases.judge import Judge
 
 
 @pytest.mark.compares_formats

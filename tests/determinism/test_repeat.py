@@ -1,7 +1,7 @@
 """The same request in one engine process gives the same bits."""
 
-from quantdet.judge import Judge
-from quantdet.schema import Cell, Phase
+from quantdet.matrix.rows import Cell, Phase
+from quantdet.session.cases.judge import Judge
 
 
 def test_repeat(cell: Cell, phase: Phase, judge: Judge) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from quantdet import checkpoints
-from quantdet.observation import read
-from quantdet.report import repro, weights
-from quantdet.schema import Format, Model
+from quantdet.matrix.rows import Format, Model
+from quantdet.observations.observation import read
+from quantdet.report.bundle import repro, weights
 
 pytest.importorskip("vllm")
 

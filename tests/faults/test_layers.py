@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from quantdet.diagnosis import compare  # noqa: E402
-from quantdet.engines import layers  # noqa: E402
+from quantdet.engines.child import layers  # noqa: E402
+from quantdet.judging.first_layer import compare  # noqa: E402
 
 
 class InPlace(torch.nn.Module):  # type: ignore[misc, name-defined]

@@ -15,7 +15,7 @@ import pytest
 from junit2htmlreport.parser import Junit
 from junitparser import JUnitXml, Properties, Property, TestCase, TestSuite
 
-from quantdet.verdicts import Verdict
+from quantdet.judging.verdicts import Verdict
 from selftest.fakes import MATRIX, expect, make_suite, setting
 
 # What a reason may hold: markup, quotes, the end of a CDATA section, other scripts.

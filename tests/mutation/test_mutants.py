@@ -19,11 +19,11 @@ from selftest.fakes import MATRIX
 ROOT = TESTS.parent
 MUTANTS = load()
 # What a self-test says by itself, or a judgement. Any other exception is a mutant that breaks down: any test would notice.
-_SAID = re.compile(r"AssertionError|assert |Failed: |quantdet\.verdicts\.(Divergence|Violation)")
+_SAID = re.compile(r"AssertionError|assert |Failed: |quantdet\.judging\.verdicts\.(Divergence|Violation)")
 PASSED = 0
 # Not in the list: the harness is tried with it.
 EXACT = Mutant(
-    "no-bound", "the bound is gone", "stats.py", "return -math.expm1(math.log1p(-confidence) / n)", "return 0.0",
+    "no-bound", "the bound is gone", "metrics/bounds.py", "return -math.expm1(math.log1p(-confidence) / n)", "return 0.0",
     "test_stats.py::TestFlipRateUpper::test_no_flips_at_95_percent",
 )  # fmt: skip
 
@@ -192,9 +192,12 @@ def test_only_an_assertion_that_fails_is_a_kill(copy: Path, warm: Warm, change: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"old": "no such text"}, "no-bound: old text is 0 times in tests/quantdet/stats.py: the code has moved: update"),
+        (
+            {"old": "no such text"},
+            "no-bound: old text is 0 times in tests/quantdet/metrics/bounds.py: the code has moved: update",
+        ),
         ({"old": "confidence"}, r"old text is \d\d times in .*: the code has moved: update the mutant"),
-        ({"file": "statistics.py"}, "is not there: the code has moved: update the mutant"),
+        ({"file": "metrics/statistics.py"}, "is not there: the code has moved: update the mutant"),
         ({"new": "return ("}, "is no Python"),
         ({"new": "return -math.expm1(math.log1p(-confidence) / n)  # the same"}, "changes nothing"),
     ],

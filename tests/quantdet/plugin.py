@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect, hardware, interrupts, matrix, options, planning, workers
-from quantdet.engines import process
-from quantdet.judge import Judge
-from quantdet.observation import ObservationError
-from quantdet.report import cut, elsewhere, header, html, junit, markdown, progress, record, terminal, unexpected
-from quantdet.session import Session
+from quantdet.engines.process import interrupts, process
+from quantdet.matrix import matrix
+from quantdet.observations.observation import ObservationError
+from quantdet.report import cut, elsewhere, html, junit, markdown, progress, record, terminal, unexpected
+from quantdet.session import header, options, plans
+from quantdet.session.cases import collect, workers
+from quantdet.session.cases.judge import Judge
+from quantdet.session.machine import machine
+from quantdet.session.session import Session
 from quantdet.untrusted import plain
 
 _PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
@@ -30,7 +33,7 @@ class Hooks:
 
     @staticmethod
     @pytest.hookspec(firstresult=True)
-    def pytest_quantdet_machine(config: pytest.Config) -> tuple[hardware.Machine, hardware.Software] | None:
+    def pytest_quantdet_machine(config: pytest.Config) -> tuple[machine.Machine, machine.Software] | None:
         """This machine and its vLLM; detected if nobody says otherwise."""
 
 
@@ -55,14 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
         table = matrix.load(chosen.matrix)
     except matrix.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
-    unusable = planning.unusable(table, _PROMPTS)
+    unusable = plans.unusable(table, _PROMPTS)
     if unusable:
         raise pytest.UsageError(str(matrix.MatrixError(chosen.matrix, unusable)))
     for name in ("require_hardware", "hardware"):
         value = getattr(chosen, name)
         if value is not None and value not in table.hardware:
             raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
-    found = config.hook.pytest_quantdet_machine(config=config) or (hardware.detect(), hardware.software())
+    found = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
     try:
         session = Session(
             chosen, table, machine=found[0], software=found[1],

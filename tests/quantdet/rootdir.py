@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Options with a path as their value (`quantdet.options`).
+# Options with a path as their value (`quantdet.session.options`).
 PATH_OPTIONS = ("--matrix", "--store", "--replay", "--record", "--reference", "--report")
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import projection
-from quantdet.engines import Plan
-from quantdet.observation import Observation
-from quantdet.observation_activations import WIDTH, HiddenStates
-from quantdet.observation_header import Activations
-from quantdet.schema import PHASES, Phase
+from quantdet.engines.plan import Plan
+from quantdet.matrix.rows import PHASES, Phase
+from quantdet.metrics import fingerprints as projection
+from quantdet.observations.header import Activations
+from quantdet.observations.hidden_states import WIDTH, HiddenStates
+from quantdet.observations.observation import Observation
 
 LAYERS = ("model.layers.0", "model.layers.1", "model.norm")
 

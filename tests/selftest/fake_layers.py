@@ -3,8 +3,8 @@
 import hashlib
 from typing import Any
 
-from quantdet.diagnosis import Trace, TracedModule
-from quantdet.engines import Plan
+from quantdet.engines.plan import Plan
+from quantdet.judging.first_layer import Trace, TracedModule
 
 MODULES = (
     ("embed", "VocabParallelEmbedding", "embedding", ""),

@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet import diagnosis
-from quantdet.compare import stable_topk
-from quantdet.engines import FLIPS, EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt, faults, speed
-from quantdet.engines.capture import digest_rows
-from quantdet.engines.process import EngineSpec
-from quantdet.engines.recorder import Recorder
-from quantdet.observation import Block, Observation, Output, PromptRecord, write
-from quantdet.observation_header import SCHEMA, Executed, Header, Layer, PromptHeader
-from quantdet.store import Store
+from quantdet.engines.child import faults, speed
+from quantdet.engines.child.capture import digest_rows
+from quantdet.engines.child.recorder import Recorder
+from quantdet.engines.plan import FLIPS, EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines.process.process import EngineSpec
+from quantdet.judging import first_layer
+from quantdet.metrics.bits import stable_topk
+from quantdet.observations.header import SCHEMA, Executed, Header, Layer, PromptHeader
+from quantdet.observations.observation import Block, Observation, Output, PromptRecord, write
+from quantdet.observations.store import Store
 from selftest import fake_hidden, fake_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +72,8 @@ class FakeEngine:
         _disturb(behaviour, args, Path(plan.checkpoint), directory)
         if behaviour == "missing":
             return
-        if plan.identity.get("role") == diagnosis.ROLE:
-            diagnosis.write(fake_layers.traced(plan, behaviour), directory / diagnosis.TRACE_FILE)
+        if plan.identity.get("role") == first_layer.ROLE:
+            first_layer.write(fake_layers.traced(plan, behaviour), directory / first_layer.TRACE_FILE)
             return
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):
@@ -610,7 +611,7 @@ expert_intermediate_size = 32
 """
 
 CONFTEST = """\
-from quantdet.hardware import Machine, Software
+from quantdet.session.machine.machine import Machine, Software
 from selftest.fakes import FAKE
 
 pytest_plugins = ["quantdet.plugin"]
@@ -626,7 +627,7 @@ def pytest_quantdet_machine(config):
 
 # A machine with an A100 and an H100, for `make_suite`; the row `sm90` of the matrix is the second one.
 TWO_GPUS = """
-from quantdet.devices import Gpu
+from quantdet.session.machine.gpus import Gpu
 
 
 def pytest_quantdet_machine(config):

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from quantdet import interrupts, store
-from quantdet.engines import Plan, PlannedPrompt, process, scratch
-from quantdet.interrupts import held
-from quantdet.schema import Cell
+from quantdet.engines.plan import Plan, PlannedPrompt
+from quantdet.engines.process import interrupts, process, scratch
+from quantdet.engines.process.interrupts import held
+from quantdet.matrix.rows import Cell
+from quantdet.observations import store
 from selftest.fakes import FAKE, IDENTITY, alive, left_behind
 
 CELL, ENVIRONMENT, KEY = Cell("alpha", "bf16", "cpu-here"), "here", "0" * 64

@@ -15,18 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet import activations, planning
-from quantdet.declarations import Expect
-from quantdet.engines import Plan
-from quantdet.engines.activations import ActivationTap, Recorded, tapped
-from quantdet.engines.capture import CaptureError, digest_rows
-from quantdet.expectations import Expectations
-from quantdet.observation import Observation, read, write
-from quantdet.observation_activations import WIDTH
-from quantdet.observation_header import Header
-from quantdet.projection import DIMS, project
-from quantdet.schema import PHASES, Phase
-from quantdet.verdicts import Judgement, Verdict
+from quantdet.engines.child.capture import CaptureError, digest_rows
+from quantdet.engines.child.hidden_states import ActivationTap, Recorded, tapped
+from quantdet.engines.plan import Plan
+from quantdet.judging import hidden_states
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.selectors import Expect
+from quantdet.metrics.fingerprints import DIMS, project
+from quantdet.observations.header import Header
+from quantdet.observations.hidden_states import WIDTH
+from quantdet.observations.observation import Observation, read, write
+from quantdet.session import plans
 from selftest.fake_hidden import LAYERS, Module, ModuleList, RMSNorm, differing, hidden, model
 from selftest.fakes import MATRIX, ROOT, expect, observation, setting
 from selftest.inner import Suite
@@ -156,7 +157,7 @@ def plan(role: str = "measure", repeats: int = 2, **extra: Any) -> Plan:
 
 
 def ask(recorded: Recorded, whole: Module, length: int, steps: int, calls: list[int]) -> None:
-    """One request, as `quantdet.engines.lifetime.execute` makes it."""
+    """One request, as `quantdet.engines.child.lifetime.execute` makes it."""
     recorded.start()
     request(whole, calls)
     recorded.finish(length, np.concatenate([logits(step + 1)[-1:] for step in range(steps)]), logits(length - 1))
@@ -292,7 +293,7 @@ def sample(**fields: Any) -> Observation:
 def judged(whole: Observation, phase: Phase, **row: Any) -> Judgement:
     fields = {"reason": "because", "source": "here", "when": {"phase": phase}, **row}
     rows = Expectations((Expect.model_validate(fields),) if row else ())
-    return activations.repeat([whole], phase, rows)
+    return hidden_states.repeat([whole], phase, rows)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -385,7 +386,7 @@ def test_noise_beyond_the_declared_rows_is_not_excused() -> None:
 def test_lifetimes_add_up() -> None:
     """Each is compared within itself."""
     one, other = sample(), differing(sample(), 0, "decode", (0, 0))
-    found = activations.repeat([one, other], "decode", Expectations(()))
+    found = hidden_states.repeat([one, other], "decode", Expectations(()))
 
     assert (Verdict.NOISY, 6, 2) == (found.verdict, found.figures["runs"], found.figures["lifetimes"])
     assert "1 of 6 repeats differ" in found.message
@@ -393,7 +394,7 @@ def test_lifetimes_add_up() -> None:
 
 def test_without_hidden_states_nothing_is_said() -> None:
     """UNAVAILABLE where none were taken, INVALID with the reason where they could not be."""
-    none = activations.repeat([observation()], "decode", Expectations(()))
+    none = hidden_states.repeat([observation()], "decode", Expectations(()))
     whole = sample()
     assert whole.hidden is not None
     bad = whole.hidden.header.model_copy(update={"problem": "lost a row"})
@@ -541,7 +542,7 @@ def test_what_is_read_can_be_judged(folder: Path, data: st.DataObject) -> None:
     found = only_observation_errors(folder)
     if found is not None:
         for phase in PHASES:
-            activations.repeat([found], phase, Expectations(()))
+            hidden_states.repeat([found], phase, Expectations(()))
 
 
 # ------------------------------------------------------------------------------------------------------------ whole runs
@@ -611,5 +612,5 @@ def test_keys_of_plans_without_them_are_those_of_before() -> None:
     without, asked = plan(), plan()
     without = dataclasses.replace(without, extra={})
 
-    assert planning.key_of(without, 0) == planning.key_of(dataclasses.replace(without, extra={}), 0)
-    assert planning.key_of(without, 0) != planning.key_of(asked, 0)
+    assert plans.key_of(without, 0) == plans.key_of(dataclasses.replace(without, extra={}), 0)
+    assert plans.key_of(without, 0) != plans.key_of(asked, 0)

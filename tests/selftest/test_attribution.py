@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet import attribution
-from quantdet.attribution import Gap, gap
-from quantdet.claims import Claim
-from quantdet.observation import Observation, Output, PromptRecord
-from quantdet.observation_header import PromptHeader
-from quantdet.schema import PHASES
-from quantdet.verdicts import Judgement, Verdict, Violation
-from quantdet.verification import Sequences, sequence
+from quantdet.judging.reexecution import claim
+from quantdet.judging.reexecution.claim import Gap, gap
+from quantdet.judging.verdicts import Judgement, Verdict, Violation
+from quantdet.matrix.rows import PHASES
+from quantdet.observations.claims import Claim
+from quantdet.observations.header import PromptHeader
+from quantdet.observations.observation import Observation, Output, PromptRecord
+from quantdet.observations.verification import Sequences, sequence
 from selftest.fakes import block_of, causal_logits, observation
 
 CLAIM = Claim("alpha", "own", "cpu-here", source="elsewhere")
@@ -112,10 +112,10 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Any:
             values = np.asarray(distances[one.header.format], np.float64)
             return Gap(values, values)
 
-        monkeypatch.setattr(attribution, "gap", given)
-        monkeypatch.setattr(attribution, "_apart", lambda *args: apart)
+        monkeypatch.setattr(claim, "gap", given)
+        monkeypatch.setattr(claim, "_apart", lambda *args: apart)
         there = {name: observation(name) for name in distances}
-        return attribution.judge(CLAIM, observation("own"), there, WEIGHTS, Sequences.of([]), failed or {})
+        return claim.judge(CLAIM, observation("own"), there, WEIGHTS, Sequences.of([]), failed or {})
 
     return judged
 

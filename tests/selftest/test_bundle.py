@@ -9,10 +9,10 @@ from typing import Any, Literal
 import pytest
 
 from quantdet.checkpoints import Checkpoint
-from quantdet.observation import Observation, read
-from quantdet.report import divergence, readme, repro, weights
-from quantdet.schema import Cell, Model
-from quantdet.verdicts import Judgement, Verdict
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.rows import Cell, Model
+from quantdet.observations.observation import Observation, read
+from quantdet.report.bundle import differences, readme, repro, weights
 from selftest.fakes import EXPERTS, MATRIX, changed_output, executed, expect, last_repeat, observation, setting
 from selftest.inner import Suite
 
@@ -306,13 +306,13 @@ def test_first_positions_by_prompt_and_phase() -> None:
     output = changed_output(whole.prompts[1].outputs[0], "prefill", digests=lambda d: d.__setitem__((5, 0), d[5, 0] ^ 1))
     noisy = last_repeat(whole, 1, output)
 
-    assert ("p1", 1) == divergence.where([noisy])
-    assert (None, 1) == divergence.where([whole])
-    (row,) = divergence.found([noisy], 1)
+    assert ("p1", 1) == differences.where([noisy])
+    assert (None, 1) == differences.where([whole])
+    (row,) = differences.found([noisy], 1)
     assert ("p1", "prefill", 5, 2) == tuple(row[key] for key in ("prompt", "phase", "position", "repeat"))
     base = whole.prompts[1].outputs[0].prefill.topk_logprobs[5]
     assert float(base[0] - base[1]) == row["margin_nats"]
-    assert (noisy,) == divergence.involved([whole, noisy], 1)
+    assert (noisy,) == differences.involved([whole, noisy], 1)
 
 
 def test_logprobs_alone_may_differ() -> None:
@@ -320,7 +320,7 @@ def test_logprobs_alone_may_differ() -> None:
     whole = observation()
     output = changed_output(whole.prompts[0].outputs[0], "decode", chosen=lambda c: c.__setitem__(2, c[2] - 1))
 
-    (row,) = divergence.found([last_repeat(whole, 0, output)], 1)
+    (row,) = differences.found([last_repeat(whole, 0, output)], 1)
 
     assert ("decode", 2) == (row["phase"], row["position"])
 
@@ -366,7 +366,7 @@ def test_the_script_loads_a_folder_or_a_revision_of_a_hub(
     (tmp_path / "bundle" / "checkpoint").mkdir(parents=True)
     (tmp_path / "elsewhere@int4").mkdir()
     monkeypatch.chdir(tmp_path)
-    text = (Path(repro.__file__).parent / "templates" / "repro.py.txt").read_text()
+    text = (Path(repro.__file__).parents[1] / "templates" / "repro.py.txt").read_text()
     (function,) = (node for node in ast.parse(text.replace("@@", "_")).body if getattr(node, "name", "") == "place")
     namespace: dict[str, Any] = {"HERE": Path("bundle"), "Path": Path}
     exec(compile(ast.Module([function], []), "repro.py", "exec"), namespace)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantdet.engines.capture import CaptureError, LogitsTap, digest_rows
+from quantdet.engines.child.capture import CaptureError, LogitsTap, digest_rows
 
 
 class Tensor:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from quantdet import causes, restarts
-from quantdet.expectations import Expectations
-from quantdet.results import Measured, Missing, Refusal
-from quantdet.schema import Cell
-from quantdet.verdicts import Cause, Verdict
+from quantdet.judging import causes, restart
+from quantdet.judging.results import Measured, Missing, Refusal
+from quantdet.judging.verdicts import Cause, Verdict
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import Cell
 from selftest.fakes import observation
 
 CELL = Cell("alpha", "awq", "cpu-here")
@@ -121,4 +121,4 @@ def test_the_verifier_that_broke_is_the_cause_and_a_refusal_only_of_the_claimed_
 
 def test_restarts_have_no_cause_of_their_own() -> None:
     """A judgement of what was measured names none."""
-    assert restarts.restart([observation(), observation(lifetime=1)], NOTHING).cause is None
+    assert restart.restart([observation(), observation(lifetime=1)], NOTHING).cause is None

@@ -16,7 +16,7 @@ from quantdet.checkpoints import Unavailable, altered, resolve, rounding
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
 from quantdet.checkpoints.tensors import load_folder, tensors_sha256
-from quantdet.schema import Format, Model
+from quantdet.matrix.rows import Format, Model
 
 TINY = {
     "architecture": "qwen3", "seed": 3, "vocab_size": 64, "hidden_size": 192, "intermediate_size": 320,

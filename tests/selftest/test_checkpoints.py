@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from quantdet import checkpoints
 from quantdet.checkpoints import Unavailable, cache, pool, resolve, synthetic, tensors
-from quantdet.schema import Format, Model
+from quantdet.matrix.rows import Format, Model
 
 SPEC = {
     "architecture": "qwen3", "seed": 0, "vocab_size": 128, "hidden_size": 256, "intermediate_size": 384,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import classes
+from quantdet.metrics import classes
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 MEMBERS = ["fp8", "awq", "gptq", "ct", "nf4", "bf16"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from quantdet import compare
+from quantdet.metrics import bits as compare
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

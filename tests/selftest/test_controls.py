@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from quantdet import control_judgements, controls
-from quantdet.expectations import Expectations
-from quantdet.matrix import load
-from quantdet.observation import Observation
-from quantdet.observation_header import Divergence as Difference
-from quantdet.observation_header import NonFinite
+from quantdet.judging import controls as control_judgements
+from quantdet.judging.results import Measured, Missing, Refusal, Result
+from quantdet.judging.verdicts import Judgement, Verdict, Violation
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.matrix import load
+from quantdet.matrix.rows import PHASES, Cell, Phase
+from quantdet.metrics.bounds import flip_rate_upper
+from quantdet.observations.header import Divergence as Difference
+from quantdet.observations.header import NonFinite
+from quantdet.observations.observation import Observation
 from quantdet.report import confidence
-from quantdet.results import Measured, Missing, Refusal, Result
-from quantdet.schema import PHASES, Cell, Phase
-from quantdet.stats import flip_rate_upper
-from quantdet.verdicts import Judgement, Verdict, Violation
+from quantdet.session import controls
 from selftest.fakes import MATRIX, changed_output, expect, last_repeat, observation, setting, with_outputs
 from selftest.inner import Suite
 from selftest.test_judgements import flipped, one_flip

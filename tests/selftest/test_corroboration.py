@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import corroboration, projection
-from quantdet.corroboration import Corroboration, signal
-from quantdet.observation import Observation, write
-from quantdet.observation_activations import HiddenStates
-from quantdet.store import Store
-from quantdet.verification import Sequences, verifying
+from quantdet.judging.reexecution import hidden_states
+from quantdet.judging.reexecution.hidden_states import Corroboration, signal
+from quantdet.metrics import fingerprints
+from quantdet.observations.hidden_states import HiddenStates
+from quantdet.observations.observation import Observation, write
+from quantdet.observations.store import Store
+from quantdet.observations.verification import Sequences, verifying
 from selftest.fake_hidden import fingerprint, hidden
 from selftest.fakes import MATRIX
 from selftest.inner import Run, Suite
@@ -30,11 +31,11 @@ pytest_plugins = ["pytester"]
 
 def test_the_matrix_is_the_same_everywhere() -> None:
     """A recording holds what another machine's matrix made: other signs would be another projection, under another name."""
-    found = projection.signs(512)
+    found = fingerprints.signs(512)
 
     assert ((512, 16), {-1.0, 1.0}) == (found.shape, set(found.ravel()))
     assert "2e26b48e8522" == hashlib.sha256(found.astype(np.int8).tobytes()).hexdigest()[:12]
-    assert abs(projection.signs(8192).mean()) < 4 / np.sqrt(8192 * 16)
+    assert abs(fingerprints.signs(8192).mean()) < 4 / np.sqrt(8192 * 16)
 
 
 @given(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-6, 1.0, 1e6]))
@@ -42,7 +43,7 @@ def test_the_matrix_is_the_same_everywhere() -> None:
 def test_lengths_are_kept_and_scale_is_not(seed: int, scale: float) -> None:
     """Johnson-Lindenstrauss: the mean over many positions of the squared length is 1, of any scale; nothing overflows."""
     rows = np.random.default_rng(seed).standard_normal((400, 256)).astype(np.float32)
-    found = projection.project(rows * np.float32(scale)).astype(np.float64)
+    found = fingerprints.project(rows * np.float32(scale)).astype(np.float64)
 
     assert np.isfinite(found).all()
     assert 0.9 < np.square(found).sum(axis=1).mean() < 1.1
@@ -55,29 +56,29 @@ def test_a_distance_is_the_relative_distance_of_the_hidden_states(seed: int, apa
     generator = np.random.default_rng(seed)
     a = generator.standard_normal((3, 100, 256)).astype(np.float32)
     b = a + np.float32(apart) * generator.standard_normal(a.shape).astype(np.float32)
-    one, other = (np.stack([projection.project(layer) for layer in x]) for x in (a, b))
+    one, other = (np.stack([fingerprints.project(layer) for layer in x]) for x in (a, b))
 
     unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b)]
     exact = float(np.linalg.norm(unit[0] - unit[1], axis=-1).mean())
-    assert abs(projection.distance(one, other) / exact - 1) < 0.1
-    assert 0 == projection.distance(one, one)
+    assert abs(fingerprints.distance(one, other) / exact - 1) < 0.1
+    assert 0 == fingerprints.distance(one, one)
 
 
 def test_a_position_of_zeros_has_no_direction() -> None:
     """It is at 0, not at no number."""
-    assert [0.0] * 16 == projection.project(np.zeros((1, 64), np.float32))[0].tolist()
+    assert [0.0] * 16 == fingerprints.project(np.zeros((1, 64), np.float32))[0].tolist()
 
 
 @pytest.mark.parametrize(("layers", "kept"), [(1, (0,)), (8, (0, 1, 2, 3, 4, 5, 6, 7)), (9, (0, 4, 8)), (36, (0, 18, 35))])
 def test_first_middle_and_last_of_deep_models(layers: int, kept: tuple[int, ...]) -> None:
     """All of them where they are few."""
-    assert kept == projection.kept(layers)
+    assert kept == fingerprints.kept(layers)
 
 
 def test_other_shapes_have_no_distance() -> None:
     """Layers or positions that do not belong together are not cut to fit."""
     with pytest.raises(ValueError, match="cannot be compared"):
-        projection.distance(fingerprint("a", 0, 3), fingerprint("a", 0, 4))
+        fingerprints.distance(fingerprint("a", 0, 3), fingerprint("a", 0, 4))
 
 
 # --------------------------------------------------------------------------------------------------------------- signal
@@ -130,7 +131,7 @@ def judged(hidden_of: dict[str, str], logprobs: dict[str, Any], claimed: str = "
     whole = recorded(claimed)
     sequences = Sequences.of([whole])
     there = {name: re_executed(numerics, sequences) for name, numerics in hidden_of.items()}
-    return corroboration.judge(whole, there, "own", ["own"], sequences, logprobs)
+    return hidden_states.judge(whole, there, "own", ["own"], sequences, logprobs)
 
 
 def test_the_same_hidden_states_are_at_no_distance() -> None:
@@ -138,8 +139,8 @@ def test_the_same_hidden_states_are_at_no_distance() -> None:
     whole = recorded()
     sequences = Sequences.of([whole])
 
-    assert [0.0] * 16 == corroboration.gap(whole, re_executed("a", sequences), sequences).tolist()
-    assert (corroboration.gap(whole, re_executed("b", sequences), sequences) > 0).all()
+    assert [0.0] * 16 == hidden_states.gap(whole, re_executed("a", sequences), sequences).tolist()
+    assert (hidden_states.gap(whole, re_executed("b", sequences), sequences) > 0).all()
 
 
 FAR = {"own": OWN, "x": OWN + 1}
@@ -180,7 +181,7 @@ def test_figures_beside_those_of_the_logprobs() -> None:
 def test_a_claim_without_fingerprints_says_so_in_a_figure() -> None:
     """And is judged as before."""
     whole = replace(recorded(), hidden=None)
-    found = corroboration.judge(whole, {"own": whole}, "own", ["own"], Sequences.of([whole]), FAR)
+    found = hidden_states.judge(whole, {"own": whole}, "own", ["own"], Sequences.of([whole]), FAR)
 
     assert ("", {"activations": "claim carries no activations"}) == (found.sentence, found.figures)
 
@@ -193,7 +194,7 @@ def test_fingerprints_that_cannot_be_compared_say_nothing() -> None:
     none = replace(re_executed("a", sequences), hidden=None)
 
     for there in (wide, none):
-        found = corroboration.judge(whole, {"own": there}, "own", ["own"], sequences, FAR)
+        found = hidden_states.judge(whole, {"own": there}, "own", ["own"], sequences, FAR)
         assert "activations say nothing" in found.sentence
         assert None is found.record
 

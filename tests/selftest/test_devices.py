@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from quantdet import devices, planning
-from quantdet.devices import Card, Gpu, visible
-from quantdet.engines import EngineRefused, InvalidMeasurement, Plan, device, masks
-from quantdet.engines.vllm import VllmEngine
+from quantdet.engines.child import device, packages
+from quantdet.engines.plan import EngineRefused, InvalidMeasurement, Plan
+from quantdet.engines.vllm.engine import VllmEngine
+from quantdet.session import plans
+from quantdet.session.machine import gpus
+from quantdet.session.machine.gpus import Card, Gpu, visible
 
 A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
 CARDS = ((A,), (B,), (C,))
@@ -152,7 +154,7 @@ def read(monkeypatch: pytest.MonkeyPatch, nvml: SimpleNamespace, variable: str |
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    return devices.detect()
+    return gpus.detect()
 
 
 def card(**changes: Any) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def test_one_call_that_fails_does_not_lose_the_device(monkeypatch: pytest.Monkey
     (found,) = read(monkeypatch, fake_nvml([card()], broken=(call,)))
 
     assert ("GPU-m", "9.0") == (found.uuid, found.compute_capability)
-    assert found.memory_gib == (devices.host_memory_gib() if call == "nvmlDeviceGetMemoryInfo" else 80.0)
+    assert found.memory_gib == (gpus.host_memory_gib() if call == "nvmlDeviceGetMemoryInfo" else 80.0)
 
 
 def test_an_old_binding_has_no_mig_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +245,7 @@ def test_a_gpu_that_is_lost_keeps_the_others_indices(monkeypatch: pytest.MonkeyP
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvmlInit fails; what else there is is asked."""
-    monkeypatch.setattr(devices, "amd", tuple)
+    monkeypatch.setattr(gpus, "amd", tuple)
 
     assert () == read(monkeypatch, fake_nvml([card()], broken=("nvmlInit",)))
 
@@ -264,7 +266,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_how_a_gpu_is_shown_alone(gpu: Gpu, vllm: str | None, wanted: str) -> None:
     """By UUID; by index, in PCI order, where vLLM misreads the UUID and the index means the same."""
-    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": wanted} == devices.variables([gpu], vllm)
+    assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": wanted} == gpus.variables([gpu], vllm)
 
 
 def plan(**extra: Any) -> Plan:
@@ -308,7 +310,7 @@ def test_the_engine_looks_at_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             raise refusal
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load))  # type: ignore[arg-type]
-    monkeypatch.setattr(masks, "hide", lambda names: None)
+    monkeypatch.setattr(packages, "hide", lambda names: None)
     monkeypatch.setattr(device, "_architecture", lambda: "8.0")
 
     with pytest.raises(InvalidMeasurement, match=r"needs compute capability 9.0, torch sees 8.0"):
@@ -323,7 +325,7 @@ def test_what_ends_the_start_keeps_its_cause(monkeypatch: pytest.MonkeyPatch, tm
         raise RuntimeError("out of memory") from KeyError("began here")
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load))  # type: ignore[arg-type]
-    monkeypatch.setattr(masks, "hide", lambda names: None)
+    monkeypatch.setattr(packages, "hide", lambda names: None)
 
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         VllmEngine().measure(plan(), tmp_path)
@@ -332,7 +334,7 @@ def test_what_ends_the_start_keeps_its_cause(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_the_check_is_not_part_of_the_key() -> None:
     """Observations from before there was a check stay valid; what else is beside the identity counts."""
-    keys = [planning.key_of(plan(**extra), 0) for extra in ({}, {"architecture": "9.0"}, {"spawn": True})]
+    keys = [plans.key_of(plan(**extra), 0) for extra in ({}, {"architecture": "9.0"}, {"spawn": True})]
 
     assert keys[0] == keys[1] != keys[2]
 
@@ -377,12 +379,12 @@ def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_amd_gpus_from_sysfs(kfd: Path) -> None:
     """Architecture, memory and identity, in the driver's order; no library is needed."""
-    found = devices.amd(kfd)
+    found = gpus.amd(kfd)
 
     assert ["gfx942", "gfx90a", "gfx942"] == [gpu.architecture for gpu in found]
     assert (192.0, "GPU-00000000000000AB", "AMD gfx942") == (found[0].memory_gib, found[0].uuid, found[0].name)
-    assert {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"} == devices.variables([found[2]], "0.32.0")
-    assert {"2,0"} == set(devices.variables([found[2], found[0]], "0.32.0").values())
+    assert {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"} == gpus.variables([found[2]], "0.32.0")
+    assert {"2,0"} == set(gpus.variables([found[2], found[0]], "0.32.0").values())
 
 
 @pytest.mark.parametrize(
@@ -401,9 +403,9 @@ def test_visible_amd_gpus(kfd: Path, monkeypatch: pytest.MonkeyPatch, variables:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
-    assert wanted == [gpu.uuid[-2:] for gpu in devices.amd(kfd)]
+    assert wanted == [gpu.uuid[-2:] for gpu in gpus.amd(kfd)]
 
 
 def test_no_amd_driver(tmp_path: Path) -> None:
     """Most machines."""
-    assert () == devices.amd(tmp_path)
+    assert () == gpus.amd(tmp_path)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import distance
-from quantdet.distance import Distance, Ids, Logprobs
+from quantdet.metrics import distances
+from quantdet.metrics.distances import Distance, Ids, Logprobs
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 Side = tuple[Ids, Logprobs]
@@ -70,26 +70,26 @@ class TestUnionTopk:
         """L2, largest difference and missing ids are those of a plain transcription of the definition."""
         a, b = ab
         expected = [by_definition(x, y) for x, y in zip(rows_of(a), rows_of(b), strict=True)]
-        got = distance.union_topk(*a, *b)
+        got = distances.union_topk(*a, *b)
         assert ("float64", (len(expected), 2)) == (got.dtype.name, got.shape)
         np.testing.assert_allclose([row[:2] for row in expected], got, rtol=1e-12, atol=0)
-        assert sum(row[2] for row in expected) == distance.missing_ids(a[0], b[0])
+        assert sum(row[2] for row in expected) == distances.missing_ids(a[0], b[0])
 
     @repeatable
     @given(sides(3))
     def test_identical_sides_are_exactly_zero(self, a: Side) -> None:
         """A run against itself is 0, not merely small; -inf and ties included."""
-        assert np.zeros((3, 2)).tolist() == distance.union_topk(*a, *a).tolist()
-        assert Distance(l2=0.0, max_abs=0.0, positions=3, missing=0) == distance.distance(*a, *a)
+        assert np.zeros((3, 2)).tolist() == distances.union_topk(*a, *a).tolist()
+        assert Distance(l2=0.0, max_abs=0.0, positions=3, missing=0) == distances.distance(*a, *a)
 
     @repeatable
     @given(pairs())
     def test_symmetric_finite_and_not_negative(self, ab: tuple[Side, Side]) -> None:
         """Turning the sides round changes no bit; every value is finite and at least 0; max_abs is at most L2."""
         a, b = ab
-        got = distance.union_topk(*a, *b)
-        assert got.tolist() == distance.union_topk(*b, *a).tolist()
-        assert distance.distance(*a, *b) == distance.distance(*b, *a)
+        got = distances.union_topk(*a, *b)
+        assert got.tolist() == distances.union_topk(*b, *a).tolist()
+        assert distances.distance(*a, *b) == distances.distance(*b, *a)
         assert np.isfinite(got).all()
         assert (got >= 0).all()
         assert (got[:, 1] <= got[:, 0] * (1 + 1e-12)).all()
@@ -101,8 +101,8 @@ class TestUnionTopk:
         (ids, logprobs), b = ab
         columns = np.array(data.draw(st.permutations(range(ids.shape[1]))))
         shuffled = ids[:, columns], logprobs[:, columns]
-        assert distance.union_topk(ids, logprobs, *b).tolist() == distance.union_topk(*shuffled, *b).tolist()
-        assert distance.union_topk(*b, ids, logprobs).tolist() == distance.union_topk(*b, *shuffled).tolist()
+        assert distances.union_topk(ids, logprobs, *b).tolist() == distances.union_topk(*shuffled, *b).tolist()
+        assert distances.union_topk(*b, ids, logprobs).tolist() == distances.union_topk(*b, *shuffled).tolist()
 
     @repeatable
     @given(pairs(), st.data())
@@ -110,9 +110,9 @@ class TestUnionTopk:
         """A mask gives the selected rows of the unmasked result, and counts only their missing ids."""
         a, b = ab
         mask = np.array([data.draw(st.booleans()) for _ in a[0]])
-        assert distance.union_topk(*a, *b)[mask].tolist() == distance.union_topk(*a, *b, mask).tolist()
-        selected = distance.missing_ids(a[0][mask], b[0][mask]) if mask.any() else 0
-        assert selected == distance.missing_ids(a[0], b[0], mask)
+        assert distances.union_topk(*a, *b)[mask].tolist() == distances.union_topk(*a, *b, mask).tolist()
+        selected = distances.missing_ids(a[0][mask], b[0][mask]) if mask.any() else 0
+        assert selected == distances.missing_ids(a[0], b[0], mask)
 
     @repeatable
     @given(st.integers(1, 5).flatmap(lambda n: st.tuples(*[sides(n, infinite=False)] * 3)))
@@ -121,26 +121,26 @@ class TestUnionTopk:
         k = min(one[0].shape[1] for one in abc)
         ids = abc[0][0][:, :k]
         a, b, c = (one[1][:, :k] for one in abc)
-        direct, first, second = (distance.union_topk(ids, x, ids, y) for x, y in ((a, c), (a, b), (b, c)))
+        direct, first, second = (distances.union_topk(ids, x, ids, y) for x, y in ((a, c), (a, b), (b, c)))
         assert (direct <= (first + second) * (1 + 1e-12) + 1e-300).all()
 
     def test_a_missing_id_is_censored_at_the_smallest_reported_logprob(self) -> None:
         """Id 3 (only first) meets the second's floor -4, id 9 (only second) the first's floor -3."""
         a, b = side({1: -1.0, 3: -3.0}), side({1: -1.0, 9: -4.0})
-        assert [[math.hypot(1, 1), 1.0]] == distance.union_topk(*a, *b).tolist()
-        assert Distance(math.hypot(1, 1), 1.0, positions=1, missing=2) == distance.distance(*a, *b)
+        assert [[math.hypot(1, 1), 1.0]] == distances.union_topk(*a, *b).tolist()
+        assert Distance(math.hypot(1, 1), 1.0, positions=1, missing=2) == distances.distance(*a, *b)
 
     def test_minus_infinity_is_no_number(self) -> None:
         """Reported on both sides it is no difference; on one side it counts as the floor of that side, as missing does."""
         inf = math.inf
-        assert [[0.0, 0.0]] == distance.union_topk(*side({1: -1, 2: -inf}), *side({1: -1, 2: -inf})).tolist()
-        assert [[3.0, 3.0]] == distance.union_topk(*side({1: -1, 2: -inf}), *side({1: -1, 2: -4})).tolist()
-        assert [[0.0, 0.0]] == distance.union_topk(*side({1: -1, 2: -inf}), *side({1: -1})).tolist()
+        assert [[0.0, 0.0]] == distances.union_topk(*side({1: -1, 2: -inf}), *side({1: -1, 2: -inf})).tolist()
+        assert [[3.0, 3.0]] == distances.union_topk(*side({1: -1, 2: -inf}), *side({1: -1, 2: -4})).tolist()
+        assert [[0.0, 0.0]] == distances.union_topk(*side({1: -1, 2: -inf}), *side({1: -1})).tolist()
 
     def test_the_difference_is_taken_in_float64(self) -> None:
         """One ULP of float32 at -20 is seen in full, not rounded or squared away."""
         low = np.nextafter(np.float32(-20), np.float32(-21))
-        assert [[2.0**-19, 2.0**-19]] == distance.union_topk(*side({1: -20.0}), *side({1: float(low)})).tolist()
+        assert [[2.0**-19, 2.0**-19]] == distances.union_topk(*side({1: -20.0}), *side({1: float(low)})).tolist()
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -156,7 +156,7 @@ class TestUnionTopk:
             ({"ids_a": [[1, 2]] * 2, "lp_a": [[-1.0, -2.0]] * 2}, "2 and 1 positions"),
         ],
     )
-    @pytest.mark.parametrize("metric", [distance.distance, distance.published_topk])
+    @pytest.mark.parametrize("metric", [distances.distance, distances.published_topk])
     def test_bad_data_raises(self, metric: Any, change: dict[str, list[Any]], message: str) -> None:
         """NaN, infinities, ids given twice and arrays that do not fit raise and name the side; no number comes out."""
         good = {"ids_a": [[1, 2]], "lp_a": [[-1.0, -2.0]], "ids_b": [[1, 2]], "lp_b": [[-1.0, -2.0]]}
@@ -169,44 +169,44 @@ class TestUnionTopk:
         a = side({1: -1.0}, {1: -1.0})
         for mask in (np.array([0, 1]), np.array([True])):
             with pytest.raises(ValueError, match="mask is bool"):
-                distance.union_topk(*a, *a, mask)
+                distances.union_topk(*a, *a, mask)
 
     def test_nan_outside_the_mask_is_not_looked_at(self) -> None:
         """What the mask leaves out cannot change or spoil the result."""
         a = side({1: -1.0}, {1: math.nan})
-        assert [[0.0, 0.0]] == distance.union_topk(*a, *a, np.array([True, False])).tolist()
+        assert [[0.0, 0.0]] == distances.union_topk(*a, *a, np.array([True, False])).tolist()
 
 
 class TestSummarise:
     def test_mean_and_maximum(self) -> None:
         """l2 is the mean over positions, max_abs the maximum."""
-        assert (2.0, 4.0, 2, 7) == astuple(distance.summarise(np.array([[1.0, 4.0], [3.0, 2.0]]), 7))
+        assert (2.0, 4.0, 2, 7) == astuple(distances.summarise(np.array([[1.0, 4.0], [3.0, 2.0]]), 7))
 
     @repeatable
     @given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.randoms(use_true_random=False))
     def test_order_of_positions_does_not_matter(self, values: list[float], random: Any) -> None:
         """The mean is rounded once, so shuffled positions give the same bits."""
         shuffled = random.sample(values, len(values))
-        a, b = (distance.summarise(np.array([v, v]).T, 0) for v in (values, shuffled))
+        a, b = (distances.summarise(np.array([v, v]).T, 0) for v in (values, shuffled))
         assert a == b
 
     def test_nothing_compared_is_no_distance(self) -> None:
         """No positions raises instead of reporting 0, by itself and through a mask that selects none."""
         with pytest.raises(ValueError, match="no positions"):
-            distance.summarise(np.zeros((0, 2)), 0)
+            distances.summarise(np.zeros((0, 2)), 0)
         a = side({1: -1.0})
         with pytest.raises(ValueError, match="no positions"):
-            distance.distance(*a, *a, np.array([False]))
+            distances.distance(*a, *a, np.array([False]))
         with pytest.raises(ValueError, match="positions, 2"):
-            distance.summarise(np.zeros((3, 1)), 0)
+            distances.summarise(np.zeros((3, 1)), 0)
 
 
 class TestPublishedTopk:
     def test_missing_ids_are_dropped(self) -> None:
         """Only ids that both report count, so the largest departure of all leaves no trace: the known bias."""
         a, b = side({1: -1.0, 2: -2.0, 3: -3.0}), side({1: -1.0, 2: -2.5, 9: -0.1})
-        assert 0.5 == distance.published_topk(*a, *b)
-        assert distance.distance(*a, *b).l2 > 2
+        assert 0.5 == distances.published_topk(*a, *b)
+        assert distances.distance(*a, *b).l2 > 2
 
     @repeatable
     @given(pairs(infinite=False))
@@ -219,17 +219,17 @@ class TestPublishedTopk:
             if x.keys() & y.keys()
         ]
         expected = math.fsum(per_position) / len(per_position) if per_position else math.inf
-        assert expected == pytest.approx(distance.published_topk(*a, *b), rel=1e-12)
+        assert expected == pytest.approx(distances.published_topk(*a, *b), rel=1e-12)
 
     @repeatable
     @given(pairs(infinite=False))
     def test_censoring_never_lowers_a_position(self, ab: tuple[Side, Side]) -> None:
         """At each position with a common id the union distance is at least the published one."""
         a, b = ab
-        union = distance.union_topk(*a, *b)[:, 0]
+        union = distances.union_topk(*a, *b)[:, 0]
         for position, value in enumerate(union):
             one = slice(position, position + 1)
-            published = distance.published_topk(a[0][one], a[1][one], b[0][one], b[1][one])
+            published = distances.published_topk(a[0][one], a[1][one], b[0][one], b[1][one])
             assert math.isinf(published) or value >= published * (1 - 1e-12)
 
     @repeatable
@@ -237,20 +237,20 @@ class TestPublishedTopk:
     def test_agrees_with_union_where_nothing_is_missing(self, a: Side, random: Any) -> None:
         """With the same ids on both sides the two metrics are one."""
         same = a[0], np.array([[random.uniform(-30, 0) for _ in row] for row in a[0]], np.float32)
-        assert distance.distance(*a, *same).l2 == pytest.approx(distance.published_topk(*a, *same), rel=1e-12)
+        assert distances.distance(*a, *same).l2 == pytest.approx(distances.published_topk(*a, *same), rel=1e-12)
 
     def test_positions_that_say_nothing_are_skipped(self) -> None:
         """No common id, or -inf among the common ones: not in the mean; nothing left: inf."""
         a = side({1: -1.0, 2: -2.0}, {1: -1.0, 2: -2.0}, {1: -1.0, 2: -2.0})
         b = side({1: -1.0, 2: -6.0}, {8: -1.0, 9: -2.0}, {1: -1.0, 2: -math.inf})
-        assert 4.0 == distance.published_topk(*a, *b)
-        assert math.inf == distance.published_topk(a[0][1:], a[1][1:], b[0][1:], b[1][1:])
+        assert 4.0 == distances.published_topk(*a, *b)
+        assert math.inf == distances.published_topk(a[0][1:], a[1][1:], b[0][1:], b[1][1:])
 
     def test_a_dropped_minus_infinity_is_harmless(self) -> None:
         """-inf of an id that the other side does not report is dropped like any other."""
         a, b = side({1: -1.0, 2: -math.inf}), side({3: -math.inf, 1: -2.0})
         with np.errstate(invalid="raise"):
-            assert 1.0 == distance.published_topk(*a, *b)
+            assert 1.0 == distances.published_topk(*a, *b)
 
 
 class TestDecodeDistance:
@@ -262,14 +262,14 @@ class TestDecodeDistance:
     def test_equal_tokens_compare_every_step(self) -> None:
         """No parting: all steps are common and the published value is the published metric."""
         b = side({1: -1.0}, {1: -2.0}, {1: -6.0})
-        steps, common, published = distance.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(5, 6, 7), *b)
+        steps, common, published = distances.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(5, 6, 7), *b)
         assert (3, Distance(1.0, 3.0, 3, 0), 1.0) == (steps, common, published)
 
     @pytest.mark.parametrize(("other", "steps", "l2"), [((5, 6, 8), 3, 1.0), ((5, 8, 7), 2, 0.5), ((8, 6, 7), 1, 0.0)])
     def test_the_step_of_the_parting_is_the_last(self, other: tuple[int, ...], steps: int, l2: float) -> None:
         """The parting step has a common context and counts; later ones do not, though tokens may agree again."""
         b = side({1: -1.0}, {1: -3.0}, {1: -5.0})
-        got = distance.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(*other), *b)
+        got = distances.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(*other), *b)
         assert (steps, l2, math.inf) == (got[0], got[1].l2, got[2])
         assert steps == got[1].positions
 
@@ -277,13 +277,13 @@ class TestDecodeDistance:
         """Equal as far as it goes: the shared steps are compared, and the published value says that they part."""
         short = self.a[0][:2], self.a[1][:2]
         expected = (2, Distance(0.0, 0.0, 2, 0), math.inf)
-        assert expected == distance.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(5, 6), *short)
-        assert expected == distance.decode_distance(self.tokens(5, 6), *short, self.tokens(5, 6, 7), *self.a)
+        assert expected == distances.decode_distance(self.tokens(5, 6, 7), *self.a, self.tokens(5, 6), *short)
+        assert expected == distances.decode_distance(self.tokens(5, 6), *short, self.tokens(5, 6, 7), *self.a)
 
     def test_what_cannot_be_compared_raises(self) -> None:
         """Tokens without their top-k, and generations without a step, are refused."""
         with pytest.raises(ValueError, match="do not fit"):
-            distance.decode_distance(self.tokens(5), *self.a, self.tokens(5, 6, 7), *self.a)
+            distances.decode_distance(self.tokens(5), *self.a, self.tokens(5, 6, 7), *self.a)
         none = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
         with pytest.raises(ValueError, match="no positions"):
-            distance.decode_distance(self.tokens(), *none, self.tokens(), *none)
+            distances.decode_distance(self.tokens(), *none, self.tokens(), *none)

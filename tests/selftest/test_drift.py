@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet import drift
-from quantdet.declarations import Expect
-from quantdet.observation import Observation, read, write
-from quantdet.verdicts import Verdict
+from quantdet.judging import versions as drift
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.selectors import Expect
+from quantdet.observations.observation import Observation, read, write
 from selftest.fakes import MATRIX, changed_output, executed, last_repeat, observation, with_outputs
 from selftest.inner import Run, Suite
 from selftest.test_judgements import flipped

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.pairs import pair
+from quantdet.judging.pairs import pair
 from quantdet.report import effects
 from selftest.fakes import observation
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from faults import cases
-from quantdet.verdicts import Verdict
+from quantdet.judging.verdicts import Verdict
 from selftest import test_faults, test_hostile
 from selftest.fakes import TESTS
 

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from faults.cases import rows, shows
-from quantdet.engines import EngineRefused, scratch
-from quantdet.engines import ended as endings
-from quantdet.engines.vllm import VllmEngine
-from quantdet.schema import Cell
-from quantdet.store import Store
+from quantdet.engines.plan import EngineRefused
+from quantdet.engines.process import ended as endings
+from quantdet.engines.process import scratch
+from quantdet.engines.vllm.engine import VllmEngine
+from quantdet.matrix.rows import Cell
+from quantdet.observations.store import Store
 from selftest.fakes import MATRIX, TESTS, alive, setting
 from selftest.inner import Suite
 from selftest.test_process import plan
@@ -206,7 +207,7 @@ def test_each_run_has_its_own_log(tmp_path: Path) -> None:
 def test_an_engine_that_keeps_the_interpreter_dies_with_its_run(tmp_path: Path) -> None:
     """A hang in C leaves its process no thread that could notice: another process ends it when its run is gone."""
     code = (
-        "import sys; from pathlib import Path; from quantdet.engines.process import run\n"
+        "import sys; from pathlib import Path; from quantdet.engines.process.process import run\n"
         "from selftest.fakes import SPAWNED; from selftest.test_process import plan\n"
         "if __name__ == '__main__':\n"
         "    folder = Path(sys.argv[1])\n"

@@ -12,21 +12,24 @@ import pytest
 from pydantic import BaseModel
 
 import quantdet
-from quantdet import activations, attribution, judge, session
-from quantdet.clock import Clock
-from quantdet.controls import _noise
-from quantdet.diagnosis import impossible
-from quantdet.distinctness import above_lifetimes, distinctness
-from quantdet.engines import lifetime
-from quantdet.expectations import Expectations
-from quantdet.observation import Observation
-from quantdet.observation_header import Activations
-from quantdet.pairs import pair
+from quantdet.engines.child import lifetime
+from quantdet.engines.clock import Clock
+from quantdet.judging import hidden_states
+from quantdet.judging.distinct import above_lifetimes, distinctness
+from quantdet.judging.first_layer import impossible
+from quantdet.judging.pairs import pair
+from quantdet.judging.reexecution import claim as attribution
+from quantdet.judging.results import Measured
+from quantdet.judging.verdicts import Pair, Reference, Verdict
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import Cell
+from quantdet.observations.header import Activations
+from quantdet.observations.observation import Observation
 from quantdet.report import confidence, effects, reexecution, speed, terminal
 from quantdet.report.html import reexecutions
-from quantdet.results import Measured
-from quantdet.schema import Cell
-from quantdet.verdicts import Pair, Reference, Verdict
+from quantdet.session import session
+from quantdet.session.cases import judge
+from quantdet.session.controls import _noise
 from selftest.fakes import observation
 
 # Fields whose default is 0, and why that is no figure that nobody computed.
@@ -46,7 +49,7 @@ ALLOWED = {
 }
 PACKAGE = Path(quantdet.__file__).parent
 # They are run as programs, or need an engine.
-_APART = ("__main__", "sitecustomize", "preload_vllm", "preload_transformers")
+_APART = ("__main__", "sitecustomize", "preload")
 
 
 def modules() -> Iterator[Any]:
@@ -93,13 +96,15 @@ def test_the_walk_sees_the_classes_that_carry_figures() -> None:
 
 # Calls that give 0 where nothing is known: (module, source), and why each is right.
 SUMMED = {
-    ("reported.py", "max((_mean(_gap(record, record, i, j, phase, last)) for i, j in combinations(seen, 2)), default=0.0)"):
-        "one output of several repeats: they are equal, which was seen",
-    ("reported.py", "max(own, default=0.0)"): "for the verdict, as far as was seen; the figure is None unless both repeat",
-    ("distinctness.py", "spreads.get(cell, 0.0)"): "a bound of what is no farther, not told: without lifetimes there is none",
-    ("distinctness.py", "spreads.get(other, 0.0)"): "as above",
-    ("questions.py", "spreads.get(a, 0.0)"): "as above",
-    ("questions.py", "spreads.get(b, 0.0)"): "as above",
+    (
+        "judging/reported.py",
+        "max((_mean(_gap(record, record, i, j, phase, last)) for i, j in combinations(seen, 2)), default=0.0)",
+    ): "one output of several repeats: they are equal, which was seen",
+    ("judging/reported.py", "max(own, default=0.0)"): "for the verdict, as far as was seen; None unless both repeat",
+    ("judging/distinct.py", "spreads.get(cell, 0.0)"): "a bound of what is no farther, not told",
+    ("judging/distinct.py", "spreads.get(other, 0.0)"): "as above",
+    ("session/questions.py", "spreads.get(a, 0.0)"): "as above",
+    ("session/questions.py", "spreads.get(b, 0.0)"): "as above",
     ("report/reexecution.py", "row.snr or 0.0"): "the order of rows",
 }  # fmt: skip
 
@@ -251,7 +256,7 @@ def test_what_was_not_traced_has_no_counts() -> None:
 def test_hidden_states_that_were_not_timed() -> None:
     """No seconds in the header, none in the figures; a recording that says 0.0 keeps its seal."""
     assert Activations(problem="x").seconds is None
-    assert "activations.seconds" not in activations.repeat([observation("bf16")], "decode", Expectations(())).figures
+    assert "activations.seconds" not in hidden_states.repeat([observation("bf16")], "decode", Expectations(())).figures
     whole = observation("bf16").header
     old = whole.model_copy(update={"activations": Activations(problem="x", seconds=0.0)})
     assert '"seconds":0.0' in old.model_dump_json()
@@ -303,7 +308,7 @@ def test_known_noise_that_could_not_be_asked_is_not_missed(monkeypatch: pytest.M
     cell = Cell("alpha", "awq", "cpu-here")
     whole = observation("awq")
     one = once(Observation(whole.header.model_copy(update={"evidence": "reported"}), whole.prompts))
-    monkeypatch.setattr("quantdet.controls._first", lambda session, name, cell: cell)
+    monkeypatch.setattr("quantdet.session.controls._first", lambda session, name, cell: cell)
     known: Any = type(
         "Known", (), {"result": lambda self, cell: Measured((one,)), "expectations": lambda self, cell: Expectations(())}
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from quantdet import environment, hardware
-from quantdet.devices import Gpu
-from quantdet.hardware import Machine, Software, gate, variables_for
-from quantdet.matrix import Matrix
-from quantdet.schema import Cell
+from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.rows import Cell
+from quantdet.session.machine import environment
+from quantdet.session.machine import machine as hardware
+from quantdet.session.machine.gpus import Gpu
+from quantdet.session.machine.machine import Machine, Software, gate, variables_for
 from selftest.fakes import MATRIX
 
 A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
@@ -56,7 +57,7 @@ def test_a_cpu_is_the_first_row_that_it_meets() -> None:
 
 def test_the_shipped_rows_tell_cpus_apart() -> None:
     """AMX, AVX-512, AVX2 and Arm machines are each their own row of the shipped matrix."""
-    from quantdet.matrix import load
+    from quantdet.matrix.matrix import load
     from selftest.fakes import ROOT
 
     shipped = load(ROOT / "quant_matrix.toml")

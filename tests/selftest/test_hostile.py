@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from faults.cases import rows, shows
-from quantdet import matrix, untrusted
+from quantdet import untrusted
 from quantdet.checkpoints import hub, tensors
-from quantdet.hardware import Machine, Software
-from quantdet.importers import checked, layouts, published
-from quantdet.observation import HEADER_FILE, TENSORS_FILE, ObservationError, read
-from quantdet.observation_header import Header
-from quantdet.options import Options
-from quantdet.replay import Replay
-from quantdet.results import Missing
-from quantdet.schema import Cell
-from quantdet.session import Session
-from quantdet.store import Store
+from quantdet.judging.results import Missing
+from quantdet.matrix import matrix
+from quantdet.matrix.rows import Cell
+from quantdet.observations.header import Header
+from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, ObservationError, read
+from quantdet.observations.published import __main__, checked, layouts
+from quantdet.observations.store import Store
+from quantdet.session.machine.machine import Machine, Software
+from quantdet.session.options import Options
+from quantdet.session.replay import Replay
+from quantdet.session.session import Session
 from selftest.fakes import FAKE, MATRIX, ROOT, TESTS, observation
 from selftest.inner import Suite
 from selftest.test_observation import edit_header, put, put_payload
@@ -365,7 +366,7 @@ def test_a_hostile_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], id
     path = tmp_path / "report.json"
     REPORTS[id_](path)
 
-    code = published.main([str(path), "--out", str(tmp_path / "out"), "--hardware", "sm80"])
+    code = __main__.main([str(path), "--out", str(tmp_path / "out"), "--hardware", "sm80"])
 
     said = capsys.readouterr().err
     shows(id_, f"exit {code}", said)
@@ -414,7 +415,7 @@ def test_nothing_unpickles_and_nothing_trusts_code() -> None:
     modules = sorted((TESTS / "quantdet").rglob("*.py"))
 
     found = {path.name: names for path in modules if (names := offences(path.read_text(encoding="utf-8")))}
-    assert {"schema.py": ["trust_remote_code"]} == found  # where it is refused
+    assert {"rows.py": ["trust_remote_code"]} == found  # where it is refused
     assert len(modules) > 50
 
 
@@ -553,7 +554,7 @@ def test_any_bytes_are_a_report_or_a_line(tmp_path: Path, data: st.DataObject) -
 
     try:
         for one in layouts.read(checked.load(path)):
-            published.observe(one, Cell("qwen3-8b", one.format_id, "sm80"))
+            __main__.observe(one, Cell("qwen3-8b", one.format_id, "sm80"))
     except checked.ImportRefused as error:
         assert str(error).isprintable()
 

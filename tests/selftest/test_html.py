@@ -10,13 +10,13 @@ from urllib.parse import unquote
 
 import pytest
 
-from quantdet.observation import write
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.observations.observation import write
 from quantdet.report import evidence
 from quantdet.report.html import data, gather, svg
 from quantdet.report.html import page as html_page
 from quantdet.report.html.__main__ import main
 from quantdet.report.record import Records
-from quantdet.verdicts import Judgement, Verdict
 from selftest.fakes import MATRIX, QUESTIONS, changed_output, last_repeat, make_suite, observation, setting
 from selftest.inner import Run, Suite
 from selftest.test_activations import ASKED

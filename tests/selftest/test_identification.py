@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet.identification import confusion, identify
-from quantdet.signal_noise import Distances
+from quantdet.metrics.nearest import confusion, identify
+from quantdet.metrics.signal_noise import Distances
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 

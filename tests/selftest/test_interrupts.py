@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from faults.cases import rows, shows
-from quantdet import interrupts
-from quantdet.interrupts import Terminated, held, install
+from quantdet.engines.process import interrupts
+from quantdet.engines.process.interrupts import Terminated, held, install
 from selftest.fakes import TESTS
 
 

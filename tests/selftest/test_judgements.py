@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import judgements
-from quantdet.declarations import Expect
-from quantdet.divergences import has_to_be_exact
-from quantdet.expectations import Expectations
-from quantdet.observation import Observation
-from quantdet.observation_header import Divergence as Difference
-from quantdet.observation_header import Executed, Layer, NonFinite
-from quantdet.schema import PHASES, Cell, Phase
-from quantdet.verdicts import Divergence, Judgement, Verdict, Violation
+from quantdet.judging import repeat as judgements
+from quantdet.judging.differences import has_to_be_exact
+from quantdet.judging.verdicts import Divergence, Judgement, Verdict, Violation
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import PHASES, Cell, Phase
+from quantdet.matrix.selectors import Expect
+from quantdet.observations.header import Divergence as Difference
+from quantdet.observations.header import Executed, Layer, NonFinite
+from quantdet.observations.observation import Observation
 from selftest.fakes import changed_output, last_repeat, observation, with_outputs
 
 NOTHING = Expectations(())

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from quantdet.kernels import describe
-from quantdet.observation_header import Executed, Layer
+from quantdet.engines.child.executed_vllm import describe
+from quantdet.observations.header import Executed, Layer
 
 
 def make(name: str, **attributes: Any) -> Any:

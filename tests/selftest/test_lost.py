@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.engines import EngineRefused
-from quantdet.engines.lifetime import needing_code
-from quantdet.lost import Lost
-from quantdet.results import Missing, Refusal
-from quantdet.schema import Cell
-from quantdet.verdicts import Verdict
+from quantdet.engines.child.lifetime import needing_code
+from quantdet.engines.plan import EngineRefused
+from quantdet.judging.results import Missing, Refusal
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.rows import Cell
+from quantdet.session.lost import Lost
 from selftest.fakes import MATRIX, setting
 from selftest.inner import Suite
 from selftest.test_reexecution import WITH_CLAIMS

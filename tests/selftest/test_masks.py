@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from quantdet.engines import masks
+from quantdet.engines.child import packages
 
 
 @pytest.mark.parametrize(
@@ -22,21 +22,21 @@ def test_companions_of_torch_are_hidden_where_their_build_does_not_match(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], hidden: bool
 ) -> None:
     """A CPU build of torch beside CUDA builds of the others: hidden. Beside a CUDA build of torch: never."""
-    monkeypatch.setattr(masks, "_version", lambda name: versions.get(name, ""))
+    monkeypatch.setattr(packages, "_version", lambda name: versions.get(name, ""))
 
-    assert (masks.COMPANIONS if hidden else ()) == masks.broken()
-    assert "torchao" in masks.in_forkserver()
+    assert (packages.COMPANIONS if hidden else ()) == packages.broken()
+    assert "torchao" in packages.in_forkserver()
 
 
 def test_hidden_packages_cannot_be_imported_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import fails; what is imported already stays."""
-    for name in (*masks.COMPANIONS, *masks.NOT_IN_FORKSERVER):
+    for name in (*packages.COMPANIONS, *packages.NOT_IN_FORKSERVER):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "torchaudio", sys)
 
-    masks.hide(("torchvision", "torchaudio"))
+    packages.hide(("torchvision", "torchaudio"))
 
     with pytest.raises(ImportError):
         import torchvision  # noqa: F401
-    assert ("torchvision",) == masks.hidden()
+    assert ("torchvision",) == packages.hidden()
     monkeypatch.delitem(sys.modules, "torchvision")

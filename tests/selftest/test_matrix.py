@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantdet import rows
-from quantdet.declarations import Expect
-from quantdet.matrix import Matrix, MatrixError, load
-from quantdet.schema import CARRIES, ID_PATTERN, Cell
+from quantdet.matrix import places as rows
+from quantdet.matrix.matrix import Matrix, MatrixError, load
+from quantdet.matrix.rows import CARRIES, ID_PATTERN, Cell
+from quantdet.matrix.selectors import Expect
 from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
 
 pytest_plugins = ["pytester"]

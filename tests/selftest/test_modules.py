@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from quantdet import kernels, modules
-from quantdet.judgements import kernel
-from quantdet.verdicts import Verdict
+from quantdet.engines.child import executed_transformers, executed_vllm
+from quantdet.judging.repeat import kernel
+from quantdet.judging.verdicts import Verdict
 from selftest import fake_torch_model as fake
 from selftest.fake_torch_model import Model, compressed, module
 from selftest.fakes import observation
@@ -33,7 +33,7 @@ def test_linear_layers_show_what_multiplies(layer: Any, summary: str, method: st
     parts = {"model.embed_tokens": module(fake.Embedding), "model.norm": module(fake.Norm)}
     parts |= {"model.layers.0.q_proj": layer, "model.layers.1.q_proj": layer}
 
-    found = modules.describe(Model(parts))
+    found = executed_transformers.describe(Model(parts))
 
     assert (summary, ("sdpa",)) == (found.summary, found.attention)
     assert [method] == [one.method for one in found.linear]
@@ -50,7 +50,7 @@ def test_experts_and_routers_are_told_from_linear_layers() -> None:
         "layers.0.q_proj": PLAIN,
     }
 
-    found = modules.describe(Model(parts))
+    found = executed_transformers.describe(Model(parts))
 
     assert "Linear x1 + Qwen3MoeExperts[grouped_mm] x1" == found.summary
     assert ["Qwen3MoeTopKRouter"] == [one.module for one in found.layers if one.kind == "router"]
@@ -58,8 +58,8 @@ def test_experts_and_routers_are_told_from_linear_layers() -> None:
 
 def test_a_format_that_was_ignored_is_no_format() -> None:
     """A quantized checkpoint whose layers are plain: what was asked for did not run, though the class is the requested one."""
-    ignored = observation().header.model_copy(update={"executed": modules.describe(Model({"q_proj": PLAIN}))})
-    unpacked = ignored.model_copy(update={"executed": modules.describe(Model({"q_proj": compressed(False)}))})
+    ignored = observation().header.model_copy(update={"executed": executed_transformers.describe(Model({"q_proj": PLAIN}))})
+    unpacked = ignored.model_copy(update={"executed": executed_transformers.describe(Model({"q_proj": compressed(False)}))})
     verdicts = [
         kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), "all").verdict
         for header in (ignored, unpacked)
@@ -71,7 +71,7 @@ def test_a_format_that_was_ignored_is_no_format() -> None:
 def test_one_layer_that_was_left_out_is_a_mixture() -> None:
     """A layer that stayed packed, or whose activations are not rounded, beside one that is otherwise."""
     for other in (compressed(True), compressed(False, "compressed"), NF4):
-        found = modules.describe(Model({"a": compressed(False), "b": other}))
+        found = executed_transformers.describe(Model({"a": compressed(False), "b": other}))
         header = observation().header.model_copy(update={"executed": found})
 
         judged = kernel(type(observation())(header, observation().prompts), "tf_linear", ("Linear",), "all")
@@ -81,5 +81,5 @@ def test_one_layer_that_was_left_out_is_a_mixture() -> None:
 
 def test_traces_know_the_layers_of_transformers() -> None:
     """A layer that vLLM's attributes do not describe is what its class says; a norm is none."""
-    assert ("linear", "Linear4bit[nf4,bfloat16]") == kernels.of_layer("layers.0.q_proj", NF4)
-    assert ("", "") == kernels.of_layer("model.norm", module(fake.Norm))
+    assert ("linear", "Linear4bit[nf4,bfloat16]") == executed_vllm.of_layer("layers.0.q_proj", NF4)
+    assert ("", "") == executed_vllm.of_layer("model.norm", module(fake.Norm))

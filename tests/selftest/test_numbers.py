@@ -15,7 +15,7 @@ from quantdet.checkpoints import altered, numbers, resolve
 from quantdet.checkpoints.decoding import NotDecoded, decoder, unpacked
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.tensors import load_folder, save, tensors_sha256
-from quantdet.schema import Format, Model
+from quantdet.matrix.rows import Format, Model
 
 SPEC = {
     "architecture": "qwen3", "seed": 3, "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256,

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from quantdet import numerics
-from quantdet.numerics import same_kernels, sameness
-from quantdet.observation import Observation
-from quantdet.observation_header import Executed, Layer
+from quantdet.judging import numerics
+from quantdet.judging.numerics import same_kernels, sameness
+from quantdet.observations.header import Executed, Layer
+from quantdet.observations.observation import Observation
 from selftest.fakes import observation
 
 MARLIN = ("MarlinLinearKernel",)

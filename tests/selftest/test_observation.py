@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import load, save
 
-from quantdet import judgements
-from quantdet.compare import bits_equal
-from quantdet.expectations import Expectations
-from quantdet.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, read, read_header, write
-from quantdet.observation_blocks import check_claims
-from quantdet.observation_header import Header
-from quantdet.schema import PHASES
+from quantdet.judging import repeat
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import PHASES
+from quantdet.metrics.bits import bits_equal
+from quantdet.observations.blocks import check_claims
+from quantdet.observations.header import Header
+from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, read, read_header, write
 from selftest.fakes import changed_output, last_repeat, observation
 
 FUZZ = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -451,10 +451,10 @@ def test_what_is_read_can_be_judged(folder: Path, data: st.DataObject) -> None:
     found = only_observation_errors(folder)
     if found is not None:
         for phase in PHASES:
-            judgements.repeat([found], phase, Expectations(()))
-        judgements.kernel(found, "k", (), "")
-        judgements.restart([found, sample()], Expectations(()))
-        judgements.distinctness(found, {observation("gptq").header.cell: observation("gptq")}, Expectations(()))
+            repeat.repeat([found], phase, Expectations(()))
+        repeat.kernel(found, "k", (), "")
+        repeat.restart([found, sample()], Expectations(()))
+        repeat.distinctness(found, {observation("gptq").header.cell: observation("gptq")}, Expectations(()))
 
 
 def test_the_header_can_be_read_alone(folder: Path) -> None:

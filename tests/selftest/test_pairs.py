@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet.declarations import Expect
-from quantdet.environment import RELEVANT
-from quantdet.expectations import Expectations
-from quantdet.judgements import distinctness
-from quantdet.observation import Observation
-from quantdet.observation_header import NonFinite
-from quantdet.pairs import comparable, pair
-from quantdet.session import Session
-from quantdet.verdicts import Judgement, Pair, Verdict, Violation
+from quantdet.judging.pairs import comparable, pair
+from quantdet.judging.repeat import distinctness
+from quantdet.judging.verdicts import Judgement, Pair, Verdict, Violation
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.selectors import Expect
+from quantdet.observations.header import NonFinite
+from quantdet.observations.observation import Observation
+from quantdet.session.machine.environment import RELEVANT
+from quantdet.session.session import Session
 from selftest.fakes import changed_output, executed, last_repeat, observation, with_outputs
 
 BF16, GPTQ, CT = observation("bf16"), observation("gptq", numerics="int4"), observation("ct", numerics="int4")
@@ -158,7 +158,7 @@ def test_a_pair_is_computed_once_and_turned_round(monkeypatch: pytest.MonkeyPatc
     cache: Any = SimpleNamespace(_pairs={})
     directed = {"decode_published": 1.0, "decode_published_back": 2.0, "prefill_published": 3.0, "prefill_published_back": 4.0}
     once = [Pair("bf16", "gptq", Verdict.DISTINCT, l2=5.0, max_abs=6.0, differing=1, positions=2, **directed)]
-    monkeypatch.setattr("quantdet.session.pair", lambda a, b: once.pop())
+    monkeypatch.setattr("quantdet.session.session.pair", lambda a, b: once.pop())
 
     forth, back = Session.compare(cache, BF16, GPTQ), Session.compare(cache, GPTQ, BF16)
 

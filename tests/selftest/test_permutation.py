@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
 
-from quantdet.pairs import pair
-from quantdet.permutation import smallest, two_samples
+from quantdet.judging.pairs import pair
+from quantdet.judging.verdicts import Verdict
+from quantdet.metrics.permutation import smallest, two_samples
 from quantdet.report import confidence
-from quantdet.verdicts import Verdict
 from selftest.fakes import observation
 from selftest.test_pairs import judge, noisy
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import workload
 from quantdet.checkpoints import Checkpoint
-from quantdet.engines import Plan
-from quantdet.matrix import Matrix, load
-from quantdet.pins import filled, holds, probes
-from quantdet.planning import plan_for
-from quantdet.schema import CARRIES, ONLINE, Cell
+from quantdet.engines.plan import Plan
+from quantdet.matrix import workload
+from quantdet.matrix.matrix import Matrix, load
+from quantdet.matrix.pins import filled, holds, probes
+from quantdet.matrix.rows import CARRIES, ONLINE, Cell
+from quantdet.session.plans import plan_for
 from selftest.fakes import ROOT
 
 VERSIONS = ("0.20.2", "0.22.1", "0.23.0", "0.24.0", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.33.0")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from quantdet import workload
 from quantdet.checkpoints import Checkpoint
-from quantdet.engines import Plan
-from quantdet.matrix import Matrix, load
-from quantdet.planning import cold, controlling, key_of, plan_for
-from quantdet.schema import Cell
-from quantdet.verification import verifying
+from quantdet.engines.plan import Plan
+from quantdet.matrix import workload
+from quantdet.matrix.matrix import Matrix, load
+from quantdet.matrix.rows import Cell
+from quantdet.observations.verification import verifying
+from quantdet.session.plans import cold, controlling, key_of, plan_for
 from selftest.fakes import MATRIX, ROOT
 
 Edit = Callable[[dict[str, Any]], object]
@@ -98,7 +98,7 @@ def test_a_new_way_of_measuring_is_a_new_key(tmp_path: Path, monkeypatch: pytest
     """`MEASUREMENT` is raised when what is measured changes, and no older observation is found any more."""
     values = given(tmp_path)
     before = key(values)
-    monkeypatch.setattr("quantdet.planning.MEASUREMENT", 0)
+    monkeypatch.setattr("quantdet.session.plans.MEASUREMENT", 0)
 
     assert before != key(values)
 

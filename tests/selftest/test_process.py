@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from quantdet.engines import Plan, PlannedPrompt
-from quantdet.engines.process import Completed, Crashed, EngineSpec, Invalid, Refused, TimedOut, run
-from quantdet.observation import read
+from quantdet.engines.plan import Plan, PlannedPrompt
+from quantdet.engines.process.process import Completed, Crashed, EngineSpec, Invalid, Refused, TimedOut, run
+from quantdet.observations.observation import read
 from selftest.fakes import FAKE, IDENTITY, SPAWNED, TESTS, alive
 
 PROMPT = PlannedPrompt("p0", tuple(range(10, 16)), tuple(range(20, 24)), 2)
@@ -72,7 +72,7 @@ class EnvironmentEngine:
     """Answers with a variable of its environment."""
 
     def measure(self, plan: Plan, directory: Path) -> None:
-        from quantdet.engines import EngineRefused
+        from quantdet.engines.plan import EngineRefused
 
         raise EngineRefused(f"QUANTDET_TEST_VARIABLE={os.environ.get('QUANTDET_TEST_VARIABLE')}")
 
@@ -104,7 +104,7 @@ class CachesEngine:
     def measure(self, plan: Plan, directory: Path) -> None:
         import tempfile
 
-        from quantdet.engines import EngineRefused
+        from quantdet.engines.plan import EngineRefused
 
         found = []
         for name in plan.args["names"]:
@@ -222,7 +222,7 @@ def test_no_scratch_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 _PARENT = """
 import sys
 from pathlib import Path
-from quantdet.engines.process import run
+from quantdet.engines.process.process import run
 from selftest.fakes import SPAWNED
 from selftest.test_process import plan
 

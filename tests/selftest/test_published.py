@@ -16,16 +16,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantdet import judgements, matrix, reported
-from quantdet.classes import equivalence_classes
-from quantdet.distance import published_chosen
-from quantdet.expectations import Expectations
-from quantdet.importers import checked, layouts, published
-from quantdet.observation import HEADER_FILE, Observation, ObservationError, read
-from quantdet.observation_header import Header
-from quantdet.pairs import comparable, pair
-from quantdet.store import Store
-from quantdet.verdicts import Verdict
+from quantdet.judging import repeat, reported
+from quantdet.judging.pairs import comparable, pair
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix import matrix
+from quantdet.matrix.expectations import Expectations
+from quantdet.metrics.classes import equivalence_classes
+from quantdet.metrics.distances import published_chosen
+from quantdet.observations.header import Header
+from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read
+from quantdet.observations.published import __main__, checked, layouts
+from quantdet.observations.store import Store
 from selftest.fakes import ROOT, observation
 from selftest.inner import Suite
 from selftest.reports import generation, reference
@@ -51,8 +52,8 @@ def imported(folder: Path, pattern: str, hardware: str | None = None) -> dict[st
     found = {}
     for path in sorted(folder.rglob(pattern)):
         for report in layouts.read(checked.load(path)):
-            cell = published.Cell(published.MODEL, report.format_id, published.hardware_of(report, MATRIX, hardware))
-            found[report.format_id] = published.observe(report, cell)
+            cell = __main__.Cell(__main__.MODEL, report.format_id, __main__.hardware_of(report, MATRIX, hardware))
+            found[report.format_id] = __main__.observe(report, cell)
     return found
 
 
@@ -67,7 +68,7 @@ def written(directory: Path, value: Any, name: str = "file.json") -> Path:
 
 
 def main(*arguments: object) -> int:
-    return published.main([str(argument) for argument in arguments])
+    return __main__.main([str(argument) for argument in arguments])
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -152,7 +153,7 @@ def test_the_cross_hardware_summary() -> None:
 def test_five_repeats_of_generated_tokens() -> None:
     """gptq NOISY, the others BIT_EXACT with n and bound; each says what was compared."""
     for name, one in imported(EXTRACTS, "*_investigation.json", "sm80").items():
-        found = judgements.repeat([one], "decode", KNOWN)
+        found = repeat.repeat([one], "decode", KNOWN)
         assert (Verdict.NOISY if name == "gptq" else Verdict.BIT_EXACT) == found.verdict
         assert 5 == found.figures["runs"]
         assert found.message.endswith(reported.NOTE)
@@ -168,10 +169,10 @@ def test_what_a_report_cannot_answer() -> None:
     """Prefill of generated tokens, one run only, and kernels: UNAVAILABLE, with need and have."""
     many, once = imported(EXTRACTS, "*_investigation.json", "sm80")["awq"], imported(EXTRACTS, GENERATION)["awq"]
     for found, words in [
-        (judgements.repeat([many], "prefill", KNOWN), "needs logprobs of prefill, have none in what was reported"),
-        (judgements.repeat([once], "prefill", KNOWN), "needs two runs of a request, have one"),
-        (judgements.repeat([once], "decode", KNOWN), "needs two runs of a request, have one"),
-        (judgements.kernel(many, "marlin", (), "all"), "needs the layers of the loaded model"),
+        (repeat.repeat([many], "prefill", KNOWN), "needs logprobs of prefill, have none in what was reported"),
+        (repeat.repeat([once], "prefill", KNOWN), "needs two runs of a request, have one"),
+        (repeat.repeat([once], "decode", KNOWN), "needs two runs of a request, have one"),
+        (repeat.kernel(many, "marlin", (), "all"), "needs the layers of the loaded model"),
     ]:
         assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
         assert words in found.message
@@ -196,7 +197,7 @@ def test_pairs_of_top_k() -> None:
     for a, b in combinations(found.values(), 2):
         result = pair(a, b)
         assert (Verdict.DISTINCT, 12, 12) == (result.verdict, result.differing, result.positions)
-    told = judgements.distinctness(found["awq"], {o.header.cell: o for n, o in found.items() if n != "awq"}, KNOWN)
+    told = repeat.distinctness(found["awq"], {o.header.cell: o for n, o in found.items() if n != "awq"}, KNOWN)
     assert (Verdict.DISTINCT, True) == (told.verdict, told.expected)
     assert told.message.endswith(f"{reported.NOTE}; one run each, repeat noise is not known")
 
@@ -272,7 +273,7 @@ def test_equal_reports_are_not_identical_formats() -> None:
     raw["generations"]["gptq"] = raw["generations"]["gptq_marlin"]
     raw["metadata"]["model_configs"]["gptq"] = {"model_name": "x", "quantization": "gptq"}
     found = {
-        report.format_id: published.observe(report, published.Cell("qwen3-8b", report.format_id, "sm90"))
+        report.format_id: __main__.observe(report, __main__.Cell("qwen3-8b", report.format_id, "sm90"))
         for report in layouts.read(checked.Field("f", "", raw))
     }
     result = pair(found["gptq"], found["gptq_marlin"])
@@ -505,7 +506,7 @@ def test_damage_anywhere_is_a_line_or_an_observation(data: st.DataObject, tmp_pa
     parent[key] = data.draw(st.recursive(leaves, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=3), s)))
     try:
         for report in layouts.read(checked.Field("f", "", raw)):
-            published.observe(report, published.Cell("qwen3-8b", report.format_id, "sm90"))
+            __main__.observe(report, __main__.Cell("qwen3-8b", report.format_id, "sm90"))
     except checked.ImportRefused as error:
         assert str(error).startswith("f: ")
         assert "\n" not in str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.importers import published
+from quantdet.observations.published import __main__
 from selftest.fakes import ROOT
 from selftest.inner import Run, Suite
 from selftest.reports import figures, generation, investigation, matrix, reference, tokens
@@ -29,7 +29,7 @@ ONCE = "needs two runs of a request, have one in what was reported"
 def replayed(suite: Suite, folder: Path, files: list[Path], hardware: str, *, named: bool = True) -> Run:
     """The run over what was imported; its page is in `r`."""
     given = [] if named else ["--hardware", hardware]
-    assert 0 == published.main([*map(str, files), "--out", str(folder / "out"), *given])
+    assert 0 == __main__.main([*map(str, files), "--out", str(folder / "out"), *given])
     chosen = (f"--replay={folder / 'out'}", f"--hardware={hardware}", "-k", "qwen3-8b/", "--report=r")
     return suite(*chosen, matrix=(ROOT / "quant_matrix.toml").read_text(encoding="utf-8"), controls=True)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.engines import EngineRefused, InvalidMeasurement, ranks
-from quantdet.engines.ended import RANK_LOST
-from quantdet.observation_header import Executed, Layer
+from quantdet.engines.plan import EngineRefused, InvalidMeasurement
+from quantdet.engines.process.ended import RANK_LOST
+from quantdet.engines.vllm import ranks
+from quantdet.observations.header import Executed, Layer
 from selftest.fakes import TESTS, alive
 
 RUNS = Executed(layers=(Layer(kind="linear", module="Linear", method="Marlin", count=4),), tensor_parallel_size=3)
@@ -238,7 +239,7 @@ def test_the_memory_that_ranks_share_has_no_name_once_they_have_loaded(
 ENGINE = """
     import os, sys, time
     from pathlib import Path
-    from quantdet.engines import ranks
+    from quantdet.engines.vllm import ranks
     ranks._GRACE_S = 0.3
 
     def serve(connection):
@@ -274,7 +275,7 @@ def test_an_engine_ends_with_any_of_its_ranks(tmp_path: Path, how: str, code: st
 def test_a_rank_that_is_refused_leaves_rank_0_its_time(tmp_path: Path) -> None:
     """It comes to the same refusal, perhaps later: not an engine that has broken down."""
     process = engine(
-        tmp_path, "from quantdet.engines import EngineRefused; raise EngineRefused('no')", "time.sleep(2); os._exit(5)"
+        tmp_path, "from quantdet.engines.plan import EngineRefused; raise EngineRefused('no')", "time.sleep(2); os._exit(5)"
     )
 
     said, _ = process.communicate(timeout=30)

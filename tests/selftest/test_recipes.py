@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quantdet import matrix, options
+from quantdet.matrix import matrix
+from quantdet.session import options
 from selftest.fakes import ROOT
 
 PLACES = [
@@ -145,14 +146,15 @@ ROWS = OFFERED[1].split(", ") if OFFERED else []
 # A machine with one GPU of the row, the pinned versions, and no packages but those that the script installs. What stands in
 # the way of a collected case is printed: a gate, a kernel that this vLLM cannot be told to use.
 MADE_UP = """
-from quantdet import collect, hardware
-from quantdet.devices import Gpu
-from quantdet.questions import Asked
-from quantdet.hardware import Machine, Software
+from quantdet.session.cases import collect
+from quantdet.session.machine import machine
+from quantdet.session.machine.gpus import Gpu
+from quantdet.session.questions import Asked
+from quantdet.session.machine.machine import Machine, Software
 
 ROW, CAPABILITY, INSTALLED, VERSIONS = {facts!r}
-hardware.version = lambda package: "1.0" if package in INSTALLED else None
-hardware.module_is_here = lambda name: name.startswith("vllm.")  # of vLLM's own wheel
+machine.version = lambda package: "1.0" if package in INSTALLED else None
+machine.module_is_here = lambda name: name.startswith("vllm.")  # of vLLM's own wheel
 
 
 def pytest_quantdet_machine(config):

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet.engines import Plan, PlannedPrompt
-from quantdet.engines.capture import CaptureError
-from quantdet.engines.recorder import Recorder
-from quantdet.schema import PHASES, Phase
+from quantdet.engines.child.capture import CaptureError
+from quantdet.engines.child.recorder import Recorder
+from quantdet.engines.plan import Plan, PlannedPrompt
+from quantdet.matrix.rows import PHASES, Phase
 from selftest.fakes import block_of, flip, pseudo_logits
 
 IDS = [3, 1, 4, 1, 5]

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantdet import checkpoints, matrix, reexecution
-from quantdet.claims import Claim
-from quantdet.expectations import Expectations
-from quantdet.observation import Observation, ObservationError, PromptRecord, read, write
-from quantdet.observation_header import NonFinite
-from quantdet.results import Missing
-from quantdet.schema import Cell
-from quantdet.verdicts import Judgement, Verdict
+from quantdet import checkpoints
+from quantdet.judging.results import Missing
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix import matrix
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.rows import Cell
+from quantdet.observations.claims import Claim
+from quantdet.observations.header import NonFinite
+from quantdet.observations.observation import Observation, ObservationError, PromptRecord, read, write
+from quantdet.session import reexecution
 from selftest.fakes import MATRIX, expect, observation, setting
 from selftest.inner import Run, Suite
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from quantdet.observation import Observation, ObservationError, write
-from quantdet.replay import Replay
+from quantdet.judging.results import Measured, Missing
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.rows import Cell
+from quantdet.observations.observation import Observation, ObservationError, write
 from quantdet.report.html import PAGE
-from quantdet.results import Measured, Missing
-from quantdet.schema import Cell
-from quantdet.verdicts import Verdict
+from quantdet.session.replay import Replay
 from selftest.fakes import MATRIX, changed_output, expect, last_repeat, observation
 from selftest.inner import Suite
 

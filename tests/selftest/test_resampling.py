@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 
-from quantdet.resampling import Values, bootstrap_interval, minimum_detectable, sign_flip
+from quantdet.metrics.resampling import Values, bootstrap_interval, minimum_detectable, sign_flip
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 # Multiples of 1/1024: sums and scalings by powers of two are exact.
@@ -91,7 +91,7 @@ class TestBootstrapInterval:
         """Memory is bounded by blocks, of which every resample is in one."""
         sample = simulated(normal, 1, 40)[0]
         whole = bootstrap_interval(sample, 3)
-        monkeypatch.setattr("quantdet.resampling._BLOCK", 1700)
+        monkeypatch.setattr("quantdet.metrics.resampling._BLOCK", 1700)
         assert whole == pytest.approx(bootstrap_interval(sample, 3), abs=0.05)
 
     @pytest.mark.parametrize("sample", [[], [math.nan, 1.0], [math.inf, 1.0], [[1.0, 2.0]]])
@@ -138,8 +138,8 @@ class TestSignFlip:
         """Monte Carlo estimates the exact p, and follows its seed."""
         sample = simulated(normal, 1, 14)[0] + 0.3
         exact, _ = sign_flip(sample, 0)
-        monkeypatch.setattr("quantdet.resampling._ENUMERATED", 0)
-        monkeypatch.setattr("quantdet.resampling._BLOCK", 50_000)
+        monkeypatch.setattr("quantdet.metrics.resampling._ENUMERATED", 0)
+        monkeypatch.setattr("quantdet.metrics.resampling._BLOCK", 50_000)
         drawn, smallest = sign_flip(sample, 0, 20_000)
         assert exact == pytest.approx(drawn, abs=4 * math.sqrt(exact / 20_000))
         assert 1 / 20_001 == smallest

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantdet import options, rootdir
+from quantdet import rootdir
+from quantdet.session import options
 
 ROOT = Path(__file__).resolve().parents[2]
 

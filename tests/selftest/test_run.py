@@ -14,8 +14,8 @@ import rich.table  # noqa: F401
 import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
 
 from quantdet import checkpoints
-from quantdet.judge import PROPERTIES
-from quantdet.schema import Format, Model
+from quantdet.matrix.rows import Format, Model
+from quantdet.session.cases.judge import PROPERTIES
 from selftest.fakes import EXPERTS, MATRIX, ROOT, TESTS, TWO_GPUS, W4A4, alive, expect, make_suite, setting
 from selftest.inner import Run, Suite, read_junit
 
@@ -619,9 +619,9 @@ def test_the_controller_imports_no_engine() -> None:
     code = f"""
 import importlib, pkgutil, sys
 import quantdet
-ENGINE = ("quantdet.engines.vllm", "quantdet.engines.preload_", "quantdet.engines.transformers")
+ENGINE = ("quantdet.engines.vllm", "quantdet.engines.transformers")
 for module in pkgutil.walk_packages(quantdet.__path__, "quantdet."):
-    if not module.name.startswith((*ENGINE, "quantdet.engines.shim")):
+    if not module.name.startswith((*ENGINE, "quantdet.engines.process.shim")):
         importlib.import_module(module.name)
 import selftest.fakes
 assert "quantdet.plugin" in sys.modules and "quantdet.report.terminal" in sys.modules

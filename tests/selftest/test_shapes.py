@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quantdet import judgements
-from quantdet.declarations import Expect
-from quantdet.expectations import Expectations, resolved
-from quantdet.matrix import MatrixError, load
-from quantdet.schema import Cell, Phase
-from quantdet.shapes import Fires, LinearLayer, Synthetic, layers_of, undividable
-from quantdet.verdicts import Verdict
+from quantdet.judging import repeat
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.expectations import Expectations, resolved
+from quantdet.matrix.matrix import MatrixError, load
+from quantdet.matrix.rows import Cell, Phase
+from quantdet.matrix.selectors import Expect
+from quantdet.matrix.shapes import Fires, LinearLayer, Synthetic, layers_of, undividable
 from selftest.fakes import ROOT, observation
 
 DENSE = {
@@ -299,7 +299,7 @@ def test_twins_are_judged_by_the_layers(verdict: Verdict, known: Any, wanted: Ve
     own = observation("bf16", numerics="same", engine_env={"ATOMIC_ADD": "1"})
     peer = observation("gptq", numerics="same" if verdict is Verdict.IDENTICAL else "other")
 
-    found = judgements.distinctness(own, {peer.header.cell: peer}, expectations)
+    found = repeat.distinctness(own, {peer.header.cell: peer}, expectations)
 
     assert verdict is found.verdict
     assert (wanted is None or wanted is verdict) is found.expected

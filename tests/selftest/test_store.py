@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, write
-from quantdet.schema import Cell
-from quantdet.store import Store, copy_into, key_of
+from quantdet.matrix.rows import Cell
+from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, write
+from quantdet.observations.store import Store, copy_into, key_of
 from selftest.fakes import observation, write_often
 
 KEY = "a" * 64

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from quantdet.clock import Clock
+from quantdet.engines.clock import Clock
+from quantdet.matrix.rows import Cell
 from quantdet.report import progress, terminal
-from quantdet.schema import Cell
 from selftest.fakes import MATRIX, W4A4, setting
 from selftest.inner import Suite
 

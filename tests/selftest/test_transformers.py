@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from quantdet import planning, reexecution
-from quantdet.devices import Gpu
-from quantdet.engines import Plan, lifetime, process
-from quantdet.expectations import Expectations
-from quantdet.hardware import Machine, Software, gate
-from quantdet.matrix import MatrixError, load
-from quantdet.observation import write
-from quantdet.replay import Replay
-from quantdet.schema import Cell
-from quantdet.session import Session
+from quantdet.engines.child import lifetime
+from quantdet.engines.plan import Plan
+from quantdet.engines.process import process
+from quantdet.matrix.expectations import Expectations
+from quantdet.matrix.matrix import MatrixError, load
+from quantdet.matrix.rows import Cell
+from quantdet.observations.observation import write
+from quantdet.session import plans, reexecution
+from quantdet.session.machine.gpus import Gpu
+from quantdet.session.machine.machine import Machine, Software, gate
+from quantdet.session.replay import Replay
+from quantdet.session.session import Session
 from selftest.fakes import FAKE, MATRIX, expect, observation, setting
 from selftest.inner import Suite
 from selftest.test_planning import given, matrix
@@ -130,7 +132,7 @@ def test_transformers_divides_nothing(tmp_path: Path) -> None:
 
 
 def made(tmp_path: Path, cell: Cell, text: str = BOTH, **changes: Any) -> Plan:
-    found = planning.plan_for(**{**given(tmp_path), "matrix": matrix(tmp_path, text), "cell": cell, **changes})
+    found = plans.plan_for(**{**given(tmp_path), "matrix": matrix(tmp_path, text), "cell": cell, **changes})
     assert isinstance(found, Plan)
     return found
 
@@ -165,7 +167,7 @@ def test_packages_that_compute_are_in_the_key(tmp_path: Path) -> None:
 
     assert "numpy" in with_it.identity["environment"]["engine_packages"]
     assert "numpy" not in without.identity["environment"]["engine_packages"]
-    assert planning.key_of(with_it, 0) != planning.key_of(without, 0)
+    assert plans.key_of(with_it, 0) != plans.key_of(without, 0)
     assert "engine_packages" not in made(tmp_path, BF16).identity["environment"]
 
 

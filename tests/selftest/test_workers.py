@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet import collect, workers
-from quantdet.devices import Gpu
-from quantdet.hardware import Machine, Software
-from quantdet.schema import ID_PATTERN, Hardware
+from quantdet.matrix.rows import ID_PATTERN, Hardware
+from quantdet.session.cases import collect, workers
+from quantdet.session.machine.gpus import Gpu
+from quantdet.session.machine.machine import Machine, Software
 
 GPUS = tuple(Gpu("H100", f"GPU-{letter}", "9.0", 80.0) for letter in "abc")
 ROWS = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet import workload
-from quantdet.workload import Prompt, Workload, WorkloadError
+from quantdet.matrix import workload
+from quantdet.matrix.workload import Prompt, Workload, WorkloadError
 
 PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
 # What runs under a released id never changes: a changed prompt is a new id, or recordings of both would be compared.

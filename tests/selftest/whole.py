@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from faults.cases import shows
-from quantdet.store import Store
+from quantdet.observations.store import Store
 from selftest.fakes import MATRIX, alive, left_behind, make_suite, setting
 from selftest.inner import Run, Suite, read_junit
 

@@ -18,7 +18,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
 from quantdet.checkpoints.tensors import load_folder
-from quantdet.schema import ONLINE, Format, Model, Synthetic
+from quantdet.matrix.rows import ONLINE, Format, Model, Synthetic
 
 __all__ = ["Checkpoint", "Unavailable", "resolve"]
 

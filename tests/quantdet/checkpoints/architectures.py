@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from quantdet.schema import Synthetic
-from quantdet.shapes import Architecture
+from quantdet.matrix.rows import Synthetic
+from quantdet.matrix.shapes import Architecture
 
 LINEAR_STD = 0.02
 EMBEDDING_STD = 1.0  # inputs that differ strongly from token to token

@@ -14,7 +14,7 @@ from quantdet.checkpoints.layouts import Writer, writer
 from quantdet.checkpoints.pool import in_order
 from quantdet.checkpoints.quantize import FUSED_SCALE, largest, quantize
 from quantdet.checkpoints.tensors import Array, Load, ShardWriter
-from quantdet.schema import Format
+from quantdet.matrix.rows import Format
 
 # Projections by name: of attention, of multi-head latent attention, of feed-forward networks and experts.
 _LINEAR = re.compile(

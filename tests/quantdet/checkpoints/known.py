@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from quantdet import checkpoints, matrix
-from quantdet.observation import HEADER_FILE, read_header
-from quantdet.observation_header import Header
+from quantdet import checkpoints
+from quantdet.matrix import matrix
+from quantdet.observations.header import Header
+from quantdet.observations.observation import HEADER_FILE, read_header
 
 _ROOT = Path(__file__).resolve().parents[3]
 

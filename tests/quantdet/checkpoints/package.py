@@ -19,7 +19,7 @@ import numpy as np
 from quantdet.checkpoints.base import Base
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import Array, by_layer
-from quantdet.schema import Package
+from quantdet.matrix.rows import Package
 
 VERSION = 1
 

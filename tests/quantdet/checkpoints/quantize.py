@@ -15,7 +15,7 @@ import numpy as np
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.rounding import FP4_MAX, FP8_MAX, to_fp4, to_fp8
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Weights
+from quantdet.matrix.rows import Weights
 
 BLOCK = 128  # rows and columns of a block-quantized FP8 tile
 NF4_BLOCK = 64

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from quantdet.checkpoints.cache import digest
-from quantdet.planning import files_sha256
+from quantdet.session.plans import files_sha256
 
 
 def changed(folder: Path, tensors: str, files: str) -> str | None:

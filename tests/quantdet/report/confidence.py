@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from quantdet import stats
-from quantdet.schema import OTHER_ENGINES
+from quantdet.matrix.rows import OTHER_ENGINES
+from quantdet.metrics import bounds
 
 Case = dict[str, Any]
 
@@ -48,7 +48,7 @@ def at_once(cases: list[Case], confidence: float = 0.95) -> str:
     ]
     if not runs:
         return ""
-    bound = stats.flip_rate_upper(0, min(runs), 1 - (1 - confidence) / len(runs))
+    bound = bounds.flip_rate_upper(0, min(runs), 1 - (1 - confidence) / len(runs))
     return f"all {len(runs)} BIT_EXACT at once: flip rate < {bound:.3g} per call at {confidence:.0%}"
 
 
@@ -73,7 +73,7 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
             tests.append((max(others), case["verdict"] == "DETECTABLE"))
     if not tests:
         return ""
-    adjusted = stats.holm([value for value, _ in tests])
+    adjusted = bounds.holm([value for value, _ in tests])
     claimed = [value for value, (_, said) in zip(adjusted, tests, strict=True) if said]
     stay = sum(value <= alpha for value in claimed)
     found = f"{len(tests)} cases rest on a p-value: of {len(claimed)} that found a difference {stay} stay"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.classes import equivalence_classes, intransitive
+from quantdet.metrics.classes import equivalence_classes, intransitive
 from quantdet.report import printed
 from quantdet.report.tables import Case, joined, matrix, nats, one_line, place, prose, render, table, unique_pairs
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.observation import Observation, Output, PromptRecord
-from quantdet.schema import PHASES, Phase
-from quantdet.verdicts import Judgement, Verdict
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.rows import PHASES, Phase
+from quantdet.observations.observation import Observation, Output, PromptRecord
 
 MOST_PROMPTS = 4
 MOST_POSITIONS = 256

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from _pytest.junitxml import xml_key
 
-from quantdet import __version__, collect
-from quantdet.environment import git_revision
+from quantdet import __version__
 from quantdet.report import confidence, effects, entries, reexecution
 from quantdet.report.record import RECORDS
+from quantdet.session.cases import collect
+from quantdet.session.machine.environment import git_revision
 
 
 def finish(session: pytest.Session) -> None:

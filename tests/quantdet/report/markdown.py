@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.report import activations, confidence, entries, junit, rerun
+from quantdet.report import confidence, entries, hidden_states, junit, rerun
 from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import place
@@ -74,18 +74,18 @@ def summary(records: Records, first: str, command: Callable[[Entry], str] = lamb
             column = {"repeat": phase, "activations": f"activations {phase}"}.get(name, name)
             places.setdefault(place(properties), {}).setdefault(properties["case.format"], {})[column] = case
     for where, formats in places.items():
-        hidden = any(map(activations.cases_of, formats.values()))
+        hidden = any(map(hidden_states.cases_of, formats.values()))
         columns = ["format", "decode", "prefill", "kernel", "distinct", *(["hidden states"] if hidden else []), "n"]
         lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
             words = {name: _word(cases.get(name) or cases.get("hardware")) for name in ("decode", "prefill", "distinct")}
-            logits = activations.others(cases)
-            some = (logits or activations.cases_of(cases))[0]["properties"]
+            logits = hidden_states.others(cases)
+            some = (logits or hidden_states.cases_of(cases))[0]["properties"]
             ran = cases["kernel"]["properties"] if "kernel" in cases else some
             executed = f"{_word(cases.get('kernel'))} {in_markdown(ran.get('kernel.executed', ''))}".strip()
             n = in_markdown(some.get("runs", "")) if logits and some.get("flip_rate_upper95") else ""
             texts = [in_markdown(name), words["decode"], words["prefill"], executed, words["distinct"]]
-            texts += [_word(activations.deciding(cases)), n] if hidden else [n]
+            texts += [_word(hidden_states.deciding(cases)), n] if hidden else [n]
             lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines + _questions(records))
 

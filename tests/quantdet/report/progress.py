@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.schema import Cell
+from quantdet.matrix.rows import Cell
 
 _PARTS = {"measure": "measuring", "verify": "re-executing", "control": "control", "diagnosis": "tracing layers"}
 

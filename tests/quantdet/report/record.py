@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from quantdet.judging.verdicts import Divergence, Judgement, Violation
 from quantdet.report import elsewhere
-from quantdet.verdicts import Divergence, Judgement, Violation
 
 JUDGEMENT = pytest.StashKey[Judgement]()
 EVIDENCE = pytest.StashKey[dict[str, Any] | None]()

@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from quantdet import collect
 from quantdet.report.entries import Entry, cell_of
+from quantdet.session.cases import collect
 
 _SELECTS = re.compile(r"[\w:+\-.\[\]\\/]+")  # what `-k` takes for a name
 _FEW = 2

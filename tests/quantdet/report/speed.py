@@ -1,13 +1,13 @@
 """Decode and prefill tokens per second of each format, and their ratio to an unquantized one: properties and table.
 
-How they are measured: `quantdet.engines.speed`.
+How they are measured: `quantdet.engines.child.speed`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantdet.matrix import Matrix
-from quantdet.observation_header import Header
+from quantdet.matrix.matrix import Matrix
+from quantdet.observations.header import Header
 from quantdet.report.tables import Case, fitted, place, prose
 
 NAMES = ("decode", "prefill")

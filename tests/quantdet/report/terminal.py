@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect
-from quantdet.clock import Clock
-from quantdet.collect import DECLARED
-from quantdet.engines.stopwatch import PARTS
-from quantdet.matrix import Matrix
-from quantdet.report import activations, confidence, effects, nearest, reexecution, rerun, speed
+from quantdet.engines.child.stopwatch import PARTS
+from quantdet.engines.clock import Clock
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.matrix import Matrix
+from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.tables import figure, fitted, place, prose
-from quantdet.verdicts import Verdict
+from quantdet.session.cases import collect
+from quantdet.session.cases.collect import DECLARED
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
@@ -45,7 +45,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
         _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
-        _section(reporter, "hidden states", activations.sections(reexecution.verifications(records.cases, order), width))
+        _section(reporter, "hidden states", hidden_states.sections(reexecution.verifications(records.cases, order), width))
         declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
         texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
         _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
@@ -157,7 +157,7 @@ def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], wid
         rows.append((
             format_, words["repeat decode"], words["repeat prefill"],
             _kernel(next(filter(None, executed), ""), cases.get("kernel")), words["distinct"],
-            *([words["restart"]] if restarts else []), *([activations.word(cases)] if hidden else []),
+            *([words["restart"]] if restarts else []), *([hidden_states.word(cases)] if hidden else []),
             p.get("runs", "") if bound else "",
             f"{float(bound):.3g}" if bound else "",
         ))  # fmt: skip

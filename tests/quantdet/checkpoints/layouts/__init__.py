@@ -13,7 +13,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Layout, Weights
+from quantdet.matrix.rows import Activations, Layout, Weights
 
 
 class Writer(Protocol):

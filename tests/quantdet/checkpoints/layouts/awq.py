@@ -13,7 +13,7 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts.packing import transposed
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Weights
+from quantdet.matrix.rows import Activations, Weights
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

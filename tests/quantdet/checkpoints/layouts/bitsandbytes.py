@@ -14,7 +14,7 @@ import numpy as np
 from quantdet.checkpoints.layouts.packing import pack_nibbles
 from quantdet.checkpoints.quantize import NF4_BLOCK, NF4_CODE, Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Weights
+from quantdet.matrix.rows import Activations, Weights
 
 
 def encode(q: Quantized, activations: Activations) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from quantdet.checkpoints.layouts.packing import pack, pack_nibbles, unsigned
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.rounding import FP4_MAX, FP8_MAX
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Weights
+from quantdet.matrix.rows import Activations, Weights
 
 # The scale of NVFP4 activations is static and there is no calibration run: 64 is taken as their largest magnitude. The
 # local float8 scales below it have 18 binary orders of range, so smaller activations keep their precision.

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantdet.checkpoints.quantize import BLOCK, Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Weights
+from quantdet.matrix.rows import Activations, Weights
 
 
 def encode(q: Quantized, activations: Activations) -> dict[str, Array]:

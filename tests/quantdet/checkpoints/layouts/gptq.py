@@ -12,7 +12,7 @@ import numpy as np
 from quantdet.checkpoints.layouts.packing import pack, transposed, unsigned
 from quantdet.checkpoints.quantize import Quantized
 from quantdet.checkpoints.tensors import Array
-from quantdet.schema import Activations, Weights
+from quantdet.matrix.rows import Activations, Weights
 
 
 def encode(q: Quantized, activations: Activations) -> dict[str, Array]:

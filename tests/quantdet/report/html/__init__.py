@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from quantdet import collect
 from quantdet.report.html import data, gather
+from quantdet.session.cases import collect
 
 PAGE = "report.html"
 _WRITTEN = pytest.StashKey[str]()

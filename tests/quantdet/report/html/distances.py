@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from quantdet.classes import equivalence_classes
+from quantdet.metrics.classes import equivalence_classes
 from quantdet.report import effects, printed
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case

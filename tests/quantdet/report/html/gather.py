@@ -10,14 +10,14 @@ from urllib.parse import quote
 
 import pytest
 
-from quantdet import collect
-from quantdet.matrix import Matrix
+from quantdet.judging.verdicts import Verdict
+from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.rows import Cell
 from quantdet.report import entries, junit, rerun
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
 from quantdet.report.record import RECORDS, Records
-from quantdet.schema import Cell
-from quantdet.session import Session
-from quantdet.verdicts import Verdict
+from quantdet.session.cases import collect
+from quantdet.session.session import Session
 
 # Suite properties that the page makes itself from the cases, or shows in another way.
 _APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware", "replay")

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantdet.report import activations, speed
+from quantdet.report import hidden_states, speed
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
 from quantdet.report.tables import place as tables_place
@@ -124,7 +124,7 @@ def tables(cases: Sequence[Case]) -> list[Table]:
         formats = list(dict.fromkeys(format_ for format_, _ in cells))
         names = ("decode", "prefill", "kernel", "distinct", "restart")
         columns = [name for name in names if name == "kernel" or any(name in c for c in cells.values())]
-        columns += [LAYERS] if any(map(activations.cases_of, cells.values())) else []
+        columns += [LAYERS] if any(map(hidden_states.cases_of, cells.values())) else []
         paces = speed.paces(group)
         rows = [(one, [_entry(cells.get((one, where)), paces) for where in places]) for one in formats]
         made.append(Table(model, places, columns, rows))
@@ -135,9 +135,9 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     if cases is None:
         return None
     tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
-    if (layers := tag(activations.deciding(cases))) is not None:
+    if (layers := tag(hidden_states.deciding(cases))) is not None:
         tags[LAYERS] = layers
-    hidden, logits = activations.cases_of(cases), activations.others(cases)
+    hidden, logits = hidden_states.cases_of(cases), hidden_states.others(cases)
     some = cases.get("decode") or cases.get("prefill") or (logits or hidden)[0]
     p = some["properties"] if logits else {**some["properties"], "runs": "", "flip_rate_upper95": "", "first_divergence": ""}
     judged = [cases["kernel"]] if "kernel" in cases else []  # of several lifetimes it names the one that it is about

@@ -1,0 +1,96 @@
+"""Engines: a plan in, an observation out. Each runs in a child process of its own (`quantdet.engines.process.process`)."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from quantdet.matrix.rows import Phase
+
+# Seeded defects in the last repeat of the first prompt, by the plan's `inject`: for each phase the position (decode step or
+# prefill position) and the token whose logit's lowest bit is turned over, in the engine.
+FLIPS: dict[str, dict[Phase, tuple[int, int]]] = {
+    "bitflip": {"decode": (1, 0)},
+    "control": {"decode": (1, 0), "prefill": (1, 0)},
+}
+
+
+class EngineRefused(Exception):
+    """The engine does not take this checkpoint or these arguments here; the message is the engine's own."""
+
+
+class EngineLacks(Exception):
+    """Something that the engine needs for this format is not here (a package, a kernel); the message is the engine's own."""
+
+
+class InvalidMeasurement(Exception):
+    """A precondition of the measurement does not hold; nothing can be said about the cell."""
+
+
+class NeedsSpawn(Exception):
+    """This process cannot run the plan because it was forked; a fresh interpreter can."""
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """One request. Ids, or texts for a model whose checkpoint carries its tokenizer."""
+
+    id: str
+    token_ids: tuple[int, ...] = ()
+    forced_ids: tuple[int, ...] = ()
+    content_start: int = 1
+    text: str | None = None
+    forced_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an engine lifetime has to do; JSON-able, since it crosses a process boundary.
+
+    `claims` are requests whose generated tokens a recording keeps for re-execution: `claim_tokens` each, `claim_top_k`
+    logprobs. `identity` are the header fields that are known before the run (`quantdet.observations.observation.Header`).
+    """
+
+    identity: dict[str, Any]
+    checkpoint: str
+    dtype: str
+    args: dict[str, Any]
+    env: dict[str, str]
+    prompts: tuple[PlannedPrompt, ...]
+    repeats: int
+    decode_tokens: int
+    top_k: int
+    inject: str = ""
+    claims: tuple[PlannedPrompt, ...] = ()
+    claim_tokens: int = 0
+    claim_top_k: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        raw = json.loads(text)
+        for name in ("prompts", "claims"):
+            raw[name] = tuple(
+                PlannedPrompt(**{**p, "token_ids": tuple(p["token_ids"]), "forced_ids": tuple(p["forced_ids"])})
+                for p in raw[name]
+            )
+        return cls(**raw)
+
+    @property
+    def claiming(self) -> "Plan":
+        """The claims as a plan of their own: each generated once, after everything else."""
+        return replace(self, prompts=self.claims, repeats=1, decode_tokens=self.claim_tokens, top_k=self.claim_top_k, inject="")
+
+
+class Engine(Protocol):
+    """What `quantdet.engines.process.process` runs in the child."""
+
+    def measure(self, plan: Plan, directory: Path) -> None:
+        """Execute `plan` and write one observation into `directory`.
+
+        Raises:
+            EngineRefused: the engine does not take this cell.
+        """

@@ -1,0 +1,143 @@
+"""Pairs of formats on the same forced token ids: identical, distinct, or not to be told apart from repeat noise."""
+
+import math
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet.judging import reported
+from quantdet.judging.verdicts import Pair, Verdict
+from quantdet.matrix.rows import Phase
+from quantdet.metrics import permutation
+from quantdet.metrics.bits import bits_equal
+from quantdet.metrics.distances import Distance, decode_distance, distance, published_topk
+from quantdet.observations.header import environment_differences
+from quantdet.observations.observation import Block, Observation, Output, prefill_gaps
+
+# A format is called DISTINCT when it is so from every other one, which needs no correction for their number
+# (intersection-union test, Berger 1982); the report corrects over the run.
+ALPHA = 0.05
+
+_EVERY = slice(None)
+
+
+def pair(a: Observation, b: Observation) -> Pair:
+    """Two formats on the same forced ids (full-vocabulary digests decide; distances explain).
+
+    Formats that are bit-exact in prefill are IDENTICAL if every logit is equal, prefill and, while the context is
+    common, decode; one that is noisy in decode only has to have a repeat whose decode the other has too, and is
+    INDISTINCT otherwise. Formats that are noisy in prefill are DISTINCT only if the smallest distance between them exceeds
+    the largest within either of them, and an exact permutation test over their repeats gives at most `ALPHA`. Of reported
+    evidence: `reported.pair`.
+    """
+    if a.reported:
+        return reported.pair(a, b)
+    differing = positions = steps = decode_differs = 0
+    cross: list[NDArray[np.float64]] = []
+    prefill: list[Distance] = []
+    decode: list[Distance] = []
+    published: list[tuple[float, float]] = []
+    prefill_published: list[tuple[float, float]] = []
+    p: float | None = None
+    p_smallest: float | None = None
+    single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+    decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+    within = max(a.prefill_spread, b.prefill_spread) if not single else 0.0
+    for one, other in zip(a.prompts, b.prompts, strict=True):
+        x, y = one.run(0), other.run(0)
+        content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
+        differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
+        positions += len(x.prefill.digests)
+        prefill.append(_forced(x, y, content))
+        prefill_published.append((_published(x.prefill, y.prefill, content), _published(y.prefill, x.prefill, content)))
+        common, gap, value = decode_distance(
+            x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
+            y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
+        )  # fmt: skip
+        steps += common
+        decode.append(gap)
+        parted = not np.array_equal(x.output_ids, y.output_ids)
+        published.append((value, math.inf if parted else _published(y.decode, x.decode)))
+        decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
+        if not single:
+            cross.append(prefill_gaps(one, other))
+    if single:
+        if differing or (decode_single and decode_differs):
+            verdict = Verdict.DISTINCT
+        else:
+            verdict = Verdict.IDENTICAL if _decode_meets(a, b) else Verdict.INDISTINCT
+    else:
+        p, p_smallest = found = _permuted(a, b, np.mean(cross, axis=0))
+        apart = float(np.mean([gaps.min() for gaps in cross])) > within
+        verdict = Verdict.DISTINCT if apart and found[0] <= ALPHA else Verdict.INDISTINCT
+    weights = [gap.positions for gap in prefill]
+    return Pair(
+        a.header.format, b.header.format, verdict,
+        l2=float(np.average([gap.l2 for gap in prefill], weights=weights)),
+        max_abs=max(gap.max_abs for gap in prefill), differing=differing, positions=positions,
+        decode_steps=steps,
+        decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
+        decode_published=float(np.mean([forth for forth, _ in published])),
+        decode_published_back=float(np.mean([back for _, back in published])),
+        within=within if min(a.header.repeats, b.header.repeats) > 1 else None,
+        prefill_published=float(np.mean([forth for forth, _ in prefill_published])),
+        prefill_published_back=float(np.mean([back for _, back in prefill_published])), p=p, p_smallest=p_smallest,
+    )  # fmt: skip
+
+
+def _permuted(a: Observation, b: Observation, cross: NDArray[np.float64]) -> tuple[float, float]:
+    """Exact permutation test over the first repeats of both; `cross` is (repeats of a, repeats of b), mean of prompts."""
+    n, m = (min(o.header.repeats, permutation.MOST_REPEATS) for o in (a, b))
+    between = cross[:n, :m]
+    distances = np.block([[a.prefill_gaps[:n, :n], between], [between.T, b.prefill_gaps[:m, :m]]])
+    return permutation.two_samples(distances, n), permutation.smallest(n, m)
+
+
+def _forced(x: Output, y: Output, content: NDArray[np.bool_]) -> Distance:
+    return distance(x.prefill.topk_ids, x.prefill.topk_logprobs, y.prefill.topk_ids, y.prefill.topk_logprobs, content)
+
+
+def _published(x: Block, y: Block, positions: NDArray[np.bool_] | slice = _EVERY) -> float:
+    return published_topk(x.topk_ids[positions], x.topk_logprobs[positions], y.topk_ids[positions], y.topk_logprobs[positions])
+
+
+def _variants(observation: Observation, p: int, phase: Phase) -> list[Output]:
+    """One output per distinct set of bits of the phase."""
+    seen: dict[bytes, Output] = {}
+    for output in observation.prompts[p].outputs:
+        seen.setdefault(output.block(phase).fingerprint, output)
+    return list(seen.values())
+
+
+def _decode_meets(a: Observation, b: Observation) -> bool:
+    """Whether, for every prompt, some repeat of `a` and some repeat of `b` have equal logits while the context is common."""
+    for p in range(len(a.prompts)):
+        met = False
+        for x, y in product(_variants(a, p, "decode"), _variants(b, p, "decode")):
+            apart = np.flatnonzero(x.output_ids != y.output_ids)
+            common = int(apart[0]) + 1 if apart.size else len(x.output_ids)
+            met = met or bool((x.decode.digests[:common] == y.decode.digests[:common]).all())
+        if not met:
+            return False
+    return True
+
+
+def comparable(a: Observation, b: Observation) -> str | None:
+    """Why two observations are not of the same forced ids in the same environment; None if they are."""
+    why = comparable_requests(a, b)
+    if why is None and (names := environment_differences(a.header, b.header)):
+        why = f"environments differ in {', '.join(names)}"
+    return why
+
+
+def comparable_requests(a: Observation, b: Observation) -> str | None:
+    """Why two observations are not of the same forced ids and run lengths; None if they are."""
+    if a.header.workload_sha256 != b.header.workload_sha256 or len(a.prompts) != len(b.prompts):
+        return "workloads differ"
+    for one, other in zip(a.prompts, b.prompts, strict=True):
+        if not bits_equal(one.prompt_ids, other.prompt_ids):
+            return f"token ids of prompt {one.header.id} differ"
+    if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
+        return "run lengths differ"
+    return reported.comparable(a, b)

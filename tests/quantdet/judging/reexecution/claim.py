@@ -1,0 +1,270 @@
+"""Which format do re-executed tokens come from: distances of one claim to every verifying format, and what they show.
+
+Rows are claimed, columns verified; nothing is symmetrised before the verdict, since a claim can match another format
+better than its own (a noisy kernel's does).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet.judging.reexecution import hidden_states
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.rows import PHASES, Phase
+from quantdet.metrics import bounds, resampling, signal_noise
+from quantdet.metrics import nearest as identification
+from quantdet.metrics.distances import decode_distance, published_topk, union_topk
+from quantdet.observations.claims import Claim
+from quantdet.observations.observation import Observation
+from quantdet.observations.verification import Sequences, sequence
+
+_SEED = 20260101
+_SOFTWARE = ("vllm", "torch_package", "transformers_package", "compressed_tensors_package")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance of a claim to one verifying format in one phase, float64 (prompts,), nats.
+
+    `own`: mean over the content positions of the L2 over the union of top-k ids, censored (`distance.union_topk`);
+    `published`: top-k of the claim, missing ids dropped, every position (`distance.published_topk`).
+    """
+
+    own: NDArray[np.float64]
+    published: NDArray[np.float64]
+
+
+def gap(recorded: Observation, verified: Observation, sequences: Sequences, phase: Phase) -> Gap:
+    """The claim's logprobs against those of the verifier's prefill of the same ids, position by position.
+
+    The verifier's row r says what follows the first r + 1 ids: rows of the prompt are prefill, those that predict the
+    generated ids are decode. Content of the prompt begins at its `content_start`; every generated position is content.
+    """
+    own, published = [], []
+    for c, claim in enumerate(recorded.claims):
+        rows = verified.prompts[sequences.index[sequence(recorded, c)]].outputs[0].prefill
+        block, length = claim.outputs[0].block(phase), claim.header.length
+        part = slice(0, length - 1) if phase == "prefill" else slice(length - 1, length - 1 + len(block.digests))
+        k = block.topk_ids.shape[1]  # the claim's: another claim's longer rows must not change this one's distances
+        ids, logprobs = rows.topk_ids[part][:, :k], rows.topk_logprobs[part][:, :k]
+        content = np.arange(len(ids)) + 1 >= claim.header.content_start if phase == "prefill" else np.ones(len(ids), np.bool_)
+        own.append(float(union_topk(block.topk_ids, block.topk_logprobs, ids, logprobs, content)[:, 0].mean()))
+        published.append(published_topk(block.topk_ids, block.topk_logprobs, ids, logprobs))
+    return Gap(np.asarray(own), np.asarray(published))
+
+
+def judge(
+    claim: Claim,
+    recorded: Observation,
+    verified: Mapping[str, Observation],
+    weights: Mapping[str, str],
+    sequences: Sequences,
+    failed: Mapping[str, str],
+) -> Judgement:
+    """Is the claim nearest to a format with the claimed numbers, and farther from the others than the hardware explains?
+
+    Args:
+        recorded: the claim.
+        verified: its re-execution by every format that runs here.
+        weights: which quantized numbers each of these formats and the claimed one hold.
+        sequences: where the claim's tokens are in the re-execution.
+        failed: formats that should have run here and did not, with the reason.
+    """
+    mine = [name for name in verified if weights[name] == weights[claim.format_id]]
+    if not mine:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items()) or "none runs here"
+        text = f"no format with weights {weights[claim.format_id]} re-executed it ({reasons})"
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: {text}", False)
+    gaps = {phase: {name: gap(recorded, one, sequences, phase) for name, one in verified.items()} for phase in PHASES}
+    decode = {name: found.own for name, found in gaps["decode"].items()}
+    # The format itself where it runs here; else the nearest of those with its numbers.
+    base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
+    others = [name for name in verified if name not in mine]
+    compared = {name: signal_noise.directional(decode[name], decode[base], _SEED) for name in verified if name != base}
+    # What would have been found at the level that is left to each of them (Bonferroni, which Holm is never stricter than).
+    compared = {
+        name: replace(one, mde=resampling.minimum_detectable(decode[name] - decode[base], alpha=0.05 / len(compared)))
+        for name, one in compared.items()
+    }
+    adjusted = dict(zip(compared, bounds.holm([one.p for one in compared.values()]), strict=True))
+    found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
+    nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
+    if not others:
+        text = f"UNDERPOWERED {claim} reexecution: no format with other numbers re-executed it, so that nothing could be told"
+        return Judgement(Verdict.UNDERPOWERED, text, False)
+    told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
+    words = {found[name].verdict for name in others}
+    verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
+    figures = {**_figures(recorded, gaps, base, nearest), "beside": _beside(recorded, verified[base])}
+    record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
+    where, prompts = f"{claim} reexecution", len(nearest.nearest)
+    assert nearest.interval is not None  # `mine` is not empty
+    low, high = nearest.interval
+    share = (
+        f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
+    )
+    second = hidden_states.judge(recorded, verified, base, mine, sequences, decode)
+    figures, record = {**figures, **second.figures}, {**record, "activations": second.record}
+    end = second.sentence
+    end += f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
+    apart = _apart(verified, recorded, sequences)
+    if compared and float(decode[base].mean()) > apart:
+        text = (
+            f"matches no format here: {float(decode[base].mean()):.3g} nats from {base}, and the formats here are at most "
+            f"{apart:.3g} from each other on these tokens, {share}"
+        )
+        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
+    wrong = [name for name in others if found[name].contradicted]
+    if wrong:
+        one = min((compared[name] for name in wrong), key=lambda c: c.difference)
+        name = next(name for name in wrong if compared[name] is one)
+        text = f"not what it claims: {name} matches it better than {base} by {-one.difference:.3g} nats"
+        text += f" [{-one.high:.3g}, {-one.low:.3g}], {share}"
+        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
+    text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
+    closest = min(others, key=lambda name: compared[name].difference)
+    one = compared[closest]
+    text += (
+        f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
+        f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
+        f"minimum detectable {one.mde:.2g})"
+    )
+    same = [name for name in mine if name != base]
+    if same:
+        text += "; same numbers: " + ", ".join(f"{name} {found[name].verdict} (MDE {compared[name].mde:.2g})" for name in same)
+    if failed:
+        text += f"; did not run: {', '.join(failed)}"
+    broken = [
+        name for name, reason in failed.items() if not reason.startswith((str(Verdict.UNAVAILABLE), str(Verdict.UNSUPPORTED)))
+    ]
+    detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
+    if broken:  # with it the answer might be another one
+        first = failed[broken[0]].partition("\n")[0]
+        text = f"did not run: {', '.join(broken)}, first {first}; of the others: {verdict}, {text}"
+        return Judgement(Verdict.ERROR, f"ERROR {where}: {text}{end}", False, figures, detail, reexecution=record)
+    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
+
+
+def _apart(verified: Mapping[str, Observation], recorded: Observation, sequences: Sequences) -> float:
+    """The largest distance between two formats that run here, on the claim's generated positions, mean over prompts, nats.
+
+    A claim that is farther than this from its own format was not made by any hardware difference.
+    """
+    largest = 0.0
+    for one, other in combinations(verified.values(), 2):
+        gaps = []
+        for c, claim in enumerate(recorded.claims):
+            n, k = sequences.index[sequence(recorded, c)], claim.outputs[0].decode.topk_ids.shape[1]
+            part = slice(claim.header.length - 1, claim.header.length - 1 + len(claim.outputs[0].output_ids))
+            a, b = (o.prompts[n].outputs[0].prefill for o in (one, other))
+            rows = [(x.topk_ids[part][:, :k], x.topk_logprobs[part][:, :k]) for x in (a, b)]
+            gaps.append(float(union_topk(*rows[0], *rows[1])[:, 0].mean()))
+        largest = max(largest, float(np.mean(gaps)))
+    return largest
+
+
+def within(recorded: Observation) -> float | None:
+    """How far the claimed format's own repeats are apart in decode, mean over its prompts, nats.
+
+    0 if they are bit-exact, None where nothing was repeated.
+    """
+    if recorded.header.repeats < 2:
+        return None
+    gaps = []
+    for prompt in recorded.prompts:
+        base = prompt.run(0)
+        for other in prompt.outputs[1:]:
+            _, found, _ = decode_distance(
+                base.output_ids, base.decode.topk_ids, base.decode.topk_logprobs,
+                other.output_ids, other.decode.topk_ids, other.decode.topk_logprobs,
+            )  # fmt: skip
+            gaps.append(found.l2)
+    return float(np.mean(gaps)) if gaps else 0.0
+
+
+def _beside(recorded: Observation, verified: Observation) -> str:
+    """What differs beside the hardware."""
+    a, b = recorded.header.environment, verified.header.environment
+    names = [name for name in _SOFTWARE if a.get(name) != b.get(name)]
+    changes = [f"{name.removesuffix('_package')} {a.get(name) or 'none'} -> {b.get(name) or 'none'}" for name in names]
+    one, other = recorded.header.executed, verified.header.executed
+    if one is not None and other is not None and one.mode != other.mode:
+        changes.insert(0, f"mode {one.mode} -> {other.mode}")
+    if one is not None and other is not None and one.tensor_parallel_size != other.tensor_parallel_size:
+        changes.insert(0, f"tensor parallel size {one.tensor_parallel_size} -> {other.tensor_parallel_size}")
+    if recorded.header.checkpoint_files_sha256 != verified.header.checkpoint_files_sha256 and (
+        recorded.header.format == verified.header.format
+    ):
+        changes.insert(0, "the checkpoint's configuration files")
+    if recorded.header.dtype != verified.header.dtype:
+        changes.insert(0, f"dtype {recorded.header.dtype} -> {verified.header.dtype}")
+    return ", ".join(changes)
+
+
+def _source(recorded: Observation) -> str:
+    environment = recorded.header.environment
+    device = environment.get("gpu") or environment.get("cpu") or "device unknown"
+    return f"{recorded.header.hardware}, vLLM {environment.get('vllm') or 'unknown'}, {device}"
+
+
+def _figures(
+    recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, nearest: identification.Identification
+) -> dict[str, object]:
+    header = recorded.header
+    assert nearest.interval is not None
+    low, high = nearest.interval
+    return {
+        "phase": "decode",
+        "runs": len(recorded.claims),
+        "checkpoint.sha256": header.checkpoint_sha256,
+        "kernel.executed": header.executed.summary if header.executed is not None else "",
+        "source": _source(recorded),
+        "l2": float(gaps["decode"][base].own.mean()),
+        "identified": f"{nearest.own}/{len(nearest.nearest)} [{low:.4f}, {high:.4f}]",
+        **{
+            f"distance.{phase}.{name}": f"own={float(one.own.mean()):.6g} published={float(one.published.mean()):.6g}"
+            for phase, row in gaps.items()
+            for name, one in row.items()
+        },
+    }
+
+
+def _record(
+    claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str],
+    gaps: Mapping[Phase, Mapping[str, Gap]], compared: Mapping[str, signal_noise.Comparison],
+    found: Mapping[str, signal_noise.Detection], nearest: identification.Identification,
+) -> dict[str, object]:  # fmt: skip
+    """What the report needs, JSON-able."""
+    assert nearest.interval is not None
+    low, high = nearest.interval
+    shares = {name: count / len(nearest.nearest) for name, count in nearest.counts.items()}
+    for names, count in nearest.tied.items():
+        for name in names:
+            shares[name] += count / len(nearest.nearest) / len(names)
+    own = within(recorded)
+    return {
+        "model": claim.model_id, "claimed": f"{claim.format_id}{claim.origin}", "by": claim.hardware_id,
+        "by_text": f"{claim.hardware_id}, {recorded.header.dtype}", "source": _source(recorded),
+        "weights": weights[claim.format_id], "prompts": len(nearest.nearest), "own": mine,
+        "distances": {
+            phase: {
+                "own_metric": {name: float(one.own.mean()) for name, one in row.items()},
+                "published": {name: float(one.published.mean()) for name, one in row.items()},
+            }
+            for phase, row in gaps.items()
+        },
+        "comparisons": {
+            name: {
+                "verdict": str(found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
+                "mde": one.mde, "snr": one.snr, "p": one.p,
+                # The verifier re-executes once: its own repeats, which would be taken off too, are not known.
+                "energy_at_most": None if own is None else signal_noise.energy(one.signal, own, 0.0),
+            }
+            for name, one in compared.items()
+        },
+        "nearest": shares,
+        "identified": {"share": nearest.share, "low": low, "high": high},
+    }  # fmt: skip

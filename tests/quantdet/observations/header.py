@@ -1,0 +1,273 @@
+"""The JSON part of an observation: which run it was, where, what executed, and where repeats differ."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from quantdet.matrix.rows import ID_PATTERN, OTHER_ENGINES, Cell, Phase
+from quantdet.untrusted import plain
+
+SCHEMA = 1
+
+Id = Annotated[str, Field(pattern=f"^(?:{ID_PATTERN.pattern})$")]
+Words = Annotated[str, AfterValidator(lambda text: plain(text, keep="\n"))]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# See `checkpoints.numbers`; empty: not known.
+Numbers = Annotated[str, Field(pattern=r"^(?:(?:decoded|bytes|online):[0-9a-f]{64})?$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layer(_Part):
+    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
+
+    kind: Literal["linear", "moe", "router", "embedding", "other"]
+    module: str
+    method: str
+    scheme: str = ""
+    kernel: str = ""
+    detail: str = ""
+    count: int = Field(gt=0)
+
+    @property
+    def executed(self) -> str:
+        """The class that multiplies: the kernel, else the scheme, else the method."""
+        return self.kernel or self.scheme or self.method
+
+
+class Executed(_Part):
+    """What really ran, read from the loaded model."""
+
+    layers: tuple[Layer, ...]
+    attention: tuple[str, ...] = ()
+    mode: Literal["eager", "compiled"] = "eager"
+    runner: str = ""
+    logits_dtype: str = ""
+    tensor_parallel_size: int = Field(1, gt=0)  # rank 0's layers are told; the others execute the same
+
+    @property
+    def linear(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "linear")
+
+    @property
+    def moe(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "moe")
+
+    @property
+    def summary(self) -> str:
+        """For example `CPUWNA16LinearKernel[vec] x8`; experts, a layer of them counted once, come last."""
+        counts: dict[str, int] = {}
+        for layer in self.linear + self.moe:
+            name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
+            counts[name] = counts.get(name, 0) + layer.count
+        divided = f", each on {self.tensor_parallel_size} ranks" if self.tensor_parallel_size > 1 else ""
+        return (" + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer") + divided
+
+
+class Divergence(_Part):
+    """First position at which a repeat's full-vocabulary logits differ from repeat 0's, for one prompt and phase.
+
+    `ulp` counts representable numbers of the logits' native dtype between the two values of the token `token`, at
+    which |difference| is largest (`max_abs`, in nats); `differing` is the number of unequal logits at the position.
+    """
+
+    prompt: str
+    phase: Phase
+    repeat: int = Field(gt=0)
+    position: int = Field(ge=0)
+    differing: int = Field(ge=0)
+    token: int = Field(ge=0)
+    max_abs: float = Field(ge=0)
+    ulp: int = Field(ge=0)
+
+
+class NonFinite(_Part):
+    """A position with NaN or infinite logits."""
+
+    prompt: str
+    phase: Phase
+    repeat: int
+    position: int
+
+
+class PromptHeader(_Part):
+    """`length` forced token ids; `runs[r]` is the index of the output that repeat r gave."""
+
+    id: str
+    length: int = Field(ge=2)
+    content_start: int = Field(ge=1)
+    runs: tuple[int, ...] = Field(min_length=1)
+
+
+class Reported(_Part):
+    """What of one prompt somebody else's report covers, where nothing else of the run is at hand.
+
+    `prefill`, `decode`: rows that are there, numbered as in a whole block (prefill row r is about token r + 1); `width`:
+    ids a row at most; `generated`: number of generated tokens; `ids`: whether the prompt's token ids were reported.
+    """
+
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+    width: int = Field(ge=1, le=1001)
+    generated: int = Field(ge=1)
+    ids: bool = True
+
+    def rows(self, phase: Phase) -> tuple[int, ...]:
+        return self.decode if phase == "decode" else self.prefill
+
+
+class Activations(_Part):
+    """What was taken of the hidden states, see `observation_activations`.
+
+    layers: names of the modules, in their order: decoder layers and the norm behind them; stream: what a decoder layer gives,
+    "hidden" or "hidden + residual"; width: elements of a hidden state; runs: by prompt and phase, the outcome that each of
+    `repeats` gave, in requests of their own behind those that the logits are from; projected: layers with fingerprints, by
+    index; problem: why nothing was taken; seconds: of these requests, None where there were none.
+    """
+
+    layers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field((), max_length=1025)
+    stream: Literal["", "hidden", "hidden + residual"] = ""
+    width: int = Field(0, ge=0, le=1 << 20)
+    repeats: int = Field(0, ge=0)
+    runs: tuple[dict[Phase, tuple[int, ...]], ...] = ()
+    projection: str = ""
+    projected: tuple[int, ...] = ()
+    problem: Words = ""
+    seconds: float | None = Field(None, ge=0)
+
+
+class Header(_Part):
+    """Everything of an observation but its arrays.
+
+    `caches`: whether kernels that an earlier process compiled or chose were at hand ("cold": none).
+    `numbers`: which quantized numbers the checkpoint holds, whatever its layout (`checkpoints.numbers`).
+    `max_flip_rate`: the bound that decided the number of repeats; 0 where it was given.
+    `evidence`: "logits", taken from the engine in full; or "reported", logprobs that somebody published, of the rows that
+    `reported` names for each prompt. Then no executed kernel is known, and digests are over a row's ids and logprobs.
+    """
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["observation", "refusal"]
+    role: Literal["measure", "verify", "control"] = "measure"
+    key: Sha256
+    created: str
+    model: Id
+    format: Id
+    hardware: Id
+    lifetime: int = Field(ge=0)
+    caches: Literal["warm", "cold"] = "warm"
+    checkpoint_sha256: Sha256
+    checkpoint_source: str = ""
+    checkpoint_files_sha256: str = ""
+    numbers: Numbers = ""
+    engine: str
+    engine_args: dict[str, Any] = {}
+    engine_env: dict[str, str] = {}
+    dtype: str = ""
+    workload: str = ""
+    workload_sha256: Sha256
+    repeats: int = Field(ge=1)
+    max_flip_rate: float = Field(0.0, ge=0, lt=1)
+    decode_tokens: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    inject: str = ""
+    environment: dict[str, Any] = {}
+    refusal: Words = ""
+    executed: Executed | None = None
+    nonfinite: tuple[NonFinite, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
+    prompts: tuple[PromptHeader, ...] = ()
+    claims_workload: str = ""
+    claims_workload_sha256: str = ""
+    claim_tokens: int = Field(0, ge=0)
+    claim_top_k: int = Field(0, ge=0)
+    claims: tuple[PromptHeader, ...] = ()
+    evidence: Literal["logits", "reported"] = "logits"
+    reported: tuple[Reported, ...] = ()
+    activations: Activations | None = None
+    timings: dict[str, float] = {}
+    tensors_sha256: str = ""
+    header_sha256: str = ""
+
+    @field_validator("environment")
+    @classmethod
+    def _texts(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        variables = facts.get("variables", {})
+        if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+            raise ValueError("variables: not a table of texts")
+        return facts
+
+    def digest(self) -> str:
+        """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
+        younger = {name for name in _YOUNGER if getattr(self, name) == type(self).model_fields[name].default}
+        rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *younger})
+        if rest["executed"] is not None and rest["executed"]["tensor_parallel_size"] == 1:  # younger too
+            del rest["executed"]["tensor_parallel_size"]
+        return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.model, self.format, self.hardware)
+
+
+# Younger than the first recordings, which were sealed without them: left out while they are at their default.
+_YOUNGER = {
+    "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
+    "caches", "max_flip_rate", "activations", "numbers",
+}  # fmt: skip
+# Fields that say what happened in a run; the others say which run it was.
+_OUTCOME = {
+    "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
+    "activations", "tensors_sha256", "header_sha256",
+}  # fmt: skip
+# What follows from the checkpoint's hashes, or may be another for the same bytes: a hub's later commit may hold them unchanged.
+_ORIGIN = {"checkpoint_source", "numbers"}
+# Facts of the environment that differ between formats measured side by side, and change no number.
+_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
+_OF_VLLM = ("vllm", "vllm_flavour")
+# Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
+_UNIT = ("gpu_uuid", "device_uuid")
+_UNIT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# What CPU kernels divide their work by; a GPU's do not.
+_OF_THE_HOST = ("cpus", "torch_threads")
+# They are read by ranks that exchange sums: part of a format of several, nothing to a format of one.
+_OF_RANKS = re.compile(r"^((TORCH_)?NCCL_|RCCL_|NVSHMEM_|TORCH_SYMM_MEM_|VLLM_(ALLREDUCE_|USE_NCCL_|DISABLE_PYNCCL))")
+
+
+def different(a: Header, b: Header) -> list[str]:
+    """Names of the fields in which two lifetimes are not of the same run."""
+    left_out = {*_OUTCOME, *_ORIGIN, "environment", *(("repeats",) if a.max_flip_rate and b.max_flip_rate else ())}
+    one, other = ({**h.model_dump(exclude=left_out), "environment": _lifetime_environment(h)} for h in (a, b))
+    return [name for name in one if one[name] != other[name]]
+
+
+def _lifetime_environment(header: Header) -> dict[str, Any]:
+    # A lifetime with cold caches is spawned, and a spawned process hides nothing from vLLM.
+    return {name: fact for name, fact in header.environment.items() if name not in ("start", "masked")}
+
+
+def environment_differences(a: Header, b: Header) -> list[str]:
+    """What two observations' environments differ in, but for what goes with a format or a unit and changes no number."""
+    # What vLLM is installed says nothing of what another engine computes.
+    left_out = {*_PER_FORMAT, *_UNIT, "variables", *(_OF_VLLM if OTHER_ENGINES & {a.engine, b.engine} else ())}
+    if all("device_uuid" in one.environment for one in (a, b)):
+        left_out |= {*_OF_THE_HOST}
+    names = sorted({*a.environment, *b.environment} - left_out)
+    found = [name for name in names if a.environment.get(name) != b.environment.get(name)]
+    variables = _variables(a, b)
+    if variables:
+        found.append(f"variables ({', '.join(variables)})")
+    return found
+
+
+def _variables(a: Header, b: Header) -> list[str]:
+    """Names of the environment variables that differ, without those that show a device or that only ranks read."""
+    one, other = (header.environment.get("variables", {}) for header in (a, b))
+    alone = any(header.executed is not None and header.executed.tensor_parallel_size == 1 for header in (a, b))
+    names = (name for name in {*one, *other} if name not in _UNIT_VARIABLES and not (alone and _OF_RANKS.match(name)))
+    return sorted(name for name in names if one.get(name) != other.get(name))

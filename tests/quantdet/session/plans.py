@@ -1,0 +1,211 @@
+"""The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantdet import __version__
+from quantdet.checkpoints import Checkpoint, altered, numbers
+from quantdet.engines.plan import Plan, PlannedPrompt
+from quantdet.matrix import workload
+from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.pins import filled
+from quantdet.matrix.rows import ONLINE, Cell, EngineCall, Format, Model
+from quantdet.metrics import bounds
+from quantdet.observations import store
+from quantdet.session.machine.machine import version
+
+# Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
+MEASUREMENT = 2
+
+# Set per cell below; given in [engine.args] they would silently be lost.
+RESERVED = (
+    "model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs",
+    "tensor_parallel_size",
+)  # fmt: skip
+
+
+# Packages that transformers computes with where they are installed, asked for or not.
+BESIDE_TRANSFORMERS = ("accelerate", "kernels")
+
+
+def installed(packages: Iterable[str]) -> str:
+    """The installed ones of `packages`, with their versions."""
+    found = {name: version(name) for name in packages}
+    return ", ".join(f"{name} {found[name]}" for name in sorted(found) if found[name] is not None)
+
+
+def known_arguments(matrix: Matrix) -> frozenset[str]:
+    """Names of every engine argument that a cell of `matrix` may be given."""
+    rows = (matrix.engine.args, *(pin.args for pin in matrix.pin), *(setting.args for setting in matrix.setting))
+    return frozenset({"enforce_eager", *RESERVED, *(name for row in rows for name in row)} - {"model"})
+
+
+def key_of(plan: Plan, lifetime: int) -> str:
+    """SHA-256 over everything that an observation of this lifetime depends on.
+
+    Without `architecture`: what is checked before a measurement does not change it, and the hardware row is in the identity.
+    Without the checkpoint's source: its hashes say what was measured, wherever that is from. They decide its numbers too.
+    """
+    identity = {name: value for name, value in plan.identity.items() if name not in ("checkpoint_source", "numbers")}
+    extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
+    return store.key_of({**identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
+
+
+def plan_for(
+    cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
+    vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
+    device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
+    activations: bool = False,
+) -> Plan | str:  # fmt: skip
+    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
+
+    `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
+    `claimed`: the workload of the model's claims, if they are to be recorded.
+    `activations`: whether hidden states are taken too.
+    """
+    format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
+    row = matrix.hardware[cell.hardware_id]
+    kind = row.kind
+    vllm, model = format_.engine == "vllm", matrix.models[cell.model_id]
+    call: EngineCall = matrix.engine if vllm else matrix.transformers
+    args: dict[str, Any] = {**call.args, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
+    own: dict[str, str] = {**(device or {}), **row.limits}
+    if vllm and format_.kernel not in ("auto", "unquantized"):
+        pin = matrix.pin_for(format_, vllm_version, model)
+        if pin is None or pin.unsupported:
+            need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
+            return f"{need}, have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
+        args |= filled(pin.args, model.group_size)
+        own |= pin.env
+    settings: dict[str, bool] = {}
+    for setting in matrix.settings(cell):
+        args |= filled(setting.args, model.group_size)
+        own |= setting.env
+        settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
+    text = work.has_text
+    length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
+    claims = model.claims if claimed is not None else None
+    if claims is not None and claimed is not None:
+        asked = matrix.engine.max_text_tokens if claimed.has_text else workload.max_tokens(claimed)
+        length = max(length, asked + claims.decode_tokens)
+        text = text or claimed.has_text
+    if vllm:
+        args |= {
+            "skip_tokenizer_init": not text,
+            "max_model_len": length,
+            "max_num_batched_tokens": max(2048, length),
+            "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
+            "tensor_parallel_size": matrix.tensor_parallel_size(cell),
+        }
+    least = repeats or run.repeats
+    repeats = least if max_flip_rate is None else max(least, bounds.runs_needed(max_flip_rate))
+    defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
+    env = {**call.env, **own}
+    # What else the engine computes with; of vLLM's own cells its version says that.
+    used = {} if vllm else {"engine_packages": installed((*BESIDE_TRANSFORMERS, *format_.packages))}
+    identity: dict[str, Any] = {
+        "model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id,
+        "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
+        "checkpoint_files_sha256": files_sha256(checkpoint.path), "numbers": _numbers(checkpoint, format_, model, args),
+        "engine": engine, "engine_args": args,
+        "engine_env": env, "dtype": format_.dtype_on(kind), "workload": work.id, "workload_sha256": work.sha256,
+        "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
+        "environment": {**environment, **settings, **used, "suite": __version__},
+    }  # fmt: skip
+    if max_flip_rate is not None:
+        identity |= {"max_flip_rate": max_flip_rate}
+    if claims is not None and claimed is not None:
+        identity |= {
+            "claims_workload": claimed.id, "claims_workload_sha256": claimed.sha256,
+            "claim_tokens": claims.decode_tokens, "claim_top_k": claims.top_k,
+        }  # fmt: skip
+    return Plan(
+        identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
+        prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
+        decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
+        claims=tuple(_planned(prompt) for prompt in claimed.prompts) if claims is not None and claimed is not None else (),
+        claim_tokens=claims.decode_tokens if claims else 0, claim_top_k=claims.top_k if claims else 0,
+        extra={
+            "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
+            **({"hide": list(row.hides)} if row.hides else {}),
+            **({} if max_flip_rate is None else {"least_repeats": least}),
+            **({"activations": True} if activations else {}),
+            **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
+            **({} if vllm else {"device": "cpu" if kind == "cpu" else "cuda", "packages": list(format_.packages)}),
+        },
+    )  # fmt: skip
+
+
+def cold(plan: Plan, matrix: Matrix) -> Plan:
+    """`plan` in a process that finds no kernel compiled or chosen by an earlier one."""
+    extra = {**plan.extra, "cold": list(matrix.engine.caches), "spawn": True}
+    return replace(plan, identity={**plan.identity, "caches": "cold"}, extra=extra)
+
+
+def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
+    """`plan` with a seeded defect: see `Session.control`.
+
+    Raises:
+        Unavailable, OSError, ValueError: see `checkpoints.altered`.
+    """
+    folder, source = Path(plan.checkpoint), plan.identity["checkpoint_source"]
+    if kind == "control":
+        path, sha256 = altered.renamed(folder, cache)
+    else:
+        path, sha256, tensor = altered.one_integer(folder, cache)
+        source = f"{source}: {tensor}"
+    least = plan.extra.get("least_repeats", plan.repeats)
+    changes = {
+        "numbers": plan.identity["numbers"] if kind == "control" else "",
+        "role": "control", "inject": kind, "checkpoint_sha256": sha256, "checkpoint_source": source, "repeats": least,
+        "max_flip_rate": 0.0,
+    }  # fmt: skip
+    identity = {name: value for name, value in plan.identity.items() if not name.startswith("claim")} | changes
+    extra = {name: value for name, value in plan.extra.items() if name not in ("least_repeats", "activations")}
+    return replace(
+        plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, extra=extra, claims=(), claim_tokens=0,
+        claim_top_k=0,
+    )  # fmt: skip
+
+
+def _numbers(checkpoint: Checkpoint, format_: Format, model: Model, args: dict[str, Any]) -> str:
+    """The numbers that the engine computes with: of the checkpoint, or what these arguments let it make of plain weights."""
+    if format_.layout not in ONLINE or model.hub is not None or not checkpoint.numbers:
+        return checkpoint.numbers
+    how: dict[str, Any] = {"weights": format_.weights}
+    how |= {name: args[name] for name in ("quantization", "hf_overrides", "torchao") if name in args}
+    return numbers.online(checkpoint.numbers, how)
+
+
+def _planned(prompt: workload.Prompt) -> PlannedPrompt:
+    if prompt.token_ids:  # a text beside ids is documentation
+        return PlannedPrompt(prompt.id, prompt.token_ids, prompt.forced_ids, prompt.content_start)
+    return PlannedPrompt(prompt.id, (), (), prompt.content_start, prompt.text, prompt.forced_text)
+
+
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "checkpoint.json":
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def unusable(matrix: Matrix, prompts: Path) -> list[str]:
+    """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
+    mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
+    for name, model in matrix.models.items():
+        used = {"workload": model.workload, **({"claims.workload": model.claims.workload} if model.claims else {})}
+        for key, wanted in used.items():
+            try:
+                work = workload.load(wanted, prompts)
+                if model.synthetic is not None:
+                    workload.check_vocab(work, model.synthetic.vocab_size)
+            except workload.WorkloadError as error:
+                mistakes.append(f"models.{name}.{key}: {' '.join(str(error).split())}")
+    return mistakes

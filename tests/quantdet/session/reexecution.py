@@ -1,0 +1,139 @@
+"""Which formats re-execute a claim here, and why a claim cannot be judged here."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from quantdet import checkpoints
+from quantdet.judging import causes, numerics
+from quantdet.judging.reexecution import claim as attribution
+from quantdet.judging.results import Measured, Missing, Refusal
+from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.rows import ONLINE, Cell, Format
+from quantdet.observations.claims import Claim
+from quantdet.observations.observation import Observation
+from quantdet.session.session import Session
+
+
+def verifiers(claim: Claim, session: Session) -> list[Cell]:
+    """The formats of the claim's model that run on the verifying hardware, in vLLM: claims are made by it."""
+    formats = session.matrix.formats
+    cells = [Cell(claim.model_id, name, claim.hardware_id) for name in formats if formats[name].engine == "vllm"]
+    if session.replay is not None:
+        return [cell for cell in cells if session.replay.has_verified(cell)]
+    known = set(session.matrix.cells())
+    return [
+        cell
+        for cell in cells
+        if cell in known and session.gate(cell) is None and session.expectations(cell).unsupported(cell) is None
+    ]
+
+
+def numbers(format_: Format) -> str:
+    """What a format computes with: its weights and, where it quantizes them, its activations."""
+    return format_.weights if format_.activations == "none" else f"{format_.weights} with {format_.activations} activations"
+
+
+def gate(claim: Claim, session: Session) -> str | None:
+    """Why `claim` cannot be judged here (need and have); None if it can be tried."""
+    header = session.references.header(claim)
+    what = f"checkpoint sha256 {header.checkpoint_sha256[:16]}, {header.checkpoint_source or 'source unknown'}"
+    if claim.model_id not in session.matrix.models:
+        return f"reexecution: needs model {claim.model_id} ({what}), have none of this name in the matrix"
+    if claim.format_id not in session.matrix.formats:
+        return f"reexecution: needs format {claim.format_id} ({what}), have none of this name in the matrix"
+    here = verifiers(claim, session)
+    if not here:
+        cells = [cell for cell in session.matrix.cells() if cell.model_id == claim.model_id]
+        reasons = [session.gate(cell) for cell in cells if cell.hardware_id == claim.hardware_id]
+        return next(filter(None, reasons), f"reexecution: needs a format of {claim.model_id} on {claim.hardware_id}, have none")
+    weights = numbers(session.matrix.formats[claim.format_id])
+    own = [cell for cell in here if numbers(session.matrix.formats[cell.format_id]) == weights]
+    if not own:
+        return f"reexecution: needs a format with weights {weights} on {claim.hardware_id}, have none"
+    dtypes = {session.matrix.verifying_dtype(cell, header.dtype) for cell in own}
+    if header.dtype not in dtypes:
+        need = f"reexecution: needs a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
+        return f"{need}, have {', '.join(sorted(dtypes))}"
+    # Of one source and one word: the same numbers. Two makers' may be others, which their checkpoints tell later.
+    if len(own) == len(here) and session.matrix.models[claim.model_id].hub is None:
+        return _alone(claim, [cell.format_id for cell in here])
+    return None
+
+
+def _alone(claim: Claim, verified: Iterable[str]) -> str:
+    """What is missing where no format with other numbers re-executes a claim: nothing could tell it from anything."""
+    need = f"reexecution: needs a format with other numbers than {claim.format_id} on {claim.hardware_id}"
+    return f"{need}, have {', '.join(sorted(verified))}"
+
+
+def judge(claim: Claim, session: Session) -> Judgement | str:
+    """The claim re-executed and judged; a text says why it is UNAVAILABLE."""
+    recorded = session.references.observation(claim)
+    bad = recorded.header.nonfinite
+    if bad:
+        text = f"non-finite logits, first prompt {bad[0].prompt} {bad[0].phase} {bad[0].position}"
+        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
+    wanted = recorded.header.checkpoint_sha256
+    try:
+        weights = session.measuring.weights(claim.model_id, claim.format_id)
+    except checkpoints.Unavailable as error:
+        return f"weights: needs checkpoint sha256 {wanted[:16]} ({recorded.header.checkpoint_source}): {error}"
+    except (OSError, ValueError) as error:
+        cell = Cell(claim.model_id, claim.format_id, claim.hardware_id)
+        cause = causes.missing(cell, Missing(Verdict.ERROR, f"checkpoint: {error}"))
+        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False, cause=cause)
+    if weights.sha256 != wanted:
+        text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {weights.sha256[:16]}"
+        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
+    verified: dict[str, Observation] = {}
+    failed: dict[str, str] = {}
+    for cell in verifiers(claim, session):
+        match session.verified(cell, recorded.header.dtype):
+            case Measured(observations=(found, *_)) if found.header.nonfinite:
+                failed[cell.format_id] = f"{Verdict.INVALID} non-finite logits"
+            case Measured(observations=(found, *_)):
+                verified[cell.format_id] = found
+            case Missing(reason=reason, verdict=verdict):
+                failed[cell.format_id] = f"{verdict} {reason}"
+            case Refusal(message=message):
+                failed[cell.format_id] = f"{Verdict.UNSUPPORTED} {message}"
+    if not verified and failed and all(reason.startswith(Verdict.UNAVAILABLE) for reason in failed.values()):
+        return next(iter(failed.values())).removeprefix(f"{Verdict.UNAVAILABLE} ")
+    # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
+    held = {name: numerics.numbers(one) for name, one in verified.items()}
+    made = session.matrix.formats[claim.format_id].layout in ONLINE  # by the engine: the folder's numbers are the plain ones
+    held |= {claim.format_id: held.get(claim.format_id) or ("" if made else weights.numbers)}
+    labels = labelled(held, {name: numbers(session.matrix.formats[name]) for name in held}, claim.format_id)
+    if not failed and all(labels[name] != labels[claim.format_id] for name in verified):
+        told = numerics.short(held[claim.format_id]) or "not known here"
+        need = f"reexecution: needs a format with the numbers of {claim.format_id} ({told})"
+        return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
+    if not failed and all(labels[name] == labels[claim.format_id] for name in verified):
+        return _alone(claim, verified)
+    sequences = session.sequences(claim.model_id, recorded.header.dtype)
+    judgement = attribution.judge(claim, recorded, verified, labels, sequences, failed)
+    if judgement.verdict is not Verdict.ERROR:
+        return judgement
+    results = {cell: session.verified(cell, recorded.header.dtype) for cell in verifiers(claim, session)}
+    # What failed tells no numbers: by the word that the matrix has for it.
+    words = {cell: labels.get(cell.format_id) or numbers(session.matrix.formats[cell.format_id]) for cell in results}
+    own = [cell for cell, word in words.items() if word == labels[claim.format_id]]
+    return replace(judgement, cause=causes.of_reexecution(results, own, session.expectations))
+
+
+def labelled(held: Mapping[str, str], words: Mapping[str, str], claimed: str) -> dict[str, str]:
+    """A text for what each format holds: the same text where the numbers are the same, whatever the formats are called.
+
+    Args:
+        held: by format, its numbers (`checkpoints.numbers`); empty: not known, and then nobody else's.
+        words: by format, what the matrix calls them.
+        claimed: the format whose numbers are called by their word alone.
+    """
+    by_numbers: dict[str, str] = {}
+    for name in (claimed, *(name for name in held if name != claimed)):
+        digest = held[name] or f"unknown of {name}"
+        word = words[name]
+        if digest not in by_numbers:
+            taken = word in by_numbers.values()
+            by_numbers[digest] = f"{word} ({numerics.short(held[name]) if held[name] else digest})" if taken else word
+    return {name: by_numbers[held[name] or f"unknown of {name}"] for name in held}
