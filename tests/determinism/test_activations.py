@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantdet.matrix.rows import Cell, Phase
+from quantdet.matrix.cell import Cell, Phase
 from quantdet.session.cases.judge import Judge
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.session.cases.judge import Judge
 
 

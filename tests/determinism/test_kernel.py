@@ -1,6 +1,6 @@
 """The kernel that ran is the kernel that the row asks for."""
 
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.session.cases.judge import Judge
 
 

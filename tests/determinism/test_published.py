@@ -2,8 +2,8 @@
 
 import pytest
 
+from quantdet.judging.questions import Asked
 from quantdet.session.cases.judge import Judge
-from quantdet.session.questions import Asked
 
 
 @pytest.mark.compares_formats

@@ -1,6 +1,6 @@
 """The same request in one engine process gives the same bits."""
 
-from quantdet.matrix.rows import Cell, Phase
+from quantdet.matrix.cell import Cell, Phase
 from quantdet.session.cases.judge import Judge
 
 

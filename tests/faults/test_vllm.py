@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from faults.cases import rows, shows
-from quantdet.matrix import matrix
+from quantdet.matrix import load
 from quantdet.observations.store import Store
 from quantdet.session.machine import machine
 from selftest.fakes import ROOT, TESTS, alive, left_behind
@@ -24,7 +24,7 @@ from selftest.whole import temporary as temporary
 pytest_plugins = ["pytester"]
 
 SHIPPED = (ROOT / "quant_matrix.toml").read_text(encoding="utf-8")
-SOFTWARE, MATRIX = machine.software(), matrix.load(ROOT / "quant_matrix.toml")
+SOFTWARE, MATRIX = machine.software(), load.load(ROOT / "quant_matrix.toml")
 ROWS = [row for row in machine.detect().rows(MATRIX) if MATRIX.hardware[row].kind == SOFTWARE.flavour]
 pytestmark = pytest.mark.skipif(not ROWS, reason=f"needs vLLM for this machine, have {SOFTWARE.vllm or 'none'}")
 HERE = ROWS[0] if ROWS else ""

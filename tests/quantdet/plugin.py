@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from quantdet.engines.process import interrupts, process
-from quantdet.matrix import matrix
+from quantdet.matrix import load
 from quantdet.observations.observation import ObservationError
 from quantdet.report import cut, elsewhere, html, junit, markdown, progress, record, terminal, unexpected
 from quantdet.session import header, options, plans
 from quantdet.session.cases import collect, workers
 from quantdet.session.cases.judge import Judge
 from quantdet.session.machine import machine
-from quantdet.session.session import Session
+from quantdet.session.session import SESSION, Session
 from quantdet.untrusted import plain
 
 _PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
@@ -55,12 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
     workers.refuse_reruns(config)
     chosen = options.parse(config)
     try:
-        table = matrix.load(chosen.matrix)
-    except matrix.MatrixError as error:
+        table = load.load(chosen.matrix)
+    except load.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
     unusable = plans.unusable(table, _PROMPTS)
     if unusable:
-        raise pytest.UsageError(str(matrix.MatrixError(chosen.matrix, unusable)))
+        raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
     for name in ("require_hardware", "hardware"):
         value = getattr(chosen, name)
         if value is not None and value not in table.hardware:
@@ -79,21 +79,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if session.replay is not None and chosen.hardware not in (None, *recorded):
         raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {', '.join(recorded)}")
     session.measuring.on_start = progress.announcer(config)
-    config.stash[collect.SESSION] = session
+    config.stash[SESSION] = session
     config.stash[record.RECORDS] = record.Records()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    return header.lines(config.stash[collect.SESSION])
+    return header.lines(config.stash[SESSION])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    collect.parametrize(metafunc, metafunc.config.stash[collect.SESSION])
+    collect.parametrize(metafunc, metafunc.config.stash[SESSION])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
-    session = config.stash[collect.SESSION]
+    session = config.stash[SESSION]
     config.hook.pytest_deselected(items=collect.prune(items))
     collect.mark(items, session)
     yield  # -k and -m deselect here
@@ -110,7 +110,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def judge(request: pytest.FixtureRequest) -> Judge:
     """Measures the test's cell where needed and judges it."""
-    return Judge(request.config.stash[collect.SESSION], request.node)
+    return Judge(request.config.stash[SESSION], request.node)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -147,7 +147,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     junit.finish(session)
     html.finish(session)
     markdown.append(session)
-    session.config.stash[collect.SESSION].measuring.close()
+    session.config.stash[SESSION].measuring.close()
     workers.require(session)
     workers.report_clock(session.config)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.engines.plan import Plan
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
 from quantdet.observations.header import Activations
 from quantdet.observations.hidden_states import WIDTH, HiddenStates

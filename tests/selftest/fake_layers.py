@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 from quantdet.engines.plan import Plan
-from quantdet.judging.first_layer import Trace, TracedModule
+from quantdet.observations.trace import Trace, TracedModule
 
 MODULES = (
     ("embed", "VocabParallelEmbedding", "embedding", ""),

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from quantdet.engines.child import faults, speed
 from quantdet.engines.child.capture import digest_rows
 from quantdet.engines.child.recorder import Recorder
-from quantdet.engines.plan import FLIPS, EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
+from quantdet.engines.plan import EngineLacks, EngineRefused, InvalidMeasurement, Plan, PlannedPrompt
 from quantdet.engines.process.process import EngineSpec
-from quantdet.judging import first_layer
 from quantdet.metrics.bits import stable_topk
+from quantdet.observations import trace
+from quantdet.observations.defects import FLIPS
 from quantdet.observations.header import SCHEMA, Executed, Header, Layer, PromptHeader
 from quantdet.observations.observation import Block, Observation, Output, PromptRecord, write
 from quantdet.observations.store import Store
@@ -72,8 +73,8 @@ class FakeEngine:
         _disturb(behaviour, args, Path(plan.checkpoint), directory)
         if behaviour == "missing":
             return
-        if plan.identity.get("role") == first_layer.ROLE:
-            first_layer.write(fake_layers.traced(plan, behaviour), directory / first_layer.TRACE_FILE)
+        if plan.identity.get("role") == trace.ROLE:
+            trace.write(fake_layers.traced(plan, behaviour), directory / trace.TRACE_FILE)
             return
         recorder = Recorder(plan)
         for number, prompt in enumerate(plan.prompts):

@@ -17,7 +17,7 @@ from typing import Any
 from quantdet.engines.plan import Plan, PlannedPrompt
 from quantdet.engines.process import interrupts, process, scratch
 from quantdet.engines.process.interrupts import held
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations import store
 from selftest.fakes import FAKE, IDENTITY, alive, left_behind
 

@@ -20,9 +20,8 @@ from quantdet.engines.child.hidden_states import ActivationTap, Recorded, tapped
 from quantdet.engines.plan import Plan
 from quantdet.judging import hidden_states
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import PHASES, Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import PHASES, Phase
+from quantdet.matrix.expectations import Expect, Expectations
 from quantdet.metrics.fingerprints import DIMS, project
 from quantdet.observations.header import Header
 from quantdet.observations.hidden_states import WIDTH

@@ -9,11 +9,10 @@ import pytest
 from quantdet.judging.reexecution import claim
 from quantdet.judging.reexecution.claim import Gap, gap
 from quantdet.judging.verdicts import Judgement, Verdict, Violation
-from quantdet.matrix.rows import PHASES
-from quantdet.observations.claims import Claim
+from quantdet.matrix.cell import PHASES
+from quantdet.observations.claims import Claim, Sequences, sequence
 from quantdet.observations.header import PromptHeader
 from quantdet.observations.observation import Observation, Output, PromptRecord
-from quantdet.observations.verification import Sequences, sequence
 from selftest.fakes import block_of, causal_logits, observation
 
 CLAIM = Claim("alpha", "own", "cpu-here", source="elsewhere")

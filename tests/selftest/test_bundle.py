@@ -10,7 +10,8 @@ import pytest
 
 from quantdet.checkpoints import Checkpoint
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import Cell, Model
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.rows import Model
 from quantdet.observations.observation import Observation, read
 from quantdet.report.bundle import differences, readme, repro, weights
 from selftest.fakes import EXPERTS, MATRIX, changed_output, executed, expect, last_repeat, observation, setting

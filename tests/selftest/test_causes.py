@@ -7,8 +7,8 @@ import pytest
 from quantdet.judging import causes, restart
 from quantdet.judging.results import Measured, Missing, Refusal
 from quantdet.judging.verdicts import Cause, Verdict
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell
 from selftest.fakes import observation
 
 CELL = Cell("alpha", "awq", "cpu-here")

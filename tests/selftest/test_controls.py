@@ -11,9 +11,9 @@ import pytest
 from quantdet.judging import controls as control_judgements
 from quantdet.judging.results import Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Judgement, Verdict, Violation
+from quantdet.matrix.cell import PHASES, Cell, Phase
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.matrix import load
-from quantdet.matrix.rows import PHASES, Cell, Phase
+from quantdet.matrix.load import load
 from quantdet.metrics.bounds import flip_rate_upper
 from quantdet.observations.header import Divergence as Difference
 from quantdet.observations.header import NonFinite
@@ -238,7 +238,7 @@ class Known:
         return True
 
     def expectations(self, cell: Cell) -> Expectations:
-        return Expectations.of(self.matrix, None)
+        return self.matrix.expectations(None)
 
     def control(self, cell: Cell, kind: str) -> Result:
         self.calls.append(f"{kind} of {cell}")

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from quantdet.judging.reexecution import hidden_states
 from quantdet.judging.reexecution.hidden_states import Corroboration, signal
 from quantdet.metrics import fingerprints
+from quantdet.observations.claims import Sequences
 from quantdet.observations.hidden_states import HiddenStates
 from quantdet.observations.observation import Observation, write
 from quantdet.observations.store import Store
-from quantdet.observations.verification import Sequences, verifying
+from quantdet.session.plans import verifying
 from selftest.fake_hidden import fingerprint, hidden
 from selftest.fakes import MATRIX
 from selftest.inner import Run, Suite

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantdet.judging import first_layer
-from quantdet.judging.first_layer import Gap, compare
+from quantdet.judging.first_layer import compare
+from quantdet.observations import trace as traces
+from quantdet.observations.trace import Gap
 from selftest.fake_layers import NAMES, digest, rows, trace
 from selftest.fakes import ROOT
 
@@ -116,21 +118,21 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     """Written and read again it is the same; a damaged one is none."""
     whole, path = trace(CLEAN, rows(defects=((0, "embed"),))), tmp_path / "trace.json"
 
-    first_layer.write(whole, path)
-    assert whole == first_layer.read(path)
+    traces.write(whole, path)
+    assert whole == traces.read(path)
 
     text = path.read_text()
     for damaged in (text[:-20], text.replace('"schema":1', '"schema":2'), text.replace("[0,0,", "[0,9,", 1), "[]"):
         path.write_text(damaged)
-        assert first_layer.read(path) is None
-    assert first_layer.read(tmp_path / "none.json") is None
+        assert traces.read(path) is None
+    assert traces.read(tmp_path / "none.json") is None
 
 
 def test_exllama_on_an_h200_diverges_first_in_a_quantized_layer() -> None:
     """A trace that was made on real hardware: the first quantized layer of the model, in nine of ten repeats."""
     kept = json.loads((ROOT / "fixtures" / "h200" / "layers-0.26.0-tiny-qwen3-gptq.json").read_text(encoding="utf-8"))
 
-    found = first_layer.compare(first_layer.Trace.model_validate(kept["trace"]))
+    found = first_layer.compare(traces.Trace.model_validate(kept["trace"]))
 
     assert found.layer is not None
     assert ("model.layers.0.self_attn.qkv_proj", "ExllamaLinearKernel", 9) == (

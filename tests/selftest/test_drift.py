@@ -9,7 +9,7 @@ import pytest
 
 from quantdet.judging import versions as drift
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.expectations import Expect
 from quantdet.observations.observation import Observation, read, write
 from selftest.fakes import MATRIX, changed_output, executed, last_repeat, observation, with_outputs
 from selftest.inner import Run, Suite

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.report import reexecution
+from quantdet.report import reexecution, reexecution_properties
 
 INF = float("inf")
 # claimed -> verified -> nats; not symmetric: a claim of gptq is matched better by marlin than by gptq itself.
@@ -235,7 +235,7 @@ def test_of_many_pairs_the_largest_and_the_smallest_snr() -> None:
 
 def test_the_properties_hold_everything_in_one_line() -> None:
     """Distances in both directions, ratios and identification as JSON that any parser takes."""
-    found = dict(reexecution.properties(seed(), tuple(DECODE)))
+    found = dict(reexecution_properties.properties(seed(), tuple(DECODE)))
 
     assert ["snr.decode", "snr.prefill", "identification"] == list(found)
     assert not any("\n" in value for value in found.values())
@@ -251,7 +251,7 @@ def test_without_re_executions_nothing_is_said() -> None:
     """Records of other tests have None, or an older record nothing, under the name."""
     records = [claim("awq", DECODE["awq"]) | {"reexecution": None}, {"test": "test_repeat", "properties": {}, "pairs": []}]
 
-    assert ([], []) == (reexecution.whole(records, (), 80), reexecution.properties(records))
+    assert ([], []) == (reexecution.whole(records, (), 80), reexecution_properties.properties(records))
 
 
 @pytest.mark.parametrize("swap", [False, True])

@@ -16,7 +16,7 @@ from quantdet.engines.plan import EngineRefused
 from quantdet.engines.process import ended as endings
 from quantdet.engines.process import scratch
 from quantdet.engines.vllm.engine import VllmEngine
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations.store import Store
 from selftest.fakes import MATRIX, TESTS, alive, setting
 from selftest.inner import Suite

@@ -21,8 +21,8 @@ from quantdet.judging.pairs import pair
 from quantdet.judging.reexecution import claim as attribution
 from quantdet.judging.results import Measured
 from quantdet.judging.verdicts import Pair, Reference, Verdict
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell
 from quantdet.observations.header import Activations
 from quantdet.observations.observation import Observation
 from quantdet.report import confidence, effects, reexecution, speed, terminal
@@ -103,8 +103,8 @@ SUMMED = {
     ("judging/reported.py", "max(own, default=0.0)"): "for the verdict, as far as was seen; None unless both repeat",
     ("judging/distinct.py", "spreads.get(cell, 0.0)"): "a bound of what is no farther, not told",
     ("judging/distinct.py", "spreads.get(other, 0.0)"): "as above",
-    ("session/questions.py", "spreads.get(a, 0.0)"): "as above",
-    ("session/questions.py", "spreads.get(b, 0.0)"): "as above",
+    ("judging/questions.py", "spreads.get(a, 0.0)"): "as above",
+    ("judging/questions.py", "spreads.get(b, 0.0)"): "as above",
     ("report/reexecution.py", "row.snr or 0.0"): "the order of rows",
 }  # fmt: skip
 

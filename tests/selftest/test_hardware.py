@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.matrix import Matrix
-from quantdet.matrix.rows import Cell
+from quantdet.observations import store
 from quantdet.session.machine import environment
 from quantdet.session.machine import machine as hardware
+from quantdet.session.machine.gate import gate
 from quantdet.session.machine.gpus import Gpu
-from quantdet.session.machine.machine import Machine, Software, gate, variables_for
+from quantdet.session.machine.machine import Machine, Software, variables_for
 from selftest.fakes import MATRIX
 
 A, B, C = (Gpu("NVIDIA H100", f"GPU-{letter}{i}", "9.0", 80.0) for i, letter in enumerate("abc"))
@@ -57,7 +59,7 @@ def test_a_cpu_is_the_first_row_that_it_meets() -> None:
 
 def test_the_shipped_rows_tell_cpus_apart() -> None:
     """AMX, AVX-512, AVX2 and Arm machines are each their own row of the shipped matrix."""
-    from quantdet.matrix.matrix import load
+    from quantdet.matrix.load import load
     from selftest.fakes import ROOT
 
     shipped = load(ROOT / "quant_matrix.toml")
@@ -224,7 +226,7 @@ def test_the_environment_names_the_gpu_of_the_cell() -> None:
 
     assert ("NVIDIA A100", "GPU-old") == (base["gpu"], base["gpu_uuid"])
     assert ("NVIDIA H100", "GPU-new", "570.1") == (found["gpu"], found["gpu_uuid"], found["driver"])
-    assert environment.slug(base) != environment.slug(found)
+    assert store.slug(base) != store.slug(found)
     assert base == environment.environment_on(base, two, HOST)
     same = environment.environment_of(one, CUDA)
     assert same is environment.environment_on(same, one, SM90)

@@ -20,8 +20,8 @@ from faults.cases import rows, shows
 from quantdet import untrusted
 from quantdet.checkpoints import hub, tensors
 from quantdet.judging.results import Missing
-from quantdet.matrix import matrix
-from quantdet.matrix.rows import Cell
+from quantdet.matrix import load
+from quantdet.matrix.cell import Cell
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, ObservationError, read
 from quantdet.observations.published import __main__, checked, layouts
@@ -239,8 +239,8 @@ def test_a_hostile_matrix(tmp_path: Path, id_: str) -> None:
     path = tmp_path / "m.toml"
     path.write_text(MATRICES[id_], encoding="utf-8")
 
-    with pytest.raises(matrix.MatrixError) as caught:
-        matrix.load(path)
+    with pytest.raises(load.MatrixError) as caught:
+        load.load(path)
 
     shows(id_, "exit 4", str(caught.value))
     assert str(caught.value).replace("\n", "").isprintable()
@@ -324,7 +324,7 @@ def test_a_hostile_checkpoint(tmp_path: Path, id_: str) -> None:
     options = Options(matrix=table, store=tmp_path / "s", checkpoints=tmp_path / "c")
     software = Software("0.32.0", "cpu", "2.0")
     session = Session(
-        options, matrix.load(table), Machine("cpu", frozenset({"avx2"}), 64.0), software, FAKE, ROOT / "fixtures" / "prompts"
+        options, load.load(table), Machine("cpu", frozenset({"avx2"}), 64.0), software, FAKE, ROOT / "fixtures" / "prompts"
     )
 
     result = session.result(Cell("mine", "bf16", "cpu-here"))
@@ -519,8 +519,8 @@ def test_any_text_is_a_matrix_or_a_matrix_error(tmp_path: Path, data: st.DataObj
     path = tmp_path / "m.toml"
     path.write_text(MATRIX[:start] + piece + MATRIX[end:], encoding="utf-8", errors="replace")
     try:
-        list(matrix.load(path).cells())
-    except matrix.MatrixError as error:
+        list(load.load(path).cells())
+    except load.MatrixError as error:
         assert error.mistakes
         assert str(error).replace("\n", "").isprintable()
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantdet.judging import kernel as judging_kernel
+from quantdet.judging import refusal
 from quantdet.judging import repeat as judgements
 from quantdet.judging.differences import has_to_be_exact
 from quantdet.judging.verdicts import Divergence, Judgement, Verdict, Violation
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import PHASES, Cell, Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import PHASES, Cell, Phase
+from quantdet.matrix.expectations import Expect, Expectations
 from quantdet.observations.header import Divergence as Difference
 from quantdet.observations.header import Executed, Layer, NonFinite
 from quantdet.observations.observation import Observation
@@ -284,7 +285,7 @@ def test_noise_below_the_declared_rows_is_not_the_declared_noise() -> None:
 
 
 def kernel(*names: str, classes: tuple[str, ...] = ("K",), quantized: bool = True) -> Judgement:
-    return judgements.kernel(observation(kernels=names), "fast", classes, "all" if quantized else "")
+    return judging_kernel.kernel(observation(kernels=names), "fast", classes, "all" if quantized else "")
 
 
 def test_the_requested_kernel_is_confirmed() -> None:
@@ -327,7 +328,9 @@ def test_another_number_of_ranks_is_invalid() -> None:
         (2, executed.model_dump(), "requested 2 ranks, executed K x4"),
         (1, divided, "1 ranks"),
     ):
-        found = judgements.kernel(observation(executed=ran, engine_args={"tensor_parallel_size": asked}), "fast", ("K",), "all")
+        found = judging_kernel.kernel(
+            observation(executed=ran, engine_args={"tensor_parallel_size": asked}), "fast", ("K",), "all"
+        )
         assert ((Verdict.INVALID, False) if words else (Verdict.CONFIRMED, True)) == (found.verdict, found.expected)
         assert words in found.message
         assert ("each on 2 ranks" in found.message) == (ran is divided)
@@ -341,7 +344,7 @@ def test_one_kernel_on_two_paths_is_mixed() -> None:
     ]
     whole = observation(executed=Executed(layers=tuple(layers)).model_dump())
 
-    found = judgements.kernel(whole, "fast", ("K",), "all")
+    found = judging_kernel.kernel(whole, "fast", ("K",), "all")
 
     assert (Verdict.INVALID, False) == (found.verdict, found.expected)
     assert "mixed kernels: K[vec] x2 + K[vec,w4a8] x2" in found.message
@@ -356,7 +359,7 @@ def test_without_a_declared_pick_one_kernel_is_enough() -> None:
 def w4a4(*names: str, native: bool, classes: tuple[str, ...] = (), precision: str = "W4A4") -> Judgement:
     one = observation(kernels=names, dtype="float16")
     weight_only = {"MarlinNvFp4LinearKernel", "MarlinMxFp8LinearKernel"}
-    return judgements.kernel(one, "auto", classes, "all", precision=precision, weight_only=weight_only, native=native)
+    return judging_kernel.kernel(one, "auto", classes, "all", precision=precision, weight_only=weight_only, native=native)
 
 
 @pytest.mark.parametrize("classes", [(), ("MarlinNvFp4LinearKernel",)])
@@ -404,7 +407,7 @@ def test_other_kernels_and_formats_are_not_called_weight_only(native: bool) -> N
 def test_experts_alone_may_be_weight_only(native: bool, verdict: Verdict) -> None:
     """Linear layers that quantize activations do not vouch for experts that do not."""
     whole = observation(kernels=("CutlassInt8ScaledMMLinearKernel",), experts=("MarlinExperts",))
-    found = judgements.kernel(
+    found = judging_kernel.kernel(
         whole, "auto", (), "all", precision="W8A8", weight_only={"MarlinExperts"}, native=native
     )  # fmt: skip
 
@@ -430,7 +433,7 @@ def test_rows_that_noise_does_not_reach(bounds: dict[str, int], length: int, exa
 
 def experts(*names: str, linear: str = "K", quantizes: str = "all", moe_classes: tuple[str, ...] = ("E",)) -> Judgement:
     whole = observation(kernels=(linear,), experts=names)
-    return judgements.kernel(whole, "fast", (linear,) if quantizes == "experts" else ("K",), quantizes, moe_classes)
+    return judging_kernel.kernel(whole, "fast", (linear,) if quantizes == "experts" else ("K",), quantizes, moe_classes)
 
 
 def test_the_requested_experts_are_confirmed() -> None:
@@ -484,8 +487,8 @@ def test_a_format_of_the_experts_alone() -> None:
 
 def test_a_refusal_is_expected_only_if_declared() -> None:
     """UNSUPPORTED with the engine's words; undeclared it fails and says which row would declare it."""
-    declared = judgements.refusal(CELL, "no kernel", expecting("unsupported"))
-    undeclared = judgements.refusal(CELL, "no kernel", expecting("unsupported", format="gptq"))
+    declared = refusal.refusal(CELL, "no kernel", expecting("unsupported"))
+    undeclared = refusal.refusal(CELL, "no kernel", expecting("unsupported", format="gptq"))
 
     assert "UNSUPPORTED alpha/bf16/cpu-here: engine refused: no kernel" == declared.message == undeclared.message
     assert (True, False) == (declared.expected, undeclared.expected)
@@ -496,7 +499,7 @@ def test_a_refusal_is_expected_only_if_declared() -> None:
 
 def test_a_format_that_is_taken_against_the_matrix_is_invalid() -> None:
     """The engine takes what the matrix says it refuses: INVALID."""
-    found = judgements.refusal(CELL, None, expecting("unsupported"))
+    found = refusal.refusal(CELL, None, expecting("unsupported"))
 
     assert (Verdict.INVALID, False) == (found.verdict, found.expected)
 
@@ -505,15 +508,15 @@ def test_a_refusal_for_another_reason_is_not_the_declared_one() -> None:
     """`match` says which words the declared refusal has; others may be a broken installation."""
     declared = row({"when": {}, "outcome": "unsupported", "match": "no .* kernel"})
 
-    assert judgements.refusal(CELL, "ValueError: no FP4 kernel here", declared).expected
-    other = judgements.refusal(CELL, "ImportError: libcuda.so", declared)
+    assert refusal.refusal(CELL, "ValueError: no FP4 kernel here", declared).expected
+    other = refusal.refusal(CELL, "ImportError: libcuda.so", declared)
     assert (Verdict.INVALID, False) == (other.verdict, other.expected)
     assert "refused for another reason than the declared one ('no .* kernel'): ImportError" in other.message
 
 
 def test_a_long_refusal_is_cut() -> None:
     """The message stays one readable line."""
-    found = judgements.refusal(CELL, "x" * 5000, expecting("unsupported"))
+    found = refusal.refusal(CELL, "x" * 5000, expecting("unsupported"))
 
     assert len(found.message) < 400
     assert found.message.endswith("...")
@@ -638,7 +641,7 @@ def test_every_message_is_one_line_that_starts_with_its_verdict() -> None:
     noisy = one_flip(observation(), 0, "decode", 1)
     found = [
         repeat(observation(), "decode"), repeat(noisy, "decode"), kernel("K"), kernel("Other"),
-        judgements.restart([observation(), observation()], NOTHING), judgements.refusal(CELL, "no", NOTHING),
+        judgements.restart([observation(), observation()], NOTHING), refusal.refusal(CELL, "no", NOTHING),
         judgements.distinctness(observation(), {CELL: observation("gptq")}, NOTHING),
     ]  # fmt: skip
 

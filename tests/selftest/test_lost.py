@@ -8,7 +8,7 @@ from quantdet.engines.child.lifetime import needing_code
 from quantdet.engines.plan import EngineRefused
 from quantdet.judging.results import Missing, Refusal
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.session.lost import Lost
 from selftest.fakes import MATRIX, setting
 from selftest.inner import Suite

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantdet.matrix import places as rows
-from quantdet.matrix.matrix import Matrix, MatrixError, load
-from quantdet.matrix.rows import CARRIES, ID_PATTERN, Cell
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix import mistakes as rows
+from quantdet.matrix.cell import ID_PATTERN, Cell
+from quantdet.matrix.expectations import Expect
+from quantdet.matrix.load import MatrixError, load
+from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.rows import CARRIES
 from selftest.fakes import EXPERTS, MATRIX, ROOT, make_suite
 
 pytest_plugins = ["pytester"]

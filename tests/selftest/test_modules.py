@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from quantdet.engines.child import executed_transformers, executed_vllm
-from quantdet.judging.repeat import kernel
+from quantdet.judging.kernel import kernel
 from quantdet.judging.verdicts import Verdict
 from selftest import fake_torch_model as fake
 from selftest.fake_torch_model import Model, compressed, module

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.matrix.matrix import MatrixError, load
+from quantdet.matrix.load import MatrixError, load
 from selftest.fakes import MATRIX
 from selftest.inner import Suite
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import load, save
 
-from quantdet.judging import repeat
+from quantdet.judging import kernel, repeat
+from quantdet.matrix.cell import PHASES
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import PHASES
 from quantdet.metrics.bits import bits_equal
 from quantdet.observations.blocks import check_claims
 from quantdet.observations.header import Header
@@ -452,7 +452,7 @@ def test_what_is_read_can_be_judged(folder: Path, data: st.DataObject) -> None:
     if found is not None:
         for phase in PHASES:
             repeat.repeat([found], phase, Expectations(()))
-        repeat.kernel(found, "k", (), "")
+        kernel.kernel(found, "k", (), "")
         repeat.restart([found, sample()], Expectations(()))
         repeat.distinctness(found, {observation("gptq").header.cell: observation("gptq")}, Expectations(()))
 

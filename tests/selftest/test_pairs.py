@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantdet.judging.pairs import comparable, pair
+from quantdet.judging.pairs import pair
 from quantdet.judging.repeat import distinctness
 from quantdet.judging.verdicts import Judgement, Pair, Verdict, Violation
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.expectations import Expect, Expectations
+from quantdet.observations.comparable import comparable
 from quantdet.observations.header import NonFinite
 from quantdet.observations.observation import Observation
 from quantdet.session.machine.environment import RELEVANT

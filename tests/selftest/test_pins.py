@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from quantdet.checkpoints import Checkpoint
 from quantdet.engines.plan import Plan
 from quantdet.matrix import workload
-from quantdet.matrix.matrix import Matrix, load
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.load import load
+from quantdet.matrix.matrix import Matrix
 from quantdet.matrix.pins import filled, holds, probes
-from quantdet.matrix.rows import CARRIES, ONLINE, Cell
+from quantdet.matrix.rows import CARRIES, ONLINE
 from quantdet.session.plans import plan_for
 from selftest.fakes import ROOT
 

@@ -10,10 +10,10 @@ import pytest
 from quantdet.checkpoints import Checkpoint
 from quantdet.engines.plan import Plan
 from quantdet.matrix import workload
-from quantdet.matrix.matrix import Matrix, load
-from quantdet.matrix.rows import Cell
-from quantdet.observations.verification import verifying
-from quantdet.session.plans import cold, controlling, key_of, plan_for
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.load import load
+from quantdet.matrix.matrix import Matrix
+from quantdet.session.plans import cold, controlling, key_of, plan_for, verifying
 from selftest.fakes import MATRIX, ROOT
 
 Edit = Callable[[dict[str, Any]], object]

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantdet.judging import repeat, reported
-from quantdet.judging.pairs import comparable, pair
+from quantdet.judging import kernel, repeat, reported
+from quantdet.judging.pairs import pair
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix import matrix
-from quantdet.matrix.expectations import Expectations
+from quantdet.matrix import load
 from quantdet.metrics.classes import equivalence_classes
 from quantdet.metrics.distances import published_chosen
+from quantdet.observations.comparable import comparable
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read
 from quantdet.observations.published import __main__, checked, layouts
@@ -37,8 +37,8 @@ FOLDER = ROOT / "fixtures" / "published"
 EXTRACTS = FOLDER / "extracts"
 RAW = Path(os.environ.get("QUANTDET_PUBLISHED") or ROOT.parent / "shared" / "published")
 TABLES = tomllib.loads((FOLDER / "tables.toml").read_text(encoding="utf-8"))
-MATRIX = matrix.load(ROOT / "quant_matrix.toml")
-KNOWN = Expectations.of(MATRIX, "0.11.2")
+MATRIX = load.load(ROOT / "quant_matrix.toml")
+KNOWN = MATRIX.expectations("0.11.2")
 GENERATION = "INT4_H100_generation.json"
 
 needs_raw = pytest.mark.skipif(
@@ -172,7 +172,7 @@ def test_what_a_report_cannot_answer() -> None:
         (repeat.repeat([many], "prefill", KNOWN), "needs logprobs of prefill, have none in what was reported"),
         (repeat.repeat([once], "prefill", KNOWN), "needs two runs of a request, have one"),
         (repeat.repeat([once], "decode", KNOWN), "needs two runs of a request, have one"),
-        (repeat.kernel(many, "marlin", (), "all"), "needs the layers of the loaded model"),
+        (kernel.kernel(many, "marlin", (), "all"), "needs the layers of the loaded model"),
     ]:
         assert (Verdict.UNAVAILABLE, False) == (found.verdict, found.expected)
         assert words in found.message

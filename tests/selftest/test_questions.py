@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
+from quantdet.judging import questions
+from quantdet.judging.questions import Asked
 from quantdet.judging.results import Measured, Missing, Refusal
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell, Phase
-from quantdet.matrix.selectors import Expect, Question
+from quantdet.matrix.cell import Cell, Phase
+from quantdet.matrix.expectations import Expect, Expectations
+from quantdet.matrix.selectors import Question
 from quantdet.observations.observation import Observation
-from quantdet.session import questions
-from quantdet.session.questions import Asked
 from selftest.fakes import MATRIX, QUESTIONS, make_suite, observation, setting
 from selftest.inner import Suite
 from selftest.test_judgements import one_flip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.matrix import matrix
+from quantdet.matrix import load
 from quantdet.session import options
 from selftest.fakes import ROOT
 
@@ -60,7 +60,7 @@ def test_options_exist(place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_paths_and_hardware_exist(place: str) -> None:
     """What a call of pytest reads is in the repository; hardware is a row of the matrix."""
-    table = matrix.load(ROOT / "quant_matrix.toml")
+    table = load.load(ROOT / "quant_matrix.toml")
     for command in commands(place):
         for path in re.findall(r"(?<![\w./$])(?:tests|fixtures)/[\w./-]*\w", command):
             assert (ROOT / path).exists(), command
@@ -128,7 +128,7 @@ def test_actions_are_pinned_by_major_version() -> None:
 
 def test_gpu_jobs_demand_their_hardware_and_versions() -> None:
     """A GPU job must not go green by skipping, and measures the versions that are pinned."""
-    table = matrix.load(ROOT / "quant_matrix.toml")
+    table = load.load(ROOT / "quant_matrix.toml")
     for place in (*GPU_RECIPES, ".ci/README.md"):
         called = re.findall(r"^[^#\n]*\.ci/run-gpu (\S+?)(?='?(?:\s|$))", text(place), re.M)
         assert called, place
@@ -146,15 +146,18 @@ ROWS = OFFERED[1].split(", ") if OFFERED else []
 # A machine with one GPU of the row, the pinned versions, and no packages but those that the script installs. What stands in
 # the way of a collected case is printed: a gate, a kernel that this vLLM cannot be told to use.
 MADE_UP = """
-from quantdet.session.cases import collect
-from quantdet.session.machine import machine
+from quantdet.observations.claims import Claim
+from quantdet.report.record import cell_of
+from quantdet.session.cases.collect import REQUIRED
+from quantdet.session.machine import gate
 from quantdet.session.machine.gpus import Gpu
-from quantdet.session.questions import Asked
+from quantdet.judging.questions import Asked
 from quantdet.session.machine.machine import Machine, Software
+from quantdet.session.session import SESSION
 
 ROW, CAPABILITY, INSTALLED, VERSIONS = {facts!r}
-machine.version = lambda package: "1.0" if package in INSTALLED else None
-machine.module_is_here = lambda name: name.startswith("vllm.")  # of vLLM's own wheel
+gate.version = lambda package: "1.0" if package in INSTALLED else None
+gate.module_is_here = lambda name: name.startswith("vllm.")  # of vLLM's own wheel
 
 
 def pytest_quantdet_machine(config):
@@ -164,13 +167,13 @@ def pytest_quantdet_machine(config):
 
 
 def pytest_collection_finish(session):
-    run = session.config.stash[collect.SESSION]
+    run = session.config.stash[SESSION]
     for item in session.items:
-        cell = collect.cell_of(item)
+        cell = cell_of(item)
         print("SELECTED", item.name)
-        if (reason := item.stash.get(collect.REQUIRED, None)) is not None:
+        if (reason := item.stash.get(REQUIRED, None)) is not None:
             print("STOPPED", item.name, reason)
-        elif not isinstance(cell, (Asked, collect.Claim)) and not run.pinned(cell):
+        elif not isinstance(cell, (Asked, Claim)) and not run.pinned(cell):
             print("STOPPED", item.name, "no pin")
         elif isinstance(cell, Asked) and any(run.matrix.models[one.model_id].slow for one in cell.of):
             print("STOPPED", item.name, "a full-size model")
@@ -199,7 +202,7 @@ def collected(row: str, arguments: list[str], tmp_path: Path) -> tuple[set[str],
     assert extras is not None
     installed = {re.split(r"[<>=]", need)[0] for extra in extras[1].split(",") for need in declared[extra]}
     versions = dict(re.findall(r"^([\w-]+)==(\S+)$", text(".ci/constraints-gpu.txt"), re.M))
-    capability = matrix.load(ROOT / "quant_matrix.toml").hardware[row].compute_capability
+    capability = load.load(ROOT / "quant_matrix.toml").hardware[row].compute_capability
     plugin = MADE_UP.format(facts=(row, capability, sorted(installed), versions))
     (tmp_path / "made_up.py").write_text(plugin, encoding="utf-8")
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
@@ -223,7 +226,7 @@ def test_a_gpu_runner_can_go_green(row: str, tmp_path: Path) -> None:
 
     assert not stopped
     formats = {name.partition("[")[2].split("/")[1] for name in selected if name.startswith("test_kernel[")}
-    native = matrix.load(ROOT / "quant_matrix.toml").hardware[row].native
+    native = load.load(ROOT / "quant_matrix.toml").hardware[row].native
     assert {"awq_marlin", "awq_auto", "gptq_marlin", "bnb_nf4", "pytorch_int4", "tf_bnb_nf4", "tf_torchao_int4"} <= formats
     assert ("fp8_tensor" in formats, "nvfp4_w4a4" in formats) == ("fp8" in native, "fp4" in native)
     assert any(name.startswith("test_kernel[smollm2-135m/") for name in selected)

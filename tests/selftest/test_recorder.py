@@ -9,7 +9,7 @@ import pytest
 from quantdet.engines.child.capture import CaptureError
 from quantdet.engines.child.recorder import Recorder
 from quantdet.engines.plan import Plan, PlannedPrompt
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from selftest.fakes import block_of, flip, pseudo_logits
 
 IDS = [3, 1, 4, 1, 5]

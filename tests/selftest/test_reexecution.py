@@ -13,9 +13,9 @@ import pytest
 from quantdet import checkpoints
 from quantdet.judging.results import Missing
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix import matrix
+from quantdet.matrix import load
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell
 from quantdet.observations.claims import Claim
 from quantdet.observations.header import NonFinite
 from quantdet.observations.observation import Observation, ObservationError, PromptRecord, read, write
@@ -122,7 +122,7 @@ def two_makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for seed, (maker, format_id) in enumerate((("a", "gptq"), ("b", "ct"))):
-        found = matrix.load(_written(tmp_path / "matrix.toml", MATRIX))
+        found = load.load(_written(tmp_path / "matrix.toml", MATRIX))
         model = found.models["alpha"]
         assert model.synthetic is not None
         model = model.model_copy(update={"synthetic": model.synthetic.model_copy(update={"seed": seed})})

@@ -9,7 +9,7 @@ import pytest
 
 from quantdet.judging.results import Measured, Missing
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations.observation import Observation, ObservationError, write
 from quantdet.report.html import PAGE
 from quantdet.session.replay import Replay

@@ -11,10 +11,9 @@ from pydantic import ValidationError
 
 from quantdet.judging import repeat
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.expectations import Expectations, resolved
-from quantdet.matrix.matrix import MatrixError, load
-from quantdet.matrix.rows import Cell, Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import Cell, Phase
+from quantdet.matrix.expectations import Expect, Expectations, resolved
+from quantdet.matrix.load import MatrixError, load
 from quantdet.matrix.shapes import Fires, LinearLayer, Synthetic, layers_of, undividable
 from selftest.fakes import ROOT, observation
 
@@ -122,7 +121,7 @@ def test_what_fires_is_computed_for_the_layers_of_a_rank(tmp_path: Path) -> None
     for ranks in (1, 2):
         path = tmp_path / f"{ranks}.toml"
         path.write_text(text.replace("[formats.gptq]\n", f"[formats.gptq]\ntensor_parallel_size = {ranks}\n"), encoding="utf-8")
-        row = Expectations.of(load(path), "0.26.0").noise(cell, "decode")
+        row = load(path).expectations("0.26.0").noise(cell, "decode")
         assert row is not None and "noisy" == row.outcome
         reasons.append(row.reason.partition("fires in ")[2])
 
@@ -310,7 +309,7 @@ def test_twins_are_judged_by_the_layers(verdict: Verdict, known: Any, wanted: Ve
 
 @pytest.fixture(scope="module")
 def shipped() -> Expectations:
-    return Expectations.of(load(Path(ROOT / "quant_matrix.toml")), "0.20.2")
+    return load(Path(ROOT / "quant_matrix.toml")).expectations("0.20.2")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +349,7 @@ def test_noise_that_the_shipped_matrix_expects(
 def test_moe_wna16_ends_with_its_cuda_kernel(version: str, refused: bool) -> None:
     """From 0.27 on the cell is declared unsupported, and neither noisy nor pinned."""
     matrix = load(Path(ROOT / "quant_matrix.toml"))
-    expectations, cell = Expectations.of(matrix, version), Cell("tiny-qwen3-moe", "gptq_moe_wna16", "sm90")
+    expectations, cell = matrix.expectations(version), Cell("tiny-qwen3-moe", "gptq_moe_wna16", "sm90")
 
     assert refused is (expectations.unsupported(cell) is not None)
     assert refused is (expectations.noise(cell, "decode") is None)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantdet.judging.reexecution.detect import detect
 from quantdet.judging.verdicts import Verdict
 from quantdet.metrics import signal_noise
-from quantdet.metrics.signal_noise import Comparison, Distances, Snr, detect, directional, published_snr
+from quantdet.metrics.signal_noise import Comparison, Distances, Snr, directional, published_snr
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 FORMATS = ["awq", "awq_marlin", "gptq_marlin", "gptq"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quantdet.engines.child import speed
 from quantdet.engines.plan import Plan
-from quantdet.judging import first_layer
+from quantdet.observations import trace
 
 IDS = tuple(range(100))
 
@@ -107,7 +107,7 @@ def plan(**identity: object) -> Plan:
 
 @pytest.mark.parametrize(("identity", "calls"), [
     ({}, True), ({"role": "measure", "lifetime": 0}, True), ({"lifetime": 1}, False), ({"role": "control"}, False),
-    ({"role": "verify"}, False), ({"role": first_layer.ROLE}, False),
+    ({"role": "verify"}, False), ({"role": trace.ROLE}, False),
 ])  # fmt: skip
 def test_the_first_lifetime_of_a_cell_alone_is_timed(identity: dict[str, object], calls: bool) -> None:
     """Not those of controls, re-executions, traces, nor later ones."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, write
 from quantdet.observations.store import Store, copy_into, key_of
 from selftest.fakes import observation, write_often

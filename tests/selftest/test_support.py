@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.matrix.matrix import load
+from quantdet.matrix.load import load
 from quantdet.report import support
 from selftest.fakes import MATRIX, ROOT, expect
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantdet.engines.clock import Clock
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.report import progress, terminal
 from selftest.fakes import MATRIX, W4A4, setting
 from selftest.inner import Suite

@@ -16,13 +16,13 @@ import pytest
 from quantdet.engines.child import lifetime
 from quantdet.engines.plan import Plan
 from quantdet.engines.process import process
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.matrix import MatrixError, load
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.load import MatrixError, load
 from quantdet.observations.observation import write
 from quantdet.session import plans, reexecution
+from quantdet.session.machine.gate import gate
 from quantdet.session.machine.gpus import Gpu
-from quantdet.session.machine.machine import Machine, Software, gate
+from quantdet.session.machine.machine import Machine, Software
 from quantdet.session.replay import Replay
 from quantdet.session.session import Session
 from selftest.fakes import FAKE, MATRIX, expect, observation, setting
@@ -184,7 +184,7 @@ def test_rows_of_vllm_versions_say_nothing_of_another_engine(tmp_path: Path) -> 
         (row.format("", ""), True, True),
     ]
     for text, vllm, other in cases:
-        known = Expectations.of(matrix(tmp_path, BOTH + text), "0.32.0")
+        known = matrix(tmp_path, BOTH + text).expectations("0.32.0")
         assert (vllm, other) == tuple(known.noise(cell, "decode") is not None for cell in (BF16, TF_BF16)), text
 
     for text in (

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet.matrix.rows import ID_PATTERN, Hardware
-from quantdet.session.cases import collect, workers
+from quantdet.matrix.cell import ID_PATTERN
+from quantdet.matrix.rows import Hardware
+from quantdet.session.cases import workers
 from quantdet.session.machine.gpus import Gpu
 from quantdet.session.machine.machine import Machine, Software
+from quantdet.session.session import SESSION
 
 GPUS = tuple(Gpu("H100", f"GPU-{letter}", "9.0", 80.0) for letter in "abc")
 ROWS = {
@@ -31,7 +33,7 @@ class Config:
             machine=Machine("cpu", frozenset(), 1.0, gpus), software=Software(vllm, "cuda"),
             options=SimpleNamespace(hardware=hardware), matrix=SimpleNamespace(hardware=ROWS),
         )  # fmt: skip
-        self.stash = {collect.SESSION: session}
+        self.stash = {SESSION: session}
         self.options = options
         self.pluginmanager = SimpleNamespace(has_plugin=lambda name: name in plugins)
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quantdet import checkpoints
-from quantdet.matrix import matrix
+from quantdet.matrix import load
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, read_header
 
@@ -35,7 +35,7 @@ def table(headers: Iterable[Header], build: Path | None, models: str) -> list[di
         else:
             silent.append(header)
     rows = {}
-    known = matrix.load(_ROOT / "quant_matrix.toml")
+    known = load.load(_ROOT / "quant_matrix.toml")
     for header in silent:
         key = header.model, header.format, header.checkpoint_sha256
         if key not in told and build is not None and fnmatchcase(header.model, models) and header.format in known.formats:

@@ -1,9 +1,18 @@
 """Whether a checkpoint is still what was hashed before an engine read it."""
 
+import hashlib
 from pathlib import Path
 
 from quantdet.checkpoints.cache import digest
-from quantdet.session.plans import files_sha256
+
+
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "checkpoint.json":
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def changed(folder: Path, tensors: str, files: str) -> str | None:

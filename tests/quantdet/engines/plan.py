@@ -5,15 +5,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantdet.matrix.rows import Phase
-
-# Seeded defects in the last repeat of the first prompt, by the plan's `inject`: for each phase the position (decode step or
-# prefill position) and the token whose logit's lowest bit is turned over, in the engine.
-FLIPS: dict[str, dict[Phase, tuple[int, int]]] = {
-    "bitflip": {"decode": (1, 0)},
-    "control": {"decode": (1, 0), "prefill": (1, 0)},
-}
-
 
 class EngineRefused(Exception):
     """The engine does not take this checkpoint or these arguments here; the message is the engine's own."""

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from quantdet.judging import repeat
+from quantdet.judging import refusal
 from quantdet.judging.differences import at
 from quantdet.judging.results import Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Cause, Verdict
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell
 from quantdet.untrusted import plain
 
 # What engines say that is no reason but points at one.
@@ -34,7 +34,7 @@ def of(cell: Cell, result: Result, expectations: Expectations) -> Cause | None:
     """Why nothing can be judged of `cell`; None if something can, or if it cannot be measured here."""
     match result:
         case Refusal():
-            said = repeat.refusal(cell, result.message, expectations)
+            said = refusal.refusal(cell, result.message, expectations)
             return None if said.expected else Cause(str(cell), said.message, said.detail)
         case Measured(observations=found) if bad := [row for one in found for row in one.header.nonfinite]:
             where = f"prompt {bad[0].prompt} {bad[0].phase} {at(bad[0].phase, bad[0].position)}"

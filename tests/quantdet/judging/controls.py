@@ -1,11 +1,12 @@
 """Verdicts about controls: pure functions, no engine, no I/O."""
 
-from quantdet.engines.plan import FLIPS
 from quantdet.judging import repeat
-from quantdet.judging.pairs import comparable
+from quantdet.judging.differences import first_position_between
 from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.observations.comparable import comparable
+from quantdet.observations.defects import FLIPS
 from quantdet.observations.observation import Observation
 
 _NOTHING = Expectations(())
@@ -51,7 +52,7 @@ def same_weights(own: Observation, renamed: Observation) -> Judgement:
         return Judgement(Verdict.INVALID, f"INVALID {cell} control: the copy has other weights", False, figures)
     if why := _cannot_compare(own, renamed):
         return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
-    where = repeat.first_position_between(own, renamed)
+    where = first_position_between(own, renamed)
     if where:
         return Judgement(
             Verdict.DISTINCT, f"DISTINCT {cell} control: the same weights give other bits at {where}", False, figures
@@ -70,7 +71,7 @@ def one_integer(own: Observation, altered: Observation) -> Judgement:
         )
     if why := _cannot_compare(own, altered):
         return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
-    where = repeat.first_position_between(own, altered)
+    where = first_position_between(own, altered)
     changed = f"one integer of {altered.header.checkpoint_source} changed by 1"
     if not where:
         text = f"IDENTICAL {cell} control: {changed}, no bit of any logit differs"

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantdet.matrix.rows import Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import Phase
+from quantdet.matrix.expectations import Expect
 from quantdet.metrics.bits import bits_equal, distinct, first_difference
 from quantdet.metrics.distances import Distance, distance
 from quantdet.observations.observation import Block, Observation, Output, PromptRecord

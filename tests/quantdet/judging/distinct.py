@@ -6,12 +6,12 @@ from types import MappingProxyType
 
 from quantdet.judging.differences import at
 from quantdet.judging.numerics import Sameness, same_kernels, sameness
-from quantdet.judging.pairs import comparable, pair
+from quantdet.judging.pairs import pair
 from quantdet.judging.reported import qualified
 from quantdet.judging.verdicts import Judgement, Pair, Verdict
-from quantdet.matrix.expectations import Expectations
-from quantdet.matrix.rows import Cell
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.expectations import Expect, Expectations
+from quantdet.observations.comparable import comparable
 from quantdet.observations.observation import Observation
 
 

@@ -7,58 +7,15 @@ repeat 0 while its inputs are equal: what differs later may only have inherited 
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-ROLE = "diagnosis"  # of the engine lifetime that writes a trace; it measures nothing
-TRACE_FILE = "trace.json"
-TRACED = 1  # raised when other modules are traced, or in another way: older traces are then not taken for new ones
-REPEATS = 10
-MAX_TRACE_BYTES = 256 << 20
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+from quantdet.observations.header import Part
+from quantdet.observations.trace import Row, Trace
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TracedModule(_Part):
-    """A module by its name in the model: its class, kind (linear, attention, norm, ...) and, if known, what it executes."""
-
-    name: str
-    module: str
-    kind: str = ""
-    kernel: str = ""
-
-
-class Gap(_Part):
-    """How the outputs of one row differ from those of repeat 0: unequal elements of all, largest |difference|."""
-
-    repeat: int = Field(gt=0)
-    row: int = Field(ge=0)
-    differing: int = Field(ge=0)
-    elements: int = Field(gt=0)
-    max_abs: float = Field(ge=0)
-
-
-# (forward call, index into `modules`, digest of the inputs, digest of the outputs)
-Row = tuple[int, int, Digest, Digest]
-
-
-class Trace(_Part):
-    """All repeats of one request in one engine lifetime. Forward call 0 is the prefill, call c decode step c."""
-
-    schema_: Literal[1] = Field(1, alias="schema")
-    prompt: str
-    modules: tuple[TracedModule, ...]
-    repeats: tuple[tuple[Row, ...], ...]
-    gaps: tuple[Gap, ...] = ()
-
-
-class Layer(_Part):
+class Layer(Part):
     """The place of a difference, and the first repeat that shows it. `step` in words: "prefill" or "decode step 3"."""
 
     call: int
@@ -77,7 +34,7 @@ class Layer(_Part):
         return f"{self.name} ({what}) in {self.step}"
 
 
-class Diagnosis(_Part):
+class Diagnosis(Part):
     """What the comparison found.
 
     found: `layer` gave other outputs for equal inputs; between: the inputs of `layer` differ although all that was traced
@@ -92,7 +49,7 @@ class Diagnosis(_Part):
     repeats: int | None = None
     differ: int | None = None
     layer: Layer | None = None
-    first_in: dict[str, int] = {}
+    first_in: dict[str, int] = Field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -168,20 +125,3 @@ def _layer(trace: Trace, index: int, repeat: int) -> Layer:
     figures = {} if gap is None else gap.model_dump(include={"differing", "elements", "max_abs"})
     step = f"decode step {call}" if call else "prefill"
     return Layer(call=call, step=step, repeat=repeat, **trace.modules[number].model_dump(), **figures)
-
-
-def read(path: Path) -> Trace | None:
-    """A trace that was written here; None if it is not whole."""
-    try:
-        if path.stat().st_size > MAX_TRACE_BYTES:
-            return None
-        trace = Trace.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    known = range(len(trace.modules))
-    return trace if all(row[1] in known for rows in trace.repeats for row in rows) else None
-
-
-def write(trace: Trace, path: Path) -> None:
-    """Write a trace as JSON."""
-    path.write_text(trace.model_dump_json(by_alias=True) + "\n", encoding="utf-8")

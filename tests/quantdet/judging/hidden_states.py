@@ -9,9 +9,8 @@ import numpy as np
 
 from quantdet.judging.differences import at, beyond, has_to_be_exact
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.expectations import Expectations, describe
-from quantdet.matrix.rows import Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import Phase
+from quantdet.matrix.expectations import Expect, Expectations, describe
 from quantdet.metrics import bounds
 from quantdet.metrics.bits import distinct
 from quantdet.observations.hidden_states import HiddenStates

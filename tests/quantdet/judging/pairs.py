@@ -8,11 +8,9 @@ from numpy.typing import NDArray
 
 from quantdet.judging import reported
 from quantdet.judging.verdicts import Pair, Verdict
-from quantdet.matrix.rows import Phase
+from quantdet.matrix.cell import Phase
 from quantdet.metrics import permutation
-from quantdet.metrics.bits import bits_equal
 from quantdet.metrics.distances import Distance, decode_distance, distance, published_topk
-from quantdet.observations.header import environment_differences
 from quantdet.observations.observation import Block, Observation, Output, prefill_gaps
 
 # A format is called DISTINCT when it is so from every other one, which needs no correction for their number
@@ -121,23 +119,3 @@ def _decode_meets(a: Observation, b: Observation) -> bool:
         if not met:
             return False
     return True
-
-
-def comparable(a: Observation, b: Observation) -> str | None:
-    """Why two observations are not of the same forced ids in the same environment; None if they are."""
-    why = comparable_requests(a, b)
-    if why is None and (names := environment_differences(a.header, b.header)):
-        why = f"environments differ in {', '.join(names)}"
-    return why
-
-
-def comparable_requests(a: Observation, b: Observation) -> str | None:
-    """Why two observations are not of the same forced ids and run lengths; None if they are."""
-    if a.header.workload_sha256 != b.header.workload_sha256 or len(a.prompts) != len(b.prompts):
-        return "workloads differ"
-    for one, other in zip(a.prompts, b.prompts, strict=True):
-        if not bits_equal(one.prompt_ids, other.prompt_ids):
-            return f"token ids of prompt {one.header.id} differ"
-    if a.header.top_k != b.header.top_k or a.header.decode_tokens != b.header.decode_tokens:
-        return "run lengths differ"
-    return reported.comparable(a, b)

@@ -12,17 +12,16 @@ from itertools import combinations, product
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantdet.judging.verdicts import Judgement, Pair, Reference, Verdict
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics.distances import Distance, Logprobs, published_chosen, published_topk, summarise, union_topk
+from quantdet.observations.comparable import phase_in_common, rows_in_common
 from quantdet.observations.observation import Observation, Output, PromptRecord
 from quantdet.observations.published.layouts import INVESTIGATION
 
 NOTE = "reported logprobs only, no full-vocabulary logits"
 F = TypeVar("F", bound=Callable[..., Judgement])
-Rows = NDArray[np.intp]
 
 
 def qualified(judge: F) -> F:
@@ -63,15 +62,6 @@ def cannot_repeat(observations: Sequence[Observation], phase: Phase) -> str | No
             return f"needs logprobs of {phase}, have none in what was reported"
         if one.reported and one.header.repeats < 2:
             return "needs two runs of a request, have one in what was reported"
-    return None
-
-
-def comparable(a: Observation, b: Observation) -> str | None:
-    """Why two observations are not of one kind of evidence, or have no row in common; None if they are."""
-    if a.header.evidence != b.header.evidence:
-        return "one has full-vocabulary logits, the other reported logprobs only"
-    if a.reported and _basis(a, b) is None:
-        return "no row was reported of both"
     return None
 
 
@@ -172,7 +162,7 @@ def pair(a: Observation, b: Observation) -> Pair:
     DISTINCT: rows differ and, if a format is noisy, the smallest distance between them exceeds the largest within either, or
     the tokens of some prompt part between every two runs of the two formats and never between two runs of one.
     """
-    phase = _basis(a, b)
+    phase = phase_in_common(a, b)
     assert phase is not None  # comparable() comes first
     differing = positions = steps = 0
     noisy = parted = False
@@ -182,12 +172,12 @@ def pair(a: Observation, b: Observation) -> Pair:
     within: list[list[float]] = []  # by prompt, of each format that was repeated
     for one, other in zip(a.prompts, b.prompts, strict=True):
         x, y = one.run(0), other.run(0)
-        at_x, at_y = _common(one, other, x, y, phase)
+        at_x, at_y = rows_in_common(one, other, x, y, phase)
         positions += len(at_x)
         differing += int((x.block(phase).digests[at_x] != y.block(phase).digests[at_y]).any(axis=1).sum())
         gaps += _gap(one, other, x, y, phase)
         decode += _gap(one, other, x, y, "decode")
-        steps += len(_common(one, other, x, y, "decode")[0])
+        steps += len(rows_in_common(one, other, x, y, "decode")[0])
         last = int(one.rows(phase)[at_x].max(initial=-1))
         variants = [_variants(record, phase) for record in (one, other)]
         noisy = noisy or max(map(len, variants)) > 1
@@ -221,32 +211,9 @@ def pair(a: Observation, b: Observation) -> Pair:
     )  # fmt: skip
 
 
-def _basis(a: Observation, b: Observation) -> Phase | None:
-    """The phase that two formats are compared in: prefill, since its tokens are the same; else decode."""
-    for phase in reversed(PHASES):
-        if all(_common(x, y, x.run(0), y.run(0), phase)[0].size for x, y in zip(a.prompts, b.prompts, strict=True)):
-            return phase
-    return None
-
-
-def _common(
-    one: PromptRecord, other: PromptRecord, x: Output, y: Output, phase: Phase, last: int | None = None
-) -> tuple[Rows, Rows]:
-    """Indices of the rows that both sides have after the same tokens; `last`: none of a later position."""
-    places, at_x, at_y = np.intersect1d(one.rows(phase), other.rows(phase), assume_unique=True, return_indices=True)
-    if phase == "decode":
-        shorter = min(len(x.output_ids), len(y.output_ids))
-        parted = np.flatnonzero(x.output_ids[:shorter] != y.output_ids[:shorter])
-        end = int(parted[0]) if parted.size else shorter
-        last = end if last is None else min(last, end)
-    if last is not None:
-        at_x, at_y = at_x[places <= last], at_y[places <= last]
-    return at_x, at_y
-
-
 def _gap(one: PromptRecord, other: PromptRecord, x: Output, y: Output, phase: Phase, last: int | None = None) -> list[Distance]:
     """The distance over the common rows in which both sides report some same id; empty without one."""
-    at_x, at_y = _common(one, other, x, y, phase, last)
+    at_x, at_y = rows_in_common(one, other, x, y, phase, last)
     p, q = x.block(phase), y.block(phase)
     shared = [
         (i, j)

@@ -8,9 +8,8 @@ import numpy as np
 from quantdet.judging.differences import first_position_between, has_to_be_exact
 from quantdet.judging.reported import qualified
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.expectations import Expectations, describe
-from quantdet.matrix.rows import PHASES, Phase
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.cell import PHASES, Phase
+from quantdet.matrix.expectations import Expect, Expectations, describe
 from quantdet.metrics import bounds
 from quantdet.metrics.bits import distinct
 from quantdet.metrics.distances import Distance, distance

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from quantdet.matrix.rows import Phase
+from quantdet.matrix.cell import Phase
 
 
 class Verdict(StrEnum):

@@ -6,9 +6,10 @@ Logits are compared, not logprobs: vLLM's log-softmax changed with the model run
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from quantdet.judging.pairs import comparable_requests, pair
+from quantdet.judging.pairs import pair
 from quantdet.judging.verdicts import Judgement, Pair, Verdict
-from quantdet.matrix.selectors import Expect
+from quantdet.matrix.expectations import Expect
+from quantdet.observations.comparable import comparable_requests
 from quantdet.observations.observation import Observation
 
 

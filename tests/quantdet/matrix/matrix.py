@@ -3,48 +3,18 @@
 Every mistake in the file is collected and reported at once, each with its TOML path (`MatrixError`).
 """
 
-import re
-import tomllib
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from quantdet.matrix import mistakes as matrix_mistakes
-from quantdet.matrix import pins, places
+from quantdet.matrix import pins
+from quantdet.matrix.cell import Cell, EngineName, matches_any
+from quantdet.matrix.expectations import Expect, Expectations
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import (
-    ONLINE,
-    Cell,
-    Engine,
-    EngineCall,
-    EngineName,
-    Format,
-    Hardware,
-    Kernel,
-    Model,
-    Row,
-    RunLengths,
-    matches_any,
-)
-from quantdet.matrix.selectors import Expect, Question, Setting
+from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Row, RunLengths
+from quantdet.matrix.selectors import Question, Setting
 from quantdet.matrix.shapes import Layers, layers_of
-from quantdet.untrusted import flaw, plain
-
-MAX_BYTES = 1 << 20
-_LONGEST = 500  # characters of one mistake
-# tomllib's memory grows with the square of a dotted key's parts: 200 KB of them take 40 GiB.
-_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
-
-
-class MatrixError(Exception):
-    """The matrix file cannot be used; `str()` lists every mistake, one a line, by TOML path."""
-
-    def __init__(self, path: Path | str, mistakes: list[str]) -> None:
-        self.mistakes = mistakes = [plain(mistake)[:_LONGEST] for mistake in mistakes]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        super().__init__("\n".join([f"{path}: {count}", *(f"  {mistake}" for mistake in mistakes)]))
 
 
 class Matrix(Row):
@@ -169,6 +139,17 @@ class Matrix(Row):
         spec = (model if model.layers_as is None else self.models[model.layers_as]).synthetic
         return None if spec is None else layers_of(spec, ranks)
 
+    def expectations(self, vllm_version: str | None) -> Expectations:
+        """The rows that hold for this vLLM version (all of them where none is installed), and what they depend on."""
+        return Expectations(
+            rows=tuple(row for row in self.expect if row.holds_for(vllm_version)),
+            layers=self.layers_in,
+            engines={name: format_.engine for name, format_ in self.formats.items()},
+            unseen=self.engine.unseen,
+            family=self.family,
+            words={name: f"{format_.weights}/{format_.activations}" for name, format_ in self.formats.items()},
+        )
+
     def pin_for(self, format_: Format, vllm_version: str, model: Model | None = None) -> Pin | None:
         """The row about the format's kernel in this vLLM version; None: there is no way that the matrix knows.
 
@@ -180,57 +161,3 @@ class Matrix(Row):
         layers = None if model is None else self._layers(model, ranks)
         fitting = [pin for pin in self.pin if pin.fits(format_, vllm_version, source, layers)]
         return min(fitting, key=lambda pin: pin.k_not_multiple_of is None, default=None)
-
-
-def load(path: Path) -> Matrix:
-    """Read and check a matrix file.
-
-    Raises:
-        MatrixError: the file is missing, not TOML, or wrong; all mistakes at once.
-    """
-    try:
-        text = _text(path)
-        raw = tomllib.loads(text)
-    except FileNotFoundError:
-        raise MatrixError(path, ["no such file"]) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MatrixError(path, [f"not readable as TOML: {error}"]) from None
-    try:
-        return _checked(path, raw)
-    except MatrixError as error:
-        raise MatrixError(path, [places.told(mistake, raw, text) for mistake in error.mistakes]) from None
-
-
-def _checked(path: Path, raw: dict[str, Any]) -> Matrix:
-    found = flaw(raw)
-    mistakes = matrix_mistakes.ids(raw)
-    if found is not None:
-        raise MatrixError(path, mistakes or [f"{found[0]}: {found[1]}"])
-    try:
-        matrix = Matrix.model_validate(raw)
-    except ValidationError as error:
-        mistakes += matrix_mistakes.values(error)
-        mistakes += matrix_mistakes.references(raw)
-        raise MatrixError(path, mistakes) from None
-    mistakes += matrix_mistakes.references(raw)
-    if not mistakes:
-        mistakes += [
-            *matrix_mistakes.undividable(matrix),
-            *matrix_mistakes.stale_rows(matrix),
-            *pins.conflicts(matrix.pin),
-            *pins.pick_conflicts(matrix.formats),
-        ]
-    if mistakes:
-        raise MatrixError(path, mistakes)
-    return matrix
-
-
-def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        payload = file.read(MAX_BYTES + 1)
-    if len(payload) > MAX_BYTES:
-        raise ValueError(f"larger than {MAX_BYTES} bytes")
-    text = payload.decode("utf-8")
-    if _LONG_KEY.search(text):
-        raise ValueError("a dotted key of more than 32 parts")
-    return text

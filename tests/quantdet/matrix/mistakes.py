@@ -1,14 +1,16 @@
 """What can be wrong with a matrix file, each mistake as `TOML.PATH: what is wrong`."""
 
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from quantdet.matrix import shapes
-from quantdet.matrix.rows import ID_PATTERN, Cell, EngineName
-from quantdet.matrix.selectors import Expect, Setting
+from quantdet.matrix.cell import ID_PATTERN, Cell, EngineName
+from quantdet.matrix.expectations import Expect
+from quantdet.matrix.selectors import Setting
 
 if TYPE_CHECKING:
     from quantdet.matrix.matrix import Matrix
@@ -148,3 +150,44 @@ def _message(error: Any) -> str:
         return "missing"
     value = error.get("input")
     return f"{text} (is {value!r})" if isinstance(value, str | int | float | bool) else text
+
+
+# --------------------------------------------------------------- which row of the file a mistake is about, for people
+
+_PATH = re.compile(r"\b(pin|setting|expect)\.(\d+)(?![\w-])")
+_WORDS = {"pin": ("kernel", "layout", "source", "vllm"), "setting": ("when",), "expect": ("when", "outcome")}
+_LONGEST_ROW = 120
+
+
+def told(mistake: str, raw: Mapping[str, Any], text: str) -> str:
+    """`mistake` with the rows that its paths count from 0 (`expect.0.when`) named after it.
+
+    Args:
+        mistake: `PATH: what is wrong`.
+        raw: the file as parsed.
+        text: the file, for line numbers; where its `[[NAME]]` headers are not as many as the rows there are none.
+    """
+    found = dict.fromkeys((match[1], int(match[2])) for match in _PATH.finditer(mistake))
+    rows = [_named_row(name, index, raw, text) for name, index in found]
+    return f"{mistake} ({'; '.join(rows)})" if rows else mistake
+
+
+def _named_row(name: str, index: int, raw: Mapping[str, Any], text: str) -> str:
+    rows = raw.get(name)
+    rows = rows if isinstance(rows, list) else []
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[\[\s*{name}\s*\]\]", line)]
+    where = f", line {lines[index]}" if len(lines) == len(rows) > index else ""
+    row = rows[index] if index < len(rows) else None
+    words = [f"{key} = {_as_toml(row[key])}" for key in _WORDS[name] if key in row] if isinstance(row, dict) else []
+    said = ", ".join(words)
+    said = f": {said[:_LONGEST_ROW]}{'...' if len(said) > _LONGEST_ROW else ''}" if said else ""
+    return f"row {index + 1} of [[{name}]]{where}{said}"
+
+
+def _as_toml(value: Any) -> str:
+    """A value as the file would have it on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_as_toml(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)

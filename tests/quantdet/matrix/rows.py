@@ -1,19 +1,14 @@
 """Rows of the matrix file: one frozen pydantic model per TOML table. Unknown keys are mistakes."""
 
-import re
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantdet.matrix.cell import EngineName
 from quantdet.matrix.shapes import PositiveInt
 from quantdet.matrix.shapes import Synthetic as Synthetic
-
-# Safe in pytest node ids, in `-k` expressions, as a file name and in artefact names.
-ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -24,13 +19,9 @@ Weights = Literal[
 ]  # fmt: skip
 Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Phase = Literal["decode", "prefill"]
-PHASES: tuple[Phase, ...] = ("decode", "prefill")
-EngineName = Literal["vllm", "transformers"]
 # A commit, tag or branch after "@"; no part starts with a dash or a dot, since names go to the hub client and into paths.
 _HUB = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?$"
 TensorParallelSize = Annotated[int, Field(gt=0, le=64)]
-OTHER_ENGINES = frozenset(get_args(EngineName)) - {"vllm"}
 
 # Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
 CARRIES: dict[str, set[tuple[str, str]]] = {
@@ -49,30 +40,6 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
 
 # Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
 ONLINE: frozenset[Layout] = frozenset({"torchao"})
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One model in one format on one hardware row.
-
-    `vllm`: the version, given only where one run judges recordings of several versions.
-    """
-
-    model_id: str
-    format_id: str
-    hardware_id: str
-    vllm: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.model_id}/{self.format_id}/{self.hardware_id}{f'@{self.vllm}' if self.vllm else ''}"
-
-    def __str__(self) -> str:
-        return self.id
-
-
-def matches_any(name: str, patterns: str | tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, p) for p in ((patterns,) if isinstance(patterns, str) else patterns))
 
 
 def _specifier(text: str) -> str:
@@ -328,3 +295,8 @@ class Model(Row):
         if len(given) != 1:
             raise ValueError(f"needs exactly one of synthetic, package, path, hub; has {', '.join(given) or 'none'}")
         return self
+
+
+def takes(row: Hardware, format_: Format) -> bool:
+    """Whether a row takes the format's numbers without a marker's skip: it multiplies them, or vLLM emulates them (CPUs)."""
+    return format_.native is None or format_.native in row.native or row.kind == "cpu"

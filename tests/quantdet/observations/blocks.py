@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.matrix.rows import Phase
+from quantdet.matrix.cell import Phase
 from quantdet.observations.header import Header, PromptHeader, Reported
 
 _MASS = 1.001  # a float32 log-softmax over 200 000 logits is off by less

@@ -3,6 +3,7 @@
 Only headers are read while cases are collected; arrays when a claim is judged.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,50 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
-from quantdet.matrix.rows import Cell, Dtype, Model
+import numpy as np
+
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.rows import Dtype, Model
+from quantdet.matrix.workload import Prompt, Workload
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read, read_header
+
+ROLE = "verify"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The distinct token sequences (prompt and generated ids) of some claims, as one workload of single prefills."""
+
+    workload: Workload
+    index: dict[tuple[int, ...], int]
+    top_k: int
+    activations: bool = False  # whether some claim carries fingerprints of its hidden states
+
+    @classmethod
+    def of(cls, claims: Iterable[Observation]) -> "Sequences":
+        """Sequences in the order in which the claims bring them."""
+        index: dict[tuple[int, ...], int] = {}
+        starts: dict[tuple[int, ...], int] = {}
+        top_k, activations = 2, False
+        for claim in claims:
+            activations |= claim.hidden is not None and bool(claim.hidden.fingerprints)
+            top_k = max(top_k, claim.header.claim_top_k)
+            for c in range(len(claim.claims)):
+                ids = sequence(claim, c)
+                index.setdefault(ids, len(index))
+                starts.setdefault(ids, claim.claims[c].header.content_start)
+        prompts = tuple(Prompt(f"s{n}", ids[:-1], ids[-1:], starts[ids], None, None) for ids, n in index.items())
+        digest = hashlib.sha256()
+        for ids in index:
+            digest.update(np.asarray([len(ids), *ids], "<i4").tobytes())
+        return cls(Workload("reexecution", digest.hexdigest(), prompts), index, top_k, activations)
+
+
+def sequence(claim: Observation, c: int) -> tuple[int, ...]:
+    """Prompt and generated ids of a claim's request `c`, as they are prefilled by the verifier."""
+    record = claim.claims[c]
+    return (*map(int, record.prompt_ids), *map(int, record.outputs[0].output_ids))
 
 
 @dataclass(frozen=True, order=True)

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from quantdet.matrix.rows import ID_PATTERN, OTHER_ENGINES, Cell, Phase
+from quantdet.matrix.cell import ID_PATTERN, Cell, Phase
 from quantdet.untrusted import plain
 
 SCHEMA = 1
@@ -19,11 +18,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Numbers = Annotated[str, Field(pattern=r"^(?:(?:decoded|bytes|online):[0-9a-f]{64})?$")]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Layer(_Part):
+class Layer(Part):
     """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
 
     kind: Literal["linear", "moe", "router", "embedding", "other"]
@@ -40,7 +39,7 @@ class Layer(_Part):
         return self.kernel or self.scheme or self.method
 
 
-class Executed(_Part):
+class Executed(Part):
     """What really ran, read from the loaded model."""
 
     layers: tuple[Layer, ...]
@@ -69,7 +68,7 @@ class Executed(_Part):
         return (" + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer") + divided
 
 
-class Divergence(_Part):
+class Divergence(Part):
     """First position at which a repeat's full-vocabulary logits differ from repeat 0's, for one prompt and phase.
 
     `ulp` counts representable numbers of the logits' native dtype between the two values of the token `token`, at
@@ -86,7 +85,7 @@ class Divergence(_Part):
     ulp: int = Field(ge=0)
 
 
-class NonFinite(_Part):
+class NonFinite(Part):
     """A position with NaN or infinite logits."""
 
     prompt: str
@@ -95,7 +94,7 @@ class NonFinite(_Part):
     position: int
 
 
-class PromptHeader(_Part):
+class PromptHeader(Part):
     """`length` forced token ids; `runs[r]` is the index of the output that repeat r gave."""
 
     id: str
@@ -104,7 +103,7 @@ class PromptHeader(_Part):
     runs: tuple[int, ...] = Field(min_length=1)
 
 
-class Reported(_Part):
+class Reported(Part):
     """What of one prompt somebody else's report covers, where nothing else of the run is at hand.
 
     `prefill`, `decode`: rows that are there, numbered as in a whole block (prefill row r is about token r + 1); `width`:
@@ -121,7 +120,7 @@ class Reported(_Part):
         return self.decode if phase == "decode" else self.prefill
 
 
-class Activations(_Part):
+class Activations(Part):
     """What was taken of the hidden states, see `observation_activations`.
 
     layers: names of the modules, in their order: decoder layers and the norm behind them; stream: what a decoder layer gives,
@@ -141,7 +140,7 @@ class Activations(_Part):
     seconds: float | None = Field(None, ge=0)
 
 
-class Header(_Part):
+class Header(Part):
     """Everything of an observation but its arrays.
 
     `caches`: whether kernels that an earlier process compiled or chose were at hand ("cold": none).
@@ -220,54 +219,3 @@ _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
     "caches", "max_flip_rate", "activations", "numbers",
 }  # fmt: skip
-# Fields that say what happened in a run; the others say which run it was.
-_OUTCOME = {
-    "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
-    "activations", "tensors_sha256", "header_sha256",
-}  # fmt: skip
-# What follows from the checkpoint's hashes, or may be another for the same bytes: a hub's later commit may hold them unchanged.
-_ORIGIN = {"checkpoint_source", "numbers"}
-# Facts of the environment that differ between formats measured side by side, and change no number.
-_PER_FORMAT = ("start", "masked", "onednn_fp8", "suite", "engine_packages")
-_OF_VLLM = ("vllm", "vllm_flavour")
-# Which device of one kind it was: formats may be compared across two of them, and the verdict says that they were two.
-_UNIT = ("gpu_uuid", "device_uuid")
-_UNIT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-# What CPU kernels divide their work by; a GPU's do not.
-_OF_THE_HOST = ("cpus", "torch_threads")
-# They are read by ranks that exchange sums: part of a format of several, nothing to a format of one.
-_OF_RANKS = re.compile(r"^((TORCH_)?NCCL_|RCCL_|NVSHMEM_|TORCH_SYMM_MEM_|VLLM_(ALLREDUCE_|USE_NCCL_|DISABLE_PYNCCL))")
-
-
-def different(a: Header, b: Header) -> list[str]:
-    """Names of the fields in which two lifetimes are not of the same run."""
-    left_out = {*_OUTCOME, *_ORIGIN, "environment", *(("repeats",) if a.max_flip_rate and b.max_flip_rate else ())}
-    one, other = ({**h.model_dump(exclude=left_out), "environment": _lifetime_environment(h)} for h in (a, b))
-    return [name for name in one if one[name] != other[name]]
-
-
-def _lifetime_environment(header: Header) -> dict[str, Any]:
-    # A lifetime with cold caches is spawned, and a spawned process hides nothing from vLLM.
-    return {name: fact for name, fact in header.environment.items() if name not in ("start", "masked")}
-
-
-def environment_differences(a: Header, b: Header) -> list[str]:
-    """What two observations' environments differ in, but for what goes with a format or a unit and changes no number."""
-    # What vLLM is installed says nothing of what another engine computes.
-    left_out = {*_PER_FORMAT, *_UNIT, "variables", *(_OF_VLLM if OTHER_ENGINES & {a.engine, b.engine} else ())}
-    if all("device_uuid" in one.environment for one in (a, b)):
-        left_out |= {*_OF_THE_HOST}
-    names = sorted({*a.environment, *b.environment} - left_out)
-    found = [name for name in names if a.environment.get(name) != b.environment.get(name)]
-    variables = _variables(a, b)
-    if variables:
-        found.append(f"variables ({', '.join(variables)})")
-    return found
-
-
-def _variables(a: Header, b: Header) -> list[str]:
-    """Names of the environment variables that differ, without those that show a device or that only ranks read."""
-    one, other = (header.environment.get("variables", {}) for header in (a, b))
-    alone = any(header.executed is not None and header.executed.tensor_parallel_size == 1 for header in (a, b))
-    names = (name for name in {*one, *other} if name not in _UNIT_VARIABLES and not (alone and _OF_RANKS.match(name)))
-    return sorted(name for name in names if one.get(name) != other.get(name))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
 from quantdet.observations.blocks import ObservationError
 from quantdet.observations.header import Activations, Header

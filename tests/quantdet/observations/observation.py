@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from quantdet.matrix.rows import Cell, Phase
+from quantdet.matrix.cell import Cell, Phase
 from quantdet.metrics.distances import distance
 from quantdet.observations import hidden_states
 from quantdet.observations.blocks import Block as Block
@@ -204,3 +204,8 @@ def _payload(path: Path, most: int) -> bytes:
         raise ObservationError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ObservationError(f"{path}: {error}") from None
+
+
+def vllm_of(observation: Observation) -> str:
+    """The vLLM version that an observation was made with."""
+    return str(observation.header.environment.get("vllm") or "")

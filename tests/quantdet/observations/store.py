@@ -16,8 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """A folder name: the versions to read, and a hash over everything."""
+    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
+    versions = f"vllm-{environment.get('vllm') or 'none'}-torch-{environment.get('torch_package') or 'none'}"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{versions}-{digest}")
 
 
 def key_of(identity: dict[str, Any]) -> str:

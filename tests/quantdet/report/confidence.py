@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quantdet.matrix.rows import OTHER_ENGINES
+from quantdet.matrix.cell import OTHER_ENGINES
 from quantdet.metrics import bounds
 
 Case = dict[str, Any]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.matrix.rows import PHASES
-from quantdet.session.cases.collect import place_of
+from quantdet.matrix.cell import PHASES
+from quantdet.report.record import place_of
 
 Case = dict[str, Any]
 # What differs from one engine of a cell to the next, though they end for the same: bytes that were free, addresses, processes.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.observations.observation import Observation, Output, PromptRecord
 
 MOST_PROMPTS = 4

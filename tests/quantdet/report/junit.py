@@ -7,10 +7,10 @@ import pytest
 from _pytest.junitxml import xml_key
 
 from quantdet import __version__
-from quantdet.report import confidence, effects, entries, reexecution
+from quantdet.report import confidence, effects, entries, reexecution_properties
 from quantdet.report.record import RECORDS
-from quantdet.session.cases import collect
 from quantdet.session.machine.environment import git_revision
+from quantdet.session.session import SESSION
 
 
 def finish(session: pytest.Session) -> None:
@@ -25,7 +25,7 @@ def finish(session: pytest.Session) -> None:
 
 def properties(config: pytest.Config) -> list[tuple[str, str]]:
     """Summary first, then what the figures depend on."""
-    session, records = config.stash[collect.SESSION], config.stash[RECORDS]
+    session, records = config.stash[SESSION], config.stash[RECORDS]
     verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
     unexpected = entries.of(records.cases)
     wrong = sum(len(one.cases) for one in unexpected)
@@ -46,7 +46,7 @@ def properties(config: pytest.Config) -> list[tuple[str, str]]:
     found += [(f"controls.{place}", text) for place, text in confidence.controls(records.cases).items()]
     found += [("bounds.at_once", confidence.at_once(records.cases)), ("multiplicity", confidence.multiplicity(records.cases))]
     order = list(session.matrix.formats)
-    found += effects.properties(records.cases, order) + reexecution.properties(records.cases, order)
+    found += effects.properties(records.cases, order) + reexecution_properties.properties(records.cases, order)
     environment = session.measured_environment()
     variables = environment.pop("variables", {})
     found += [(f"env.{name}", str(value)) for name, value in environment.items()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 
 _PARTS = {"measure": "measuring", "verify": "re-executing", "control": "control", "diagnosis": "tracing layers"}
 

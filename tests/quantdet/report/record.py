@@ -5,8 +5,30 @@ from typing import Any
 
 import pytest
 
-from quantdet.judging.verdicts import Divergence, Judgement, Violation
+from quantdet.judging.verdicts import Divergence, Judgement, Verdict, Violation
+from quantdet.matrix.cell import Cell
 from quantdet.report import elsewhere
+
+# How the skip of a case begins whose cell the matrix declares unsupported; test_hardware is the case that judges it.
+DECLARED = f"{Verdict.UNSUPPORTED} as declared, see test_hardware:"
+
+
+# What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
+FIRST = ("test_repeat", "test_kernel", "test_distinct")
+
+
+def cell_of(item: pytest.Item) -> Cell | None:
+    """The cell that a test is about; None for a self-test."""
+    callspec = getattr(item, "callspec", None)
+    given = callspec.params if callspec is not None else {}
+    cell = given.get("cell") or given.get("claim") or given.get("question")
+    return cell if isinstance(cell, Cell) else None
+
+
+def place_of(test: str) -> int:
+    """Where a test stands: its place in `FIRST`, or behind all of these."""
+    return FIRST.index(test) if test in FIRST else len(FIRST)
+
 
 JUDGEMENT = pytest.StashKey[Judgement]()
 EVIDENCE = pytest.StashKey[dict[str, Any] | None]()

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from quantdet.report.entries import Entry, cell_of
-from quantdet.session.cases import collect
+from quantdet.session.session import SESSION
 
 _SELECTS = re.compile(r"[\w:+\-.\[\]\\/]+")  # what `-k` takes for a name
 _FEW = 2
@@ -42,7 +42,7 @@ def _relative(config: pytest.Config, path: str) -> str:
 
 
 def _command(config: pytest.Config, which: list[str]) -> str:
-    session = config.stash[collect.SESSION]
+    session = config.stash[SESSION]
     words = ["pytest", *which]
     for name in VALUES:
         given = config.getoption(name)

@@ -11,17 +11,16 @@ from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.matrix import Matrix
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
 from quantdet.report.entries import cell_of, counted
-from quantdet.report.record import RECORDS, Records
+from quantdet.report.record import DECLARED, RECORDS, Records
 from quantdet.report.tables import figure, fitted, place, prose
-from quantdet.session.cases import collect
-from quantdet.session.cases.collect import DECLARED
+from quantdet.session.session import SESSION
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
     """For `pytest_terminal_summary`, on the controller."""
-    records, session = config.stash[RECORDS], config.stash[collect.SESSION]
+    records, session = config.stash[RECORDS], config.stash[SESSION]
     width = max(80, min(reporter._tw.fullwidth, 160))
 
     def say(text: str) -> None:

@@ -16,19 +16,21 @@ import pytest
 
 from quantdet import __version__, checkpoints
 from quantdet.engines.plan import Plan
-from quantdet.judging.first_layer import Diagnosis, Trace
+from quantdet.judging.first_layer import Diagnosis
+from quantdet.judging.questions import Asked
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import Cell, Synthetic
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.rows import Synthetic
 from quantdet.matrix.shapes import layers_of
 from quantdet.observations import store
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
+from quantdet.observations.trace import Trace
+from quantdet.report import record
 from quantdet.report.bundle import differences, readme, repro, weights
 from quantdet.session import tracing
-from quantdet.session.cases import collect
 from quantdet.session.machine.environment import git_revision
 from quantdet.session.plans import known_arguments
-from quantdet.session.questions import Asked
 from quantdet.untrusted import in_markdown
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ _KNOWN = pytest.StashKey[dict[Cell, Bundle]]()
 
 def added(session: "Session", item: pytest.Item, judgement: Judgement, observations: Sequence[Observation]) -> Judgement:
     """Put a case's judgement into its cell's bundle if it belongs there; the judgement, with what the bundle adds to it."""
-    folder, cell = session.options.report, collect.cell_of(item)
+    folder, cell = session.options.report, record.cell_of(item)
     name = getattr(item, "originalname", item.name)
     seeded = item.get_closest_marker("control") is not None  # what is found there was put there
     apart = isinstance(cell, Claim | Asked) or name in ("test_versions", "test_activations")

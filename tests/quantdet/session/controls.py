@@ -12,7 +12,7 @@ from quantdet.judging import causes, repeat
 from quantdet.judging.controls import bit_flip
 from quantdet.judging.results import Measured, Missing
 from quantdet.judging.verdicts import Cause, Judgement, Verdict
-from quantdet.matrix.rows import PHASES, Cell, EngineName, matches_any
+from quantdet.matrix.cell import PHASES, Cell, EngineName, matches_any
 
 if TYPE_CHECKING:
     from quantdet.session.session import Session

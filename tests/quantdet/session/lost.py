@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from quantdet.judging.results import Missing, Refusal
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 from quantdet.observations.store import LOST
 
 Loss = Missing | Refusal

@@ -21,12 +21,12 @@ from quantdet.engines.process.interrupts import held
 from quantdet.judging.results import Missing, Refusal
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix import workload
-from quantdet.matrix.rows import Cell, matches_any
+from quantdet.matrix.cell import Cell, matches_any
 from quantdet.observations import store
 from quantdet.observations.header import SCHEMA, Header
 from quantdet.observations.observation import HEADER_FILE, Observation, write
+from quantdet.observations.store import slug
 from quantdet.session import plans
-from quantdet.session.machine.environment import slug
 from quantdet.session.machine.machine import variables_for
 from quantdet.session.scope import Scope
 

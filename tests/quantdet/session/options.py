@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantdet.engines.child import faults
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
 
 # `bitflip` is a defect of the numbers, the others are faults of the engine's process.
 INJECTIONS = ("bitflip", "noise", *faults.KINDS)

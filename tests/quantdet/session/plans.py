@@ -1,6 +1,5 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -9,14 +8,36 @@ from typing import Any
 
 from quantdet import __version__
 from quantdet.checkpoints import Checkpoint, altered, numbers
+from quantdet.checkpoints.unchanged import files_sha256
+from quantdet.engines.child.packages import version
 from quantdet.engines.plan import Plan, PlannedPrompt
 from quantdet.matrix import workload
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.matrix import Matrix
 from quantdet.matrix.pins import filled
-from quantdet.matrix.rows import ONLINE, Cell, EngineCall, Format, Model
+from quantdet.matrix.rows import ONLINE, EngineCall, Format, Model
 from quantdet.metrics import bounds
 from quantdet.observations import store
-from quantdet.session.machine.machine import version
+from quantdet.observations import trace as traces
+from quantdet.observations.claims import ROLE
+
+
+def verifying(plan: Plan, dtype: str, top_k: int, *, activations: bool = False) -> Plan:
+    """`plan` in `dtype`, but every request once and for its prefill; the one token that is generated is not looked at.
+
+    `activations`: with fingerprints of the hidden states, in an eager cell.
+    """
+    changes = {"repeats": 1, "decode_tokens": 1, "top_k": top_k, "role": ROLE, "dtype": dtype}
+    args = {**plan.args, "max_logprobs": max(top_k, int(plan.args.get("max_logprobs", 0)))}
+    identity = {**plan.identity, **changes, "engine_args": args}
+    identity.pop("max_flip_rate", None)  # decides repeats, of which there are none here
+    extra = {name: value for name, value in plan.extra.items() if name not in ("least_repeats", "activations")}
+    if activations and plan.args.get("enforce_eager"):
+        extra["activations"] = True
+    return replace(
+        plan, identity=identity, args=args, dtype=dtype, repeats=1, decode_tokens=1, top_k=top_k, claims=(), extra=extra
+    )
+
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
@@ -187,15 +208,6 @@ def _planned(prompt: workload.Prompt) -> PlannedPrompt:
     return PlannedPrompt(prompt.id, (), (), prompt.content_start, prompt.text, prompt.forced_text)
 
 
-def files_sha256(folder: Path) -> str:
-    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "checkpoint.json":
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def unusable(matrix: Matrix, prompts: Path) -> list[str]:
     """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
     mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
@@ -209,3 +221,10 @@ def unusable(matrix: Matrix, prompts: Path) -> list[str]:
             except workload.WorkloadError as error:
                 mistakes.append(f"models.{name}.{key}: {' '.join(str(error).split())}")
     return mistakes
+
+
+def tracing_plan(plan: Plan, prompt: str, repeats: int) -> Plan:
+    """`plan`, but one prompt, with hooks; often enough to see noise again."""
+    identity = {**plan.identity, "role": traces.ROLE, "repeats": repeats, "prompt": prompt, "traced": traces.TRACED}
+    prompts = tuple(one for one in plan.prompts if one.id == prompt)
+    return replace(plan, identity=identity, prompts=prompts, repeats=repeats, claims=())

@@ -8,7 +8,8 @@ from quantdet.judging import causes, numerics
 from quantdet.judging.reexecution import claim as attribution
 from quantdet.judging.results import Measured, Missing, Refusal
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import ONLINE, Cell, Format
+from quantdet.matrix.cell import Cell
+from quantdet.matrix.rows import ONLINE, Format
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.session.session import Session

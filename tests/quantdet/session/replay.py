@@ -14,11 +14,11 @@ from packaging.version import InvalidVersion, Version
 
 from quantdet.judging.results import Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.rows import OTHER_ENGINES, Cell
+from quantdet.matrix.cell import OTHER_ENGINES, Cell
 from quantdet.observations import store
-from quantdet.observations.header import different
-from quantdet.observations.observation import Observation, ObservationError
-from quantdet.observations.verification import ROLE
+from quantdet.observations.claims import ROLE
+from quantdet.observations.comparable import different
+from quantdet.observations.observation import Observation, ObservationError, vllm_of
 
 
 class Replay:
@@ -162,11 +162,6 @@ def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             if merged.setdefault(name, value) != value:
                 merged[name] = "several"
     return merged
-
-
-def vllm_of(observation: Observation) -> str:
-    """The vLLM version that an observation was made with."""
-    return str(observation.header.environment.get("vllm") or "")
 
 
 def _check_version(observation: Observation) -> None:

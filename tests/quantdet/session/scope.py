@@ -7,13 +7,14 @@ from typing import Any
 from packaging.version import Version
 
 from quantdet.engines.process import process
+from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
 from quantdet.matrix.matrix import Matrix
-from quantdet.matrix.rows import Cell
 from quantdet.observations import store
 from quantdet.observations.claims import Claim, References
 from quantdet.session.machine.environment import environment_of, environment_on
-from quantdet.session.machine.machine import Machine, Software, gate
+from quantdet.session.machine.gate import gate
+from quantdet.session.machine.machine import Machine, Software
 from quantdet.session.options import Options
 from quantdet.session.replay import Replay
 
@@ -56,7 +57,7 @@ class Scope:
         """The rows that hold for the vLLM of `cell`."""
         version = self.vllm(cell)
         if version not in self._expectations:
-            self._expectations[version] = Expectations.of(self.matrix, version)
+            self._expectations[version] = self.matrix.expectations(version)
         return self._expectations[version]
 
     def vllm(self, cell: Cell) -> str | None:

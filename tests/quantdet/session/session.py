@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from quantdet import checkpoints
 from quantdet.engines.clock import Clock
 from quantdet.engines.plan import Plan
@@ -14,8 +16,8 @@ from quantdet.judging import restart
 from quantdet.judging.pairs import pair
 from quantdet.judging.results import Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Pair, Verdict
-from quantdet.matrix.rows import Cell
-from quantdet.observations import verification
+from quantdet.matrix.cell import Cell
+from quantdet.observations.claims import Sequences
 from quantdet.observations.observation import Observation
 from quantdet.session import plans
 from quantdet.session.lost import Lost
@@ -35,7 +37,7 @@ class Session(Scope):
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     _controls: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     controls: "dict[Place, Status]" = field(default_factory=dict)
-    _sequences: dict[tuple[str, str], verification.Sequences] = field(default_factory=dict)
+    _sequences: dict[tuple[str, str], Sequences] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,12 +128,12 @@ class Session(Scope):
             self._pairs[ids], self._pairs[ids[::-1]] = found, found.swapped
         return self._pairs[ids]
 
-    def sequences(self, model_id: str, dtype: str) -> verification.Sequences:
+    def sequences(self, model_id: str, dtype: str) -> Sequences:
         """What the selected claims of a model that were computed in `dtype` ask to be re-executed."""
         if (model_id, dtype) not in self._sequences:
             claims = [claim for claim in self.claimed if claim.model_id == model_id]
             claims = [claim for claim in claims if self.references.header(claim).dtype == dtype]
-            self._sequences[model_id, dtype] = verification.Sequences.of(map(self.references.observation, claims))
+            self._sequences[model_id, dtype] = Sequences.of(map(self.references.observation, claims))
         return self._sequences[model_id, dtype]
 
     def verified(self, cell: Cell, dtype: str) -> Result:
@@ -147,12 +149,12 @@ class Session(Scope):
                 self._verified[cell, dtype] = _safely(self._verify, cell, dtype, sequences)
         return self._verified[cell, dtype]
 
-    def _verify(self, cell: Cell, dtype: str, sequences: verification.Sequences) -> Result:
+    def _verify(self, cell: Cell, dtype: str, sequences: Sequences) -> Result:
         plan = self.measuring.prepare(cell, sequences.workload)
         if isinstance(plan, Missing):
             return plan
         dtype = self.matrix.verifying_dtype(cell, dtype)
-        plan = verification.verifying(plan, dtype, sequences.top_k, activations=sequences.activations)
+        plan = plans.verifying(plan, dtype, sequences.top_k, activations=sequences.activations)
         return self._once(cell, plan)
 
     def control(self, cell: Cell, kind: str) -> Result:
@@ -193,3 +195,6 @@ def _safely(measure: Callable[..., Result], *args: Any) -> Result:
         return measure(*args)
     except OSError as error:
         return Missing(Verdict.ERROR, f"{type(error).__name__}: {error}")
+
+
+SESSION = pytest.StashKey[Session]()

@@ -12,21 +12,16 @@ from typing import TYPE_CHECKING
 from quantdet.engines.plan import Plan
 from quantdet.engines.process import process
 from quantdet.judging import first_layer
-from quantdet.judging.first_layer import Diagnosis, Trace
+from quantdet.judging.first_layer import Diagnosis
 from quantdet.judging.results import Missing
-from quantdet.matrix.rows import Cell
+from quantdet.matrix.cell import Cell
+from quantdet.observations import trace as traces
+from quantdet.observations.store import slug
+from quantdet.observations.trace import Trace
 from quantdet.session import plans
-from quantdet.session.machine.environment import slug
 
 if TYPE_CHECKING:
     from quantdet.session.session import Session
-
-
-def plan_for(plan: Plan, prompt: str, repeats: int) -> Plan:
-    """`plan`, but one prompt, with hooks; often enough to see noise again."""
-    identity = {**plan.identity, "role": first_layer.ROLE, "repeats": repeats, "prompt": prompt, "traced": first_layer.TRACED}
-    prompts = tuple(one for one in plan.prompts if one.id == prompt)
-    return replace(plan, identity=identity, prompts=prompts, repeats=repeats, claims=())
 
 
 def trace(session: "Session", cell: Cell, prompt: str, lifetimes: int = 1) -> tuple[Trace | None, Diagnosis]:
@@ -41,7 +36,7 @@ def trace(session: "Session", cell: Cell, prompt: str, lifetimes: int = 1) -> tu
     plan = session.measuring.prepare(cell)
     if isinstance(plan, Missing):
         return None, first_layer.impossible(plan.reason)
-    plan = plan_for(plan, prompt, max(plan.repeats, first_layer.REPEATS) if lifetimes == 1 else 2)
+    plan = plans.tracing_plan(plan, prompt, max(plan.repeats, traces.REPEATS) if lifetimes == 1 else 2)
     whole: Trace | None = None
     for lifetime in range(lifetimes):
         found = _lifetime(session, cell, plan, lifetime)
@@ -59,21 +54,21 @@ def _lifetime(session: "Session", cell: Cell, plan: Plan, lifetime: int) -> Trac
     place = slug(session.environment_on(cell))
     key = plans.key_of(plan, lifetime)
     kept = session.store.root / "diagnoses" / cell.hardware_id / place / cell.model_id / cell.format_id / f"{key[:16]}.json"
-    found = None if session.options.fresh else first_layer.read(kept)
+    found = None if session.options.fresh else traces.read(kept)
     return found or _run(session, cell, replace(plan, identity={**plan.identity, "lifetime": lifetime, "key": key}), kept)
 
 
 def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diagnosis:
-    log = session.store.log(cell, f"{first_layer.ROLE}{plan.identity['lifetime']}")
+    log = session.store.log(cell, f"{traces.ROLE}{plan.identity['lifetime']}")
     log.unlink(missing_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".trace.", dir=kept.parent))
     limit = session.matrix.run_for(cell).time_limit_s
     try:
-        with session.measuring.announced(cell, plan.identity["lifetime"], first_layer.ROLE):
+        with session.measuring.announced(cell, plan.identity["lifetime"], traces.ROLE):
             outcome = process.run(session.engine_for(cell), plan, folder, log, limit)
-        written = folder / first_layer.TRACE_FILE
-        found = first_layer.read(written) if isinstance(outcome, process.Completed) else None
+        written = folder / traces.TRACE_FILE
+        found = traces.read(written) if isinstance(outcome, process.Completed) else None
         if found is None:
             return first_layer.impossible(_why(outcome, log))
         written.replace(kept)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.engines.plan import InvalidMeasurement
-from quantdet.matrix.rows import Phase
+from quantdet.matrix.cell import Phase
 
 
 class CaptureError(InvalidMeasurement):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quantdet.engines.child.capture import CaptureError, digest_rows, to_numpy
 from quantdet.engines.plan import Plan
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
 from quantdet.metrics.bits import distinct
 from quantdet.observations.header import Activations

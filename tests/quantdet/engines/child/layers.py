@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantdet.engines.child import executed_vllm
-from quantdet.judging.first_layer import Gap, Row, Trace, TracedModule
+from quantdet.observations.trace import Gap, Row, Trace, TracedModule
 
 # Outputs of repeat 0 that are kept to say how a later repeat differs: decode and short prefills, not every long prompt.
 _KEEP_ONE = 4 << 20

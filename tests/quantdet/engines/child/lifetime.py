@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from quantdet.engines.child import hidden_states, layers, packages, speed
 from quantdet.engines.child.recorder import Recorder
-from quantdet.engines.plan import FLIPS, EngineRefused, Plan, PlannedPrompt
-from quantdet.judging import first_layer
-from quantdet.matrix.rows import Phase
+from quantdet.engines.plan import EngineRefused, Plan, PlannedPrompt
+from quantdet.matrix.cell import Phase
+from quantdet.observations import trace as traces
+from quantdet.observations.defects import FLIPS
 from quantdet.observations.header import SCHEMA, Executed, Header
 from quantdet.observations.hidden_states import HiddenStates
 from quantdet.observations.observation import Block, write
@@ -149,7 +150,7 @@ def trace(loaded: Loaded, plan: Plan, directory: Path) -> None:
         tap.start()
         loaded.answer(plan, given, {})
         tap.stop()
-    first_layer.write(tap.trace(prompt.id), directory / first_layer.TRACE_FILE)
+    traces.write(tap.trace(prompt.id), directory / traces.TRACE_FILE)
 
 
 def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: Mapping[str, float]) -> None:

@@ -1,7 +1,31 @@
 """Packages that are hidden from the engine's process, because they break or block it and text models need none of them."""
 
+import contextlib
 import sys
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def module_is_here(name: str) -> bool:
+    """Whether a module is installed; the parents of a submodule are not imported, its file is looked for."""
+    top, *rest = name.split(".")
+    with contextlib.suppress(ValueError):  # a module without a spec
+        spec = find_spec(top)
+        if spec is not None and rest:
+            places = [Path(root, *rest) for root in spec.submodule_search_locations or ()]
+            return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+        return spec is not None
+    return False
+
 
 # A package index serves CUDA builds of these; beside a CPU build of torch they break `import vllm`. Beside a CUDA build
 # they stay: vLLM 0.26 imports torchvision while it warms up.

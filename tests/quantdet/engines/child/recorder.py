@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from quantdet.engines.child.capture import CaptureError
 from quantdet.engines.plan import Plan, PlannedPrompt
-from quantdet.matrix.rows import PHASES
+from quantdet.matrix.cell import PHASES
 from quantdet.metrics.bits import distinct, first_difference, ulp_distance
 from quantdet.observations.header import Divergence, NonFinite, PromptHeader
 from quantdet.observations.observation import Block, Output, PromptRecord

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from quantdet.engines.child import device, executed_transformers, faults, layers, lifetime, packages
 from quantdet.engines.child.capture import digest_rows, to_numpy, turn_over
 from quantdet.engines.child.lifetime import Answer
+from quantdet.engines.child.packages import module_is_here
 from quantdet.engines.plan import EngineLacks, InvalidMeasurement, NeedsSpawn, Plan
-from quantdet.judging import first_layer
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics.bits import stable_topk
+from quantdet.observations import trace
 from quantdet.observations.observation import Block
-from quantdet.session.machine.machine import module_is_here
 
 _NAMED = 3  # tensors that a message names
 
@@ -52,7 +52,7 @@ class TransformersEngine:
             with _refusing():
                 loaded.generate([1, 2], 2)  # what unpacks its weights, or looks for its kernel, does so in the first call
             ready = time.monotonic()
-            if plan.identity.get("role") == first_layer.ROLE:
+            if plan.identity.get("role") == trace.ROLE:
                 lifetime.trace(loaded, plan, directory)
                 return
             executed = executed_transformers.describe(model)

@@ -18,9 +18,9 @@ from quantdet.engines.child.lifetime import Answer
 from quantdet.engines.child.stopwatch import Stopwatch
 from quantdet.engines.plan import NeedsSpawn, Plan
 from quantdet.engines.vllm import ranks
-from quantdet.judging import first_layer
-from quantdet.matrix.rows import Phase
+from quantdet.matrix.cell import Phase
 from quantdet.metrics.bits import stable_topk
+from quantdet.observations import trace
 from quantdet.observations.header import Executed
 from quantdet.observations.observation import Block
 
@@ -65,7 +65,7 @@ class VllmEngine:
         executed = engine.executed()
         if others is not None:
             others.agree(executed)
-        if plan.identity.get("role") == first_layer.ROLE:
+        if plan.identity.get("role") == trace.ROLE:
             lifetime.trace(engine, plan, directory)
             return
         faults.fire(plan.inject, 0, _size(plan))

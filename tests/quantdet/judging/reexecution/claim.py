@@ -11,15 +11,14 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.judging.reexecution import hidden_states
+from quantdet.judging.reexecution import detect, hidden_states
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import bounds, resampling, signal_noise
 from quantdet.metrics import nearest as identification
 from quantdet.metrics.distances import decode_distance, published_topk, union_topk
-from quantdet.observations.claims import Claim
+from quantdet.observations.claims import Claim, Sequences, sequence
 from quantdet.observations.observation import Observation
-from quantdet.observations.verification import Sequences, sequence
 
 _SEED = 20260101
 _SOFTWARE = ("vllm", "torch_package", "transformers_package", "compressed_tensors_package")
@@ -90,7 +89,7 @@ def judge(
         for name, one in compared.items()
     }
     adjusted = dict(zip(compared, bounds.holm([one.p for one in compared.values()]), strict=True))
-    found = {name: signal_noise.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
+    found = {name: detect.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
     nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
     if not others:
         text = f"UNDERPOWERED {claim} reexecution: no format with other numbers re-executed it, so that nothing could be told"
@@ -235,7 +234,7 @@ def _figures(
 def _record(
     claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str],
     gaps: Mapping[Phase, Mapping[str, Gap]], compared: Mapping[str, signal_noise.Comparison],
-    found: Mapping[str, signal_noise.Detection], nearest: identification.Identification,
+    found: Mapping[str, detect.Detection], nearest: identification.Identification,
 ) -> dict[str, object]:  # fmt: skip
     """What the report needs, JSON-able."""
     assert nearest.interval is not None

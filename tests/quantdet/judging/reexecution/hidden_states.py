@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from quantdet.judging.reexecution import detect
 from quantdet.judging.verdicts import Verdict
 from quantdet.metrics import bounds, fingerprints, signal_noise
 from quantdet.metrics import nearest as identification
 from quantdet.metrics.signal_noise import Distances
+from quantdet.observations.claims import Sequences, sequence
 from quantdet.observations.observation import Observation
-from quantdet.observations.verification import Sequences, sequence
 
 NONE = "claim carries no activations"
 _SEED = 20260101
@@ -56,7 +57,7 @@ def signal(distances: Mapping[str, Distances], base: str, mine: Sequence[str]) -
     others = [name for name in distances if name not in mine]
     compared = {name: signal_noise.directional(one, distances[base], _SEED) for name, one in distances.items() if name != base}
     adjusted = dict(zip(compared, bounds.holm([one.p for one in compared.values()]), strict=True))
-    found = {name: signal_noise.detect(compared[name], p_adjusted=adjusted[name]) for name in others}
+    found = {name: detect.detect(compared[name], p_adjusted=adjusted[name]) for name in others}
     nearest = identification.identify(np.stack(list(distances.values())), list(distances), mine)
     if not others:
         return Signal("undecided", "", None, nearest)

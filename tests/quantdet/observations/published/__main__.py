@@ -19,17 +19,16 @@ from pathlib import Path
 import numpy as np
 from packaging.version import InvalidVersion, Version
 
-from quantdet.judging import pairs
-from quantdet.matrix import matrix
-from quantdet.matrix.rows import Cell, Phase
-from quantdet.observations import store
+from quantdet.matrix import load, matrix
+from quantdet.matrix.cell import Cell, Phase
+from quantdet.observations import observation, store
+from quantdet.observations.comparable import comparable
 from quantdet.observations.header import SCHEMA, Header, PromptHeader, Reported
 from quantdet.observations.observation import Block, Observation, ObservationError, Output, PromptRecord, write
 from quantdet.observations.published import checked, layouts
 from quantdet.observations.published.checked import ImportRefused, shown
 from quantdet.observations.published.layouts import Answer, Report, Row
-from quantdet.session import replay
-from quantdet.session.machine.environment import slug
+from quantdet.observations.store import slug
 
 MODEL = "qwen3-8b"
 MAX_FILES = 1000
@@ -149,7 +148,7 @@ def check_together(observations: Sequence[Observation]) -> None:
         one, other = a.header, b.header
         if (one.model, one.hardware) != (other.model, other.hardware) or one.key == other.key:
             continue
-        where, versions = f"{one.model} on {one.hardware}", {replay.vllm_of(a), replay.vllm_of(b)}
+        where, versions = f"{one.model} on {one.hardware}", {observation.vllm_of(a), observation.vllm_of(b)}
         if len(versions) > 1 and "" not in versions:
             continue  # a cell of each version
         hint = "give another --out to one of them"
@@ -157,7 +156,7 @@ def check_together(observations: Sequence[Observation]) -> None:
             raise ImportRefused(f"{where}: one report names vLLM {max(versions)}, another none: {hint}, or --vllm")
         if one.format == other.format:
             raise ImportRefused(f"{where}: two runs of {one.format} ({one.workload}, {other.workload}): {hint}")
-        if why := pairs.comparable(a, b):
+        if why := comparable(a, b):
             raise ImportRefused(f"{where}: {one.format} and {other.format} cannot be judged together, {why}: {hint}")
 
 
@@ -206,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--matrix", type=Path, default=default, metavar="PATH", help="(default: that of the suite)")
     given = parser.parse_args(arguments)
     try:
-        found = run(given.files, given.out, matrix.load(given.matrix), given.hardware, given.vllm)
-    except (ImportRefused, ObservationError, matrix.MatrixError, OSError) as error:
+        found = run(given.files, given.out, load.load(given.matrix), given.hardware, given.vllm)
+    except (ImportRefused, ObservationError, load.MatrixError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for one in found:

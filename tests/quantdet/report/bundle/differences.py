@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quantdet.matrix.rows import PHASES, Phase
+from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics.bits import first_difference
 from quantdet.observations.observation import Observation, Output, PromptRecord
 

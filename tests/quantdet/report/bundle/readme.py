@@ -6,7 +6,7 @@ from typing import Any
 
 from quantdet.judging.first_layer import Diagnosis
 from quantdet.judging.verdicts import Judgement, Verdict
-from quantdet.matrix.rows import OTHER_ENGINES, Cell
+from quantdet.matrix.cell import OTHER_ENGINES, Cell
 from quantdet.observations.header import Executed
 from quantdet.report.bundle.repro import Request, device
 from quantdet.report.bundle.weights import Weights

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantdet.engines.child.packages import NOT_IN_FORKSERVER
 from quantdet.engines.plan import Plan
-from quantdet.matrix.rows import PHASES
+from quantdet.matrix.cell import PHASES
 from quantdet.observations.observation import Observation
 
 _TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "repro.py.txt"

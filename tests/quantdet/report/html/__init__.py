@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantdet.report.html import data, gather
-from quantdet.session.cases import collect
+from quantdet.session.session import SESSION
 
 PAGE = "report.html"
 _WRITTEN = pytest.StashKey[str]()
@@ -16,7 +16,7 @@ _WRITTEN = pytest.StashKey[str]()
 def finish(session: pytest.Session) -> None:
     """Write data and page; on the controller only."""
     config = session.config
-    folder = config.stash[collect.SESSION].options.report
+    folder = config.stash[SESSION].options.report
     if folder is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
         return
     try:
@@ -40,6 +40,7 @@ def render(cases: Path) -> Path:
     Raises:
         quantdet.report.html.data.DataError: not such a file.
     """
+
     from quantdet.report.html import page  # jinja2 only where a page is wanted
 
     text = page.text(data.read(cases))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantdet.session.cases.collect import place_of
+from quantdet.report.record import place_of
 from quantdet.untrusted import plain
 
 CASES = "cases.jsonl"

@@ -10,14 +10,11 @@ from urllib.parse import quote
 
 import pytest
 
-from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.matrix import Matrix
-from quantdet.matrix.rows import Cell
 from quantdet.report import entries, junit, rerun
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
-from quantdet.report.record import RECORDS, Records
-from quantdet.session.cases import collect
-from quantdet.session.session import Session
+from quantdet.report.record import RECORDS
+from quantdet.session.coverage import _machine, coverage
+from quantdet.session.session import SESSION
 
 # Suite properties that the page makes itself from the cases, or shows in another way.
 _APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware", "replay")
@@ -25,7 +22,7 @@ _APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware"
 
 def gather(config: pytest.Config, folder: Path) -> Data:
     """What a page in `folder` is rendered from."""
-    session, records = config.stash[collect.SESSION], config.stash[RECORDS]
+    session, records = config.stash[SESSION], config.stash[RECORDS]
     matrix = session.matrix
     order = {"model": list(matrix.models), "format": list(matrix.formats), "hardware": list(matrix.hardware)}
     roots = (session.replay.folders if session.replay is not None else ()) or (session.options.store,)
@@ -68,15 +65,6 @@ def gather(config: pytest.Config, folder: Path) -> Data:
     return Data(run, cases, skipped, broken)
 
 
-def _machine(session: Session) -> dict[str, str]:
-    machine = session.machine
-    gpus = ", ".join(f"{gpu.name} ({gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
-    return {
-        "hardware": ", ".join(machine.rows(session.matrix)), "cpu": machine.cpu_name, "gpu": gpus,
-        "memory": f"{machine.memory_gib:.0f} GiB", "vllm": session.software.vllm or "", "torch": session.software.torch or "",
-    }  # fmt: skip
-
-
 def _environments(cases: list[Case]) -> list[dict[str, Any]]:
     """The environment of every place, taken out of the cases; facts that differ between its cells are a list."""
     found: dict[tuple[str, str], dict[str, list[Any]]] = {}
@@ -96,48 +84,6 @@ def _environments(cases: list[Case]) -> list[dict[str, Any]]:
         {"hardware": hardware, "vllm": vllm, "facts": {name: sorted(map(str, facts[name])) for name in sorted(facts)}}
         for (hardware, vllm), facts in found.items()
     ]
-
-
-def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[str, str]]:
-    """Every cell of the matrix: `tested`, or why not."""
-    tested = {_cell(case["properties"]) for case in records.cases}
-    broken = {_case_id(nodeid).partition("@")[0] for nodeid, _ in records.broken}
-    reasons: dict[str, str] = {}
-    for nodeid, reason in sorted(records.skipped):
-        reasons.setdefault(_case_id(nodeid).partition("@")[0], reason)
-    rows = []
-    for cell in matrix.cells():
-        state, reason = "tested", ""
-        if cell.id not in tested:
-            state, reason = ("broken", "broke down, see above") if cell.id in broken else ("untested", reasons.get(cell.id, ""))
-            reason = reason or _why_not(session, records, cell)
-        rows.append({"model": cell.model_id, "format": cell.format_id, "hardware": cell.hardware_id, "state": state} | (
-            {"reason": reason} if reason else {}
-        ))  # fmt: skip
-    return rows
-
-
-def _why_not(session: Session, records: Records, cell: Cell) -> str:
-    """Why a cell was not collected, or deselected: what it would have needed, if that is not here."""
-    wanted = session.options.hardware
-    if wanted is not None and cell.hardware_id != wanted:
-        return f"not asked for: --hardware {wanted}"
-    cells = [cell] if session.replay is None else session.replay.expand([cell])
-    if records.cut and any(one in session.selected for one in cells):
-        return "selected, not reached: the run was cut short"
-    reasons = [session.gate(one) for one in cells]
-    # Under xdist the workers alone know what was selected.
-    unsure = records.cut and not session.selected
-    left = "not selected, or not reached before the run was cut short" if unsure else "not selected in this run"
-    return left if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
-
-
-def _cell(properties: dict[str, str]) -> str:
-    return "/".join(properties.get(f"case.{name}", "") for name in ("model", "format", "hardware"))
-
-
-def _case_id(nodeid: str) -> str:
-    return nodeid.rpartition("[")[2].removesuffix("]").removesuffix("-decode").removesuffix("-prefill")
 
 
 def _link(observation: str, roots: Iterable[Path], folder: Path) -> str:

@@ -5,25 +5,20 @@ from dataclasses import replace
 
 import pytest
 
+from quantdet.judging.questions import Asked
 from quantdet.judging.verdicts import Divergence, Verdict
+from quantdet.matrix.cell import PHASES, Cell
 from quantdet.matrix.expectations import Expectations, describe
-from quantdet.matrix.rows import PHASES, Cell
 from quantdet.observations.claims import Claim, check
 from quantdet.observations.observation import ObservationError
 from quantdet.report import elsewhere
+from quantdet.report.record import DECLARED, cell_of, place_of
 from quantdet.session import controls, questions, reexecution
-from quantdet.session.questions import Asked
 from quantdet.session.session import Session
 from quantdet.untrusted import plain
 
-SESSION = pytest.StashKey[Session]()
 REQUIRED = pytest.StashKey[str]()
 
-# How the skip of a case begins whose cell the matrix declares unsupported; test_hardware is the case that judges it.
-DECLARED = f"{Verdict.UNSUPPORTED} as declared, see test_hardware:"
-
-# What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
-FIRST = ("test_repeat", "test_kernel", "test_distinct")
 
 MARKERS = (
     "cpu: the case needs a CPU backend",
@@ -86,14 +81,6 @@ def verifiers(session: Session) -> list[str]:
     return [row for row in rows if session.options.hardware in (None, row)]
 
 
-def cell_of(item: pytest.Item) -> Cell | None:
-    """The cell that a test is about; None for a self-test."""
-    callspec = getattr(item, "callspec", None)
-    given = callspec.params if callspec is not None else {}
-    cell = given.get("cell") or given.get("claim") or given.get("question")
-    return cell if isinstance(cell, Cell) else None
-
-
 def prune(items: list[pytest.Item]) -> list[pytest.Item]:
     """Leave out a test without any cell in this run (no second lifetime, nothing declared unsupported).
 
@@ -123,11 +110,6 @@ def order(items: list[pytest.Item], session: Session) -> None:
         return (int(skipped), model, first, int(late), item.nodeid.partition("[")[0], cells.get(cell, 0))
 
     items.sort(key=rank)
-
-
-def place_of(test: str) -> int:
-    """Where a test stands: its place in `FIRST`, or behind all of these."""
-    return FIRST.index(test) if test in FIRST else len(FIRST)
 
 
 def _empty(item: pytest.Item) -> bool:

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 
 from quantdet.engines.child.stopwatch import PARTS
-from quantdet.judging import causes, hidden_states, reported
+from quantdet.judging import causes, distinct, hidden_states, kernel, refusal, repeat, reported, restart, versions
 from quantdet.judging import controls as control_judgements
-from quantdet.judging import repeat as judgements
-from quantdet.judging import versions as drift
+from quantdet.judging.questions import Asked, answer
 from quantdet.judging.results import Measured, Missing, Refusal
 from quantdet.judging.verdicts import Cause, Judgement, Verdict
-from quantdet.matrix.rows import Cell, Phase
+from quantdet.matrix.cell import Cell, Phase
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
 from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.report.tables import figure
 from quantdet.session import bundles, controls, questions, reexecution
-from quantdet.session.questions import Asked
 from quantdet.session.session import Session
 
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
@@ -42,7 +40,7 @@ class Judge:
     def repeat(self, cell: Cell, phase: Phase) -> None:
         """Same request, same bits, within one engine lifetime."""
         observations = self._measured(cell)
-        judgement = judgements.repeat(observations, phase, self.session.expectations(cell))
+        judgement = repeat.repeat(observations, phase, self.session.expectations(cell))
         self._available(cell, judgement)
         if judgement.verdict is Verdict.INVALID:
             judgement = replace(judgement, cause=self._cause(cell))
@@ -72,7 +70,7 @@ class Judge:
         """A control of the cell's hardware: what was seeded is found, what is the same is the same."""
         if name == "known_noise":
             observations = self._measured(cell)
-            found = judgements.repeat(observations, "decode", self.session.expectations(cell))
+            found = repeat.repeat(observations, "decode", self.session.expectations(cell))
             self._available(cell, found)
             self._say(replace(found, expected=found.verdict is Verdict.NOISY), observations)
             return
@@ -102,7 +100,7 @@ class Judge:
             self._skip(Verdict.UNAVAILABLE, reason)
         spreads = self._spreads((cell, *peers))
         known = self.session.expectations(cell)
-        judgement = judgements.distinctness(observations[0], peers, known, self.session.compare, spreads)
+        judgement = distinct.distinctness(observations[0], peers, known, self.session.compare, spreads)
         if judgement.verdict is Verdict.INVALID:
             judgement = replace(judgement, cause=self._cause(cell))
         self._say(judgement, observations)
@@ -116,7 +114,7 @@ class Judge:
         requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
         experts = self.session.matrix.expert_classes(cell, self.session.vllm(cell), packages)
         verdicts = [
-            judgements.kernel(
+            kernel.kernel(
                 one, requested, classes, format_.quantizes if format_.quantized else "", experts, precision=format_.precision,
                 weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
             )
@@ -129,7 +127,7 @@ class Judge:
     def restart(self, cell: Cell) -> None:
         """Same request, same bits, in another engine lifetime."""
         observations = self._measured(cell)
-        self._say(judgements.restart(observations, self.session.expectations(cell)), observations)
+        self._say(restart.restart(observations, self.session.expectations(cell)), observations)
 
     def versions(self, cell: Cell) -> None:
         """The same logits from every vLLM version that was recorded, where the same kernels ran."""
@@ -144,7 +142,7 @@ class Judge:
         if any(one.reported for one in known):
             self._skip(Verdict.UNAVAILABLE, f"versions: needs raw logits, have {reported.NOTE}")
         rows = [self.session.expectations(one.cell).drifts(one.cell) for one in known[1:]]
-        self._say(drift.across(known, rows, self.session.matrix.family), tuple(known[:1]))
+        self._say(versions.across(known, rows, self.session.matrix.family), tuple(known[:1]))
 
     def reexecution(self, claim: Claim) -> None:
         """Tokens generated elsewhere, re-executed here by every format: which format do they come from?"""
@@ -159,7 +157,7 @@ class Judge:
         row = self.session.matrix.questions[case.format_id]
         results = {cell: self.session.result(cell) for cell in questions.available(case, self.session)}
         spreads = self._spreads(results)
-        judgement = questions.answer(case, row, results, self.session.expectations, self.session.compare, spreads)
+        judgement = answer(case, row, results, self.session.expectations, self.session.compare, spreads)
         self._available(case, judgement)
         cause = next(filter(None, map(self._cause, results)), None)
         known = [controls.status(self.session, cell) for cell, found in results.items() if isinstance(found, Measured)]
@@ -176,9 +174,9 @@ class Judge:
             case Refusal():
                 self._refused(cell, result)
             case Measured():
-                self._say(judgements.refusal(cell, None, self.session.expectations(cell)), result.observations)
+                self._say(refusal.refusal(cell, None, self.session.expectations(cell)), result.observations)
             case Missing(verdict=Verdict.UNSUPPORTED) if row is not None:
-                self._say(judgements.refusal(cell, result.reason, self.session.expectations(cell)), ())
+                self._say(refusal.refusal(cell, result.reason, self.session.expectations(cell)), ())
             case Missing():
                 self._missing(cell, result)
 
@@ -206,7 +204,7 @@ class Judge:
 
     def _refused(self, cell: Cell, result: Refusal) -> None:
         known = (result.observation,) if result.observation is not None else ()
-        judgement = judgements.refusal(cell, result.message, self.session.expectations(cell))
+        judgement = refusal.refusal(cell, result.message, self.session.expectations(cell))
         self._say(replace(judgement, cause=self._cause(cell)), known)
 
     def _missing(self, cell: Cell, result: Missing) -> None:
@@ -235,7 +233,7 @@ class Judge:
         own = any(map(self.item.get_closest_marker, ("control", "several_lifetimes", "hidden_states")))
         if observations and observations[0].header.kind == "observation" and not own:
             known = self.session.expectations(observations[0].cell)
-            figures |= judgements.repeat(observations, self._phase(), known).figures
+            figures |= repeat.repeat(observations, self._phase(), known).figures
             if self.item.get_closest_marker("compares_formats"):  # how far repeats are apart is not how far formats are
                 figures |= dict.fromkeys(("first_divergence", "max_abs_diff", "l2"), "")
         if observations:

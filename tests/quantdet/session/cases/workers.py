@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from quantdet.report.record import RECORDS
-from quantdet.session.cases import collect
 from quantdet.session.machine import gpus as devices
 from quantdet.session.machine.gpus import Gpu
-from quantdet.session.session import Session
+from quantdet.session.session import SESSION, Session
 
 _CELL = re.compile(r"\[([^/\]]+)/[^/\]]+/([^/\]]+?)(?:-(?:decode|prefill))?\]$")
 
@@ -42,7 +41,7 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 def count(config: pytest.Config) -> int | None:
     """`-n auto`: one worker per visible GPU (of the wanted hardware row); without GPUs xdist decides."""
-    return len(_gpus(config.stash[collect.SESSION])) or None
+    return len(_gpus(config.stash[SESSION])) or None
 
 
 def pin(config: pytest.Config, specs: list[Any]) -> None:
@@ -51,7 +50,7 @@ def pin(config: pytest.Config, specs: list[Any]) -> None:
     Raises:
         pytest.UsageError: more workers than GPUs, or GPUs of several kinds: any worker may get any cell.
     """
-    session: Session = config.stash[collect.SESSION]
+    session: Session = config.stash[SESSION]
     gpus = _gpus(session)
     if not gpus:
         return
@@ -76,12 +75,12 @@ def report_clock(config: pytest.Config) -> None:
     """On a worker: hand the session's clock to the controller."""
     output = getattr(config, "workeroutput", None)
     if output is not None:
-        output["quantdet_clock"] = asdict(config.stash[collect.SESSION].clock)
+        output["quantdet_clock"] = asdict(config.stash[SESSION].clock)
 
 
 def add_clock(config: pytest.Config, node: Any) -> None:
     """On the controller: add a worker's clock to its own."""
-    clock = config.stash[collect.SESSION].clock
+    clock = config.stash[SESSION].clock
     for name, value in getattr(node, "workeroutput", {}).get("quantdet_clock", {}).items():
         setattr(clock, name, getattr(clock, name) + value)
 
@@ -98,7 +97,7 @@ def refuse_reruns(config: pytest.Config) -> None:
 def require(session: pytest.Session) -> None:
     """--require-hardware: a run that measured nothing there has failed."""
     config = session.config
-    wanted = config.stash[collect.SESSION].options.require_hardware
+    wanted = config.stash[SESSION].options.require_hardware
     if wanted is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
         return
     missed = [c for c in config.stash[RECORDS].cases if c["properties"].get("controlled") == "missed"]

@@ -1,7 +1,5 @@
 """What an observation's environment is known by: the part that the parent knows before an engine starts."""
 
-import hashlib
-import json
 import os
 import platform
 import re
@@ -57,13 +55,6 @@ def environment_on(environment: dict[str, Any], machine: Machine, row: Hardware)
     if not gpus or gpus[0] == machine.gpus[0]:
         return environment
     return {**environment, "gpu": gpus[0].name, "gpu_uuid": gpus[0].uuid, "driver": gpus[0].driver}
-
-
-def slug(environment: dict[str, Any]) -> str:
-    """A folder name: the versions to read, and a hash over everything."""
-    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
-    versions = f"vllm-{environment.get('vllm') or 'none'}-torch-{environment.get('torch_package') or 'none'}"
-    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{versions}-{digest}")
 
 
 def git_revision(root: Path) -> str:
