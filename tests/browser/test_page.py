@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from selftest.fakes import MATRIX, make_suite, setting
+from selftest.fakes.matrix import MATRIX, make_suite, setting
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCHEMES, WIDTHS = ("light", "dark"), (390, 1440)

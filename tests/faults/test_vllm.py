@@ -17,9 +17,10 @@ from faults.cases import rows, shows
 from quantdet.matrix import load
 from quantdet.observations.store import Store
 from quantdet.session.machine import machine
-from selftest.fakes import ROOT, TESTS, alive, left_behind
-from selftest.inner import Run, read_junit
-from selftest.whole import temporary as temporary
+from selftest.fakes.engine import alive, left_behind
+from selftest.fakes.inner import Run, read_junit
+from selftest.fakes.matrix import ROOT, TESTS
+from selftest.fakes.whole import temporary as temporary
 
 pytest_plugins = ["pytester"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from faults.cases import rows, shows
-from selftest.fakes import make_suite, setting
-from selftest.inner import Suite, read_junit
-from selftest.whole import AWQ, TWO, ended, noted, nothing_stayed, of, started, starts
-from selftest.whole import temporary as temporary
+from selftest.fakes.inner import Suite, read_junit
+from selftest.fakes.matrix import make_suite, setting
+from selftest.fakes.whole import AWQ, TWO, ended, noted, nothing_stayed, of, started, starts
+from selftest.fakes.whole import temporary as temporary
 
 pytest_plugins = ["pytester"]
 

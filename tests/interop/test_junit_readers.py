@@ -16,7 +16,7 @@ from junit2htmlreport.parser import Junit
 from junitparser import JUnitXml, Properties, Property, TestCase, TestSuite
 
 from quantdet.judging.verdicts import Verdict
-from selftest.fakes import MATRIX, expect, make_suite, setting
+from selftest.fakes.matrix import MATRIX, expect, make_suite, setting
 
 # What a reason may hold: markup, quotes, the end of a CDATA section, other scripts.
 WORDS = """<b>bold</b> & "quoted" 'single' ]]> Grüße 中文 😀"""

@@ -14,7 +14,7 @@ from filelock import FileLock
 from mutation import table
 from mutation.mutants import TESTS, Moved, Mutant, load
 from mutation.warm import Outcome, Warm
-from selftest.fakes import MATRIX
+from selftest.fakes.matrix import MATRIX
 
 ROOT = TESTS.parent
 MUTANTS = load()
@@ -24,7 +24,7 @@ PASSED = 0
 # Not in the list: the harness is tried with it.
 EXACT = Mutant(
     "no-bound", "the bound is gone", "metrics/bounds.py", "return -math.expm1(math.log1p(-confidence) / n)", "return 0.0",
-    "test_stats.py::TestFlipRateUpper::test_no_flips_at_95_percent",
+    "metrics/test_bounds.py::TestFlipRateUpper::test_no_flips_at_95_percent",
 )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_a_bad_list_is_named(tmp_path: Path) -> None:
         ({"new": "return +(-math.expm1(math.log1p(-confidence) / n))"}, "survived: .* although the bound is gone"),
         ({"new": "return nowhere"}, "not a kill: .* not fail on what it asserts, but on NameError"),
         ({"old": "import itertools\n", "new": "import itertools, nowhere\n"}, "not a kill: .*exit code [^1]"),
-        ({"killed_by": "test_stats.py::test_nothing"}, "not a kill: .*exit code 4"),
+        ({"killed_by": "metrics/test_bounds.py::test_nothing"}, "not a kill: .*exit code 4"),
         ({"old": "import operator\n", "new": "import operator\nimport os\nos._exit(1)\n"}, "not a kill: .*exit code 1"),
     ],
     ids=["killed", "equivalent", "crash", "import", "no test", "silent"],
@@ -211,8 +211,11 @@ def test_a_mutant_that_does_not_fit_the_code_is_an_error(change: dict[str, str],
 
 def test_a_mutant_whose_text_or_test_is_gone_is_told() -> None:
     """The text, the class, the function and the file of the test."""
-    gone = ["test_stats.py::TestFlipRate::test_no_flips_at_95_percent", "test_stats.py::TestFlipRateUpper::test_flips",
-            "test_statistics.py::test_nothing"]  # fmt: skip
+    gone = [
+        "metrics/test_bounds.py::TestFlipRate::test_no_flips_at_95_percent",
+        "metrics/test_bounds.py::TestFlipRateUpper::test_flips",
+        "metrics/test_statistics.py::test_nothing",
+    ]
     bad = [replace(EXACT, old="no such text"), *(replace(EXACT, killed_by=test) for test in gone)]
 
     assert [] == _moved([EXACT])

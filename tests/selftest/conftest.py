@@ -7,8 +7,8 @@ import rich.console
 import rich.table  # noqa: F401
 import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
 
-from selftest.fakes import MATRIX, make_suite
-from selftest.inner import Run, Suite, read_junit
+from selftest.fakes.inner import Run, Suite, read_junit
+from selftest.fakes.matrix import MATRIX, make_suite
 
 # Started in the background of a shell, or by nohup: children would inherit it, and tests that end runs could not end them.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
