@@ -13,9 +13,11 @@ from quantdet.engines.process import interrupts, process
 from quantdet.matrix import load
 from quantdet.observations.observation import ObservationError
 from quantdet.report import cut, elsewhere, html, junit, markdown, progress, record, terminal, unexpected
-from quantdet.session import header, options, plans
+from quantdet.report.run import RUN
+from quantdet.session import header, options, plans, telling
 from quantdet.session.cases import collect, workers
 from quantdet.session.cases.judge import Judge
+from quantdet.session.controls import CONTROLS, Controls
 from quantdet.session.machine import machine
 from quantdet.session.session import SESSION, Session
 from quantdet.untrusted import plain
@@ -80,6 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {', '.join(recorded)}")
     session.measuring.on_start = progress.announcer(config)
     config.stash[SESSION] = session
+    config.stash[CONTROLS] = Controls(session)
     config.stash[record.RECORDS] = record.Records()
 
 
@@ -88,7 +91,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    collect.parametrize(metafunc, metafunc.config.stash[SESSION])
+    collect.parametrize(metafunc, metafunc.config.stash[SESSION], metafunc.config.stash[CONTROLS])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -110,7 +113,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def judge(request: pytest.FixtureRequest) -> Judge:
     """Measures the test's cell where needed and judges it."""
-    return Judge(request.config.stash[SESSION], request.node)
+    return Judge(request.config.stash[SESSION], request.config.stash[CONTROLS], request.node)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -144,6 +147,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     cut.finish(session)
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[RUN] = telling.run_of(session.config)
     junit.finish(session)
     html.finish(session)
     markdown.append(session)

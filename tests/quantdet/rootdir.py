@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Options with a path as their value (`quantdet.session.options`).
-PATH_OPTIONS = ("--matrix", "--store", "--replay", "--record", "--reference", "--report")
+from quantdet.session.option_table import PATHS
 
 
 def joined(args: list[str]) -> list[str]:
@@ -21,7 +20,7 @@ def joined(args: list[str]) -> list[str]:
     result: list[str] = []
     rest = iter(args)
     for arg in rest:
-        value = next(rest, None) if arg in PATH_OPTIONS else None
+        value = next(rest, None) if arg in PATHS else None
         result.append(arg if value is None else f"{arg}={value}")
     return result
 

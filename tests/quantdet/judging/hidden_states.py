@@ -18,7 +18,7 @@ from quantdet.observations.observation import Observation
 
 
 @dataclass(frozen=True)
-class Place:
+class FirstDifference:
     """Where a repeat differs first from repeat 0: what is computed first stands first.
 
     In prefill that is the earliest layer and, within it, the earliest position; in decode the earliest step and, within it, the
@@ -91,7 +91,7 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures)
 
 
-def _words(phase: Phase, place: Place) -> str:
+def _words(phase: Phase, place: FirstDifference) -> str:
     return f"prompt {place.prompt} {at(phase, place.position)} in repeat {place.repeat}"
 
 
@@ -104,7 +104,7 @@ def _groups(hidden: HiddenStates, phase: Phase) -> list[int]:
     return distinct(outputs)
 
 
-def _first(observation: Observation, hidden: HiddenStates, phase: Phase, *, logits: bool = False) -> Place | None:
+def _first(observation: Observation, hidden: HiddenStates, phase: Phase, *, logits: bool = False) -> FirstDifference | None:
     """The first place in the order of the prompts; of `logits`, or of the layers before them."""
     for p, prompt in enumerate(observation.prompts):
         found: list[tuple[int, int, int]] = []
@@ -122,7 +122,7 @@ def _first(observation: Observation, hidden: HiddenStates, phase: Phase, *, logi
             one, other, index = min(found)
             layer, position = (one, other) if phase == "prefill" else (other, one)
             name = "logits" if logits else hidden.header.layers[layer]
-            return Place(prompt.header.id, name, position + (phase == "decode"), index)
+            return FirstDifference(prompt.header.id, name, position + (phase == "decode"), index)
     return None
 
 

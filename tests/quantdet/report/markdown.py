@@ -14,6 +14,7 @@ import pytest
 from quantdet.report import confidence, entries, hidden_states, junit, rerun
 from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
+from quantdet.report.run import RUN
 from quantdet.report.tables import place
 from quantdet.untrusted import in_markdown
 
@@ -29,11 +30,8 @@ def append(session: pytest.Session) -> None:
     path = os.environ.get(VARIABLE)
     if not path or hasattr(session.config, "workerinput"):
         return
-    found = dict(junit.properties(session.config))
-    text = summary(
-        session.config.stash[RECORDS], found["summary"], lambda one: rerun.entry(session.config, one),
-        newer=found["vllm.newer"],
-    )  # fmt: skip
+    run, records = session.config.stash[RUN], session.config.stash[RECORDS]
+    text = summary(records, junit.summary(records), lambda one: rerun.entry(run, one), newer=run.newer)
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text[:_MOST_BYTES] + "\n")

@@ -6,12 +6,10 @@ the tokens part, so each table says of which pairs that is so.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quantdet.report.compared import Compared
 from quantdet.report.tables import joined, matrix, nats, one_line, prose, render, table
-
-if TYPE_CHECKING:
-    from quantdet.report.effects import Place
 
 LIMIT = 8  # formats of a matrix on the screen
 _REFERENCES = 4  # matrices on the screen
@@ -26,7 +24,7 @@ TOKENS_NOTE = (
 )
 
 
-def reference(one: "Place", id_: str, field: str, a: str, b: str) -> float | None:
+def reference(one: Compared, id_: str, field: str, a: str, b: str) -> float | None:
     """The figure of one reference from `a` to `b`; `field`: prefill, decode or steps."""
     pair = one.pairs.get((a, b)) or one.pairs.get((b, a))
     found = next((row for row in (pair or {}).get("references", ()) if row["id"] == id_), None)
@@ -36,14 +34,14 @@ def reference(one: "Place", id_: str, field: str, a: str, b: str) -> float | Non
     return None if value is None else float(value)
 
 
-def references(one: "Place") -> list[str]:
+def references(one: Compared) -> list[str]:
     """Ids of the references that some pair has, in their order; none of reports that `tokens` tells whole."""
     if tokens(one):
         return []
     return list(dict.fromkeys(str(row["id"]) for pair in one.pairs.values() for row in pair.get("references", ())))
 
 
-def whole(one: "Place") -> list[str]:
+def whole(one: Compared) -> list[str]:
     """References that have a finite figure of every pair step by step, where the matrix over all of them is another one."""
     ids = [(a, b) for a in one.formats for b in one.formats if a != b]
     if not one.complete() or not any(one.value("decode_published", a, b) == math.inf for a, b in ids):
@@ -56,7 +54,7 @@ def whole(one: "Place") -> list[str]:
     return found
 
 
-def steps(one: "Place", width: int) -> list[str]:
+def steps(one: Compared, width: int) -> list[str]:
     """A matrix for each of these references."""
     texts: list[str] = []
     chosen = whole(one) if len(one.formats) <= LIMIT else []
@@ -75,7 +73,7 @@ def steps(one: "Place", width: int) -> list[str]:
     return texts
 
 
-def tokens(one: "Place") -> list[tuple[str, str, str, str, str]]:
+def tokens(one: Compared) -> list[tuple[str, str, str, str, str]]:
     """(a, b, L2, largest difference, where the tokens part) of every pair that has these figures, with the printed digits."""
     rows = []
     for (a, b), pair in one.pairs.items():
@@ -88,7 +86,7 @@ def tokens(one: "Place") -> list[tuple[str, str, str, str, str]]:
     return sorted(ordered, key=lambda row: (rank[row[0]], rank[row[1]]))
 
 
-def generated(one: "Place", width: int) -> list[str]:
+def generated(one: Compared, width: int) -> list[str]:
     """GENERATED TOKENS: a row per pair."""
     rows = tokens(one)
     if not rows:
@@ -99,7 +97,7 @@ def generated(one: "Place", width: int) -> list[str]:
     return [prose(f"GENERATED TOKENS: {one.where}", width), render(made, width), prose(f"({TOKENS_NOTE})", width)]
 
 
-def properties(places: Sequence["Place"]) -> list[tuple[str, str]]:
+def properties(places: Sequence[Compared]) -> list[tuple[str, str]]:
     """`effects.references` (matrices by reference) and `effects.tokens` (pairs), one line of JSON each, where there are any."""
     by_reference: dict[str, Any] = {}
     by_pair: dict[str, Any] = {}

@@ -66,7 +66,7 @@ class Pace:
 
 
 def paces(cases: Iterable[Case]) -> dict[str, dict[str, Pace]]:
-    """Place -> format -> figures, of the formats that have some."""
+    """Model and hardware -> format -> figures, of the formats that have some."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for case in cases:
         p = case["properties"]

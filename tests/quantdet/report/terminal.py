@@ -1,6 +1,7 @@
 """The end summary: verdicts, times, distances and classes, re-executions, and what was not measured."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -8,19 +9,18 @@ import pytest
 from quantdet.engines.child.stopwatch import PARTS
 from quantdet.engines.clock import Clock
 from quantdet.judging.verdicts import Verdict
-from quantdet.matrix.matrix import Matrix
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import DECLARED, RECORDS, Records
+from quantdet.report.run import RUN
 from quantdet.report.tables import figure, fitted, place, prose
-from quantdet.session.session import SESSION
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
 
 def summary(reporter: Any, config: pytest.Config) -> None:
     """For `pytest_terminal_summary`, on the controller."""
-    records, session = config.stash[RECORDS], config.stash[SESSION]
+    records, run = config.stash[RECORDS], config.stash[RUN]
     width = max(80, min(reporter._tw.fullwidth, 160))
 
     def say(text: str) -> None:
@@ -28,14 +28,14 @@ def summary(reporter: Any, config: pytest.Config) -> None:
 
     if records.cases:
         reporter.write_sep("=", "quantdet: verdicts")
-        order = list(session.matrix.formats)
+        order = list(run.formats)
         for table in matrix_tables(records, order, width):
             reporter.write_line(table)
         for where, text in confidence.controls(records.cases).items():
             say(f"controls on {where}: {text}")
         for text in filter(None, (confidence.at_once(records.cases), confidence.multiplicity(records.cases))):
             say(text)
-        if session.clock.cells > session.clock.reused:
+        if run.clock.cells > run.clock.reused:
             for table in time_tables(records, width):
                 reporter.write_line(table)
         for table in (*speed.sections(records.cases, width), *version_tables(records, width)):
@@ -48,17 +48,17 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
         texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
         _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
-    _skipped(reporter, records, session.matrix, width)
-    if text := engines(session.clock):
+    _skipped(reporter, records, run.hardware, width)
+    if text := engines(run.clock):
         say(text)
-    for aside in session.store.set_aside:
+    for aside in run.set_aside:
         reporter.write_line(f"put aside, damaged or edited, and measured again: {aside}")
     if records.cut:
         say(records.cut)
-    if session.inject is not None:
-        say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={':'.join(session.inject)}")
+    if run.injected:
+        say(f"SEEDED DEFECT in this run: QUANTDET_INJECT={run.injected}")
     if records.first_failure:  # in one line, to be pasted
-        reporter.write_line(f"rerun the first failure without a verdict: {rerun.command(config, records.first_failure)}")
+        reporter.write_line(f"rerun the first failure without a verdict: {rerun.command(run, records.first_failure)}")
 
 
 def questions(records: Records, width: int) -> list[str]:
@@ -201,7 +201,7 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
     return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
 
 
-def _skipped(reporter: Any, records: Records, matrix: Matrix, width: int) -> None:
+def _skipped(reporter: Any, records: Records, hardware: Mapping[str, str], width: int) -> None:
     """What was not measured: a line for each row of hardware that is not here, then cells by reason, most first."""
     cells: dict[str, set[str]] = {}
     apart: Counter[tuple[str, str]] = Counter()
@@ -213,9 +213,9 @@ def _skipped(reporter: Any, records: Records, matrix: Matrix, width: int) -> Non
     if not cells and not apart:
         return
     reporter.write_sep("=", "quantdet: not measured")
-    order = list(matrix.hardware)
+    order = list(hardware)
     for (row, reason), count in sorted(apart.items(), key=lambda one: (order.index(one[0][0]), -one[1])):
-        title = f" ({matrix.hardware[row].title})"
+        title = f" ({hardware[row]})"
         why = reason.removeprefix(f"{Verdict.UNAVAILABLE} ").partition(": ")[2].replace(title, "")
         reporter.write_line(prose(f"{row}{title}: {counted(count, 'case')}, {why}", width))
     counts = Counter({reason: len(group) for reason, group in cells.items()})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from quantdet.report import entries, record, rerun
+from quantdet.report.run import RUN
 from quantdet.report.tables import prose
 
 _EXCERPT = "    | "
@@ -33,7 +34,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
     found = entries.of(config.stash[record.RECORDS].cases)
     if not found or reporter.no_summary:
         return
-    width = max(80, min(reporter._tw.fullwidth, 160))
+    width, run = max(80, min(reporter._tw.fullwidth, 160)), config.stash[RUN]
     reporter.write_sep("=", f"quantdet: unexpected ({entries.said(found)})")
     style = config.getoption("tbstyle")
     for entry in found:
@@ -43,7 +44,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         for line in entry.lines if style != "no" else ():
             reporter.write_line(_fitted(line, width))
         reporter.write_line(prose(f"  {entry.took}", width))
-        reporter.write_line(f"  rerun: {rerun.entry(config, entry)}")  # in one line, to be pasted
+        reporter.write_line(f"  rerun: {rerun.entry(run, entry)}")  # in one line, to be pasted
 
 
 def _fitted(line: str, width: int) -> str:

@@ -6,18 +6,18 @@ The verdicts are pure functions in `control_judgements`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import pytest
 
 from quantdet.judging import causes, repeat
 from quantdet.judging.controls import bit_flip
 from quantdet.judging.results import Measured, Missing
 from quantdet.judging.verdicts import Cause, Judgement, Verdict
 from quantdet.matrix.cell import PHASES, Cell, EngineName, matches_any
+from quantdet.session.session import Session
 
-if TYPE_CHECKING:
-    from quantdet.session.session import Session
-
-Place = tuple[str, str, EngineName]
+Stack = tuple[str, str, EngineName]
 Name = Literal["bit_flip", "same_weights", "one_integer", "known_noise"]
 
 
@@ -39,70 +39,116 @@ class Status:
         return "; ".join(filter(None, (self.flip, self.noise)))
 
 
-def cells(session: "Session", name: Name) -> list[Cell]:
-    """The control cell of each place (`_place`): the first in the matrix that will do."""
-    if session.options.no_controls:
-        return []
-    found: dict[Place, Cell] = {}
-    for cell in session.cells():
-        place = _place(session, cell)
-        if place not in found and _will_do(session, cell, name):
-            found[place] = cell
-    return list(found.values())
+class Controls:
+    """The controls of a run: which cells they are seeded in, and what is known of them; asked for as cases need them."""
 
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._known: dict[Stack, Status] = {}
 
-def _will_do(session: "Session", cell: Cell, name: Name) -> bool:
-    if session.replay is not None and name == "bit_flip":
-        # A recorded one is whole by itself: the cell that it was seeded in may not have been measured beside it.
-        exact = not any(session.expectations(cell).noise(cell, phase) for phase in PHASES)
-        return exact and isinstance(session.control(cell, "control"), Measured)
+    def cells(self, name: Name) -> list[Cell]:
+        """The control cell of each place (`_place`): the first in the matrix that will do."""
+        if self.session.options.no_controls:
+            return []
+        found: dict[Stack, Cell] = {}
+        for cell in self.session.cells():
+            place = self._place(cell)
+            if place not in found and self._will_do(cell, name):
+                found[place] = cell
+        return list(found.values())
 
-    known = session.expectations(cell)
-    format_ = session.matrix.formats[cell.format_id]
-    if session.gate(cell) is not None or known.unsupported(cell) is not None or not session.pinned(cell):
-        return False
-    rows = [known.noise(cell, phase) for phase in PHASES]
-    if name == "known_noise":
-        return _known_noise(session, cell)
-    if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):
-        return False
-    kind = "integer" if name == "one_integer" else "control"
-    return session.replay is None or isinstance(session.control(cell, kind), Measured)
+    def _will_do(self, cell: Cell, name: Name) -> bool:
+        if self.session.replay is not None and name == "bit_flip":
+            # A recorded one is whole by itself: the cell that it was seeded in may not have been measured beside it.
+            exact = not any(self.session.expectations(cell).noise(cell, phase) for phase in PHASES)
+            return exact and isinstance(self.session.control(cell, "control"), Measured)
 
+        known = self.session.expectations(cell)
+        format_ = self.session.matrix.formats[cell.format_id]
+        if self.session.gate(cell) is not None or known.unsupported(cell) is not None or not self.session.pinned(cell):
+            return False
+        rows = [known.noise(cell, phase) for phase in PHASES]
+        if name == "known_noise":
+            return self._known_noise(cell)
+        if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):
+            return False
+        kind = "integer" if name == "one_integer" else "control"
+        return self.session.replay is None or isinstance(self.session.control(cell, kind), Measured)
 
-def status(session: "Session", cell: Cell) -> Status:
-    """Whether the controls of this cell's engine, on its hardware, fired; measures them on the first call.
+    def status(self, cell: Cell) -> Status:
+        """Whether the controls of this cell's engine, on its hardware, fired; measures them on the first call.
 
-    Under --replay: what was recorded of them.
-    """
-    if session.options.no_controls:
-        return Status(None, "uncontrolled: --no-controls")
-    place = _place(session, cell)
-    if place not in session.controls:
-        session.controls[place] = _status(session, cell)
-    return session.controls[place]
+        Under --replay: what was recorded of them.
+        """
+        if self.session.options.no_controls:
+            return Status(None, "uncontrolled: --no-controls")
+        place = self._place(cell)
+        if place not in self._known:
+            self._known[place] = self._status(cell)
+        return self._known[place]
 
+    def _status(self, cell: Cell) -> Status:
+        noise_caught, noise = self._noise(cell)
+        here = self._first("bit_flip", cell)
+        if here is None:
+            text = "no bit flip recorded" if self.session.replay is not None else "no cell to turn a bit over in"
+            return Status(None, text, noise)
+        result = self.session.control(here, "control")
+        if not isinstance(result, Measured) and self.session.replay is None:
+            # The cell itself has been measured: its weights are here and its engine runs.
+            own = self.session.control(cell, "control")
+            here, result = (cell, own) if isinstance(own, Measured) else (here, result)
+        if not isinstance(result, Measured):
+            reason = result.reason if isinstance(result, Missing) else result.message
+            died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)
+            text = f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}"
+            return Status(False, text, noise, died, causes.of(here, result, self.session.expectations(here)))
+        found = bit_flip(result.observations[0])
+        if not found.expected:
+            return Status(False, found.message, noise, blind=True, cause=cause_of(found, here))
+        return Status(noise_caught is not False, f"bit flip caught in {here.model_id}/{here.format_id}", noise)
 
-def _status(session: "Session", cell: Cell) -> Status:
-    noise_caught, noise = _noise(session, cell)
-    here = _first(session, "bit_flip", cell)
-    if here is None:
-        text = "no bit flip recorded" if session.replay is not None else "no cell to turn a bit over in"
-        return Status(None, text, noise)
-    result = session.control(here, "control")
-    if not isinstance(result, Measured) and session.replay is None:
-        # The cell itself has been measured: its weights are here and its engine runs.
-        own = session.control(cell, "control")
-        here, result = (cell, own) if isinstance(own, Measured) else (here, result)
-    if not isinstance(result, Measured):
-        reason = result.reason if isinstance(result, Missing) else result.message
-        died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)
-        text = f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}"
-        return Status(False, text, noise, died, causes.of(here, result, session.expectations(here)))
-    found = bit_flip(result.observations[0])
-    if not found.expected:
-        return Status(False, found.message, noise, blind=True, cause=cause_of(found, here))
-    return Status(noise_caught is not False, f"bit flip caught in {here.model_id}/{here.format_id}", noise)
+    def _noise(self, cell: Cell) -> tuple[bool | None, str]:
+        """Whether the kernel that is known to be noisy here showed it; None where there is none."""
+        noisy = self._first("known_noise", cell)
+        if noisy is None:
+            mine = [
+                one
+                for one in self.session.matrix.formats
+                if self.session.matrix.formats[one].engine == self.session.matrix.engine_of(cell)
+            ]
+            rows = [row for row in self.session.matrix.expect if row.outcome == "noisy"]
+            formats = [row.when.format for row in rows if any(matches_any(one, row.when.format) for one in mine)]
+            names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in dict.fromkeys(formats)) or "none in the matrix"
+            eligible = [one for one in self.session.cells() if self._here(one, cell) and self._known_noise(one)]
+            if eligible and self.session.replay is not None:
+                return None, f"known noise not recorded ({', '.join(dict.fromkeys(one.format_id for one in eligible))})"
+            return None, f"no kernel known to be noisy is eligible here ({names})"
+        result = self.session.result(noisy)
+        where = f"{noisy.model_id}/{noisy.format_id}"
+        if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE:
+            return None, f"known noise not tried, {where} is UNAVAILABLE"
+        if not isinstance(result, Measured):
+            return False, f"known noise not tried: {where}"
+        found = repeat.repeat(result.observations, "decode", self.session.expectations(noisy))
+        if found.verdict is Verdict.UNAVAILABLE:
+            return None, f"known noise not tried, {found.message.removeprefix('UNAVAILABLE ')}"
+        caught = found.verdict is Verdict.NOISY
+        return caught, f"known noise {'caught' if caught else 'NOT SEEN'} in {where}"
+
+    def _first(self, name: Name, cell: Cell) -> Cell | None:
+        return next((one for one in self.cells(name) if self._here(one, cell)), None)
+
+    def _here(self, one: Cell, cell: Cell) -> bool:
+        return self._place(one) == self._place(cell)
+
+    def _place(self, cell: Cell) -> Stack:
+        """Hardware, recorded vLLM version and engine: what is caught in one says nothing of the next."""
+        return cell.hardware_id, cell.vllm, self.session.matrix.engine_of(cell)
+
+    def _known_noise(self, cell: Cell) -> bool:
+        row = self.session.expectations(cell).noise(cell, "decode")
+        return row is not None and row.outcome == "noisy"
 
 
 def cause_of(found: Judgement, cell: Cell) -> Cause | None:
@@ -110,44 +156,4 @@ def cause_of(found: Judgement, cell: Cell) -> Cause | None:
     return None if found.expected else Cause(str(cell), found.message, found.detail)
 
 
-def _noise(session: "Session", cell: Cell) -> tuple[bool | None, str]:
-    """Whether the kernel that is known to be noisy here showed it; None where there is none."""
-    noisy = _first(session, "known_noise", cell)
-    if noisy is None:
-        mine = [one for one in session.matrix.formats if session.matrix.formats[one].engine == session.matrix.engine_of(cell)]
-        rows = [row for row in session.matrix.expect if row.outcome == "noisy"]
-        formats = [row.when.format for row in rows if any(matches_any(one, row.when.format) for one in mine)]
-        names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in dict.fromkeys(formats)) or "none in the matrix"
-        eligible = [one for one in session.cells() if _here(session, one, cell) and _known_noise(session, one)]
-        if eligible and session.replay is not None:
-            return None, f"known noise not recorded ({', '.join(dict.fromkeys(one.format_id for one in eligible))})"
-        return None, f"no kernel known to be noisy is eligible here ({names})"
-    result = session.result(noisy)
-    where = f"{noisy.model_id}/{noisy.format_id}"
-    if isinstance(result, Missing) and result.verdict is Verdict.UNAVAILABLE:
-        return None, f"known noise not tried, {where} is UNAVAILABLE"
-    if not isinstance(result, Measured):
-        return False, f"known noise not tried: {where}"
-    found = repeat.repeat(result.observations, "decode", session.expectations(noisy))
-    if found.verdict is Verdict.UNAVAILABLE:
-        return None, f"known noise not tried, {found.message.removeprefix('UNAVAILABLE ')}"
-    caught = found.verdict is Verdict.NOISY
-    return caught, f"known noise {'caught' if caught else 'NOT SEEN'} in {where}"
-
-
-def _first(session: "Session", name: Name, cell: Cell) -> Cell | None:
-    return next((one for one in cells(session, name) if _here(session, one, cell)), None)
-
-
-def _here(session: "Session", one: Cell, cell: Cell) -> bool:
-    return _place(session, one) == _place(session, cell)
-
-
-def _place(session: "Session", cell: Cell) -> Place:
-    """Hardware, recorded vLLM version and engine: what is caught in one says nothing of the next."""
-    return cell.hardware_id, cell.vllm, session.matrix.engine_of(cell)
-
-
-def _known_noise(session: "Session", cell: Cell) -> bool:
-    row = session.expectations(cell).noise(cell, "decode")
-    return row is not None and row.outcome == "noisy"
+CONTROLS = pytest.StashKey[Controls]()

@@ -7,15 +7,6 @@ from quantdet.report.record import Records
 from quantdet.session.session import Session
 
 
-def _machine(session: Session) -> dict[str, str]:
-    machine = session.machine
-    gpus = ", ".join(f"{gpu.name} ({gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
-    return {
-        "hardware": ", ".join(machine.rows(session.matrix)), "cpu": machine.cpu_name, "gpu": gpus,
-        "memory": f"{machine.memory_gib:.0f} GiB", "vllm": session.software.vllm or "", "torch": session.software.torch or "",
-    }  # fmt: skip
-
-
 def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[str, str]]:
     """Every cell of the matrix: `tested`, or why not."""
     tested = {_cell(case["properties"]) for case in records.cases}

@@ -10,6 +10,7 @@ import pytest
 
 from quantdet.engines.child import faults
 from quantdet.matrix.cell import Cell
+from quantdet.session.option_table import OPTIONS
 
 # `bitflip` is a defect of the numbers, the others are faults of the engine's process.
 INJECTIONS = ("bitflip", "noise", *faults.KINDS)
@@ -34,45 +35,39 @@ class Options:
     fresh: bool = False
     inject: str = ""
     no_controls: bool = False
-    no_activations: bool = False
+    no_hidden_states: bool = False
     max_flip_rate: float | None = None
     report: Path | None = None
+
+
+_TYPES = {"integer": int, "number": float}
 
 
 def add(parser: pytest.Parser) -> None:
     """Declare the options."""
     group = parser.getgroup("quantdet", "determinism of quantized LLM inference")
-    group.addoption("--matrix", metavar="PATH", help="Matrix file (default: quant_matrix.toml of the suite)")
-    group.addoption("--hardware", metavar="ID", help="Collect only the cells of this hardware row")
-    group.addoption("--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip")
-    group.addoption(
-        "--ignore-native", action="store_true",
-        help="Run formats whose number format this chip does not multiply natively, e.g. NVFP4 W4A4 on Hopper; "
-        "what executes is reported",
-    )  # fmt: skip
-    group.addoption("--repeats", type=int, metavar="N", help="Calls of each request in an engine lifetime")
-    group.addoption(
-        "--max-flip-rate", type=float, metavar="P",
-        help="Repeat until no flip bounds the flip rate by P at 95 %% (0.05: 59 repeats, 0.01: 299), or until one is found",
-    )  # fmt: skip
-    group.addoption(
-        "--lifetimes", type=int, metavar="N", help="Engine lifetimes per cell; on CUDA the last one starts with cold caches"
-    )
-    group.addoption("--no-controls", action="store_true", help="Seed no defect; the report says that it is uncontrolled")
-    group.addoption("--no-activations", action="store_true", help="Take no hidden states, whatever the matrix says")
-    group.addoption("--store", metavar="DIR", help="Observations; finished cells found here are not measured again")
-    group.addoption("--fresh", action="store_true", help="Measure again what the store already has")
-    group.addoption(
-        "--replay", metavar="DIR", action="append",
-        help="Judge the observations in this folder; start no engine. May be given again: the folders are judged together",
-    )  # fmt: skip
-    group.addoption("--record", metavar="DIR", help="Copy what was measured into this folder of recordings")
-    group.addoption(
-        "--reference", metavar="DIR", action="append",
-        help="Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again",
-    )  # fmt: skip
-    group.addoption("--report", metavar="DIR", help="Write DIR/report.html, and a bug bundle for every NOISY or INVALID cell")
-    group.addoption("--allow-download", action="store_true", help="Fetch weights that are not here")
+    for option in OPTIONS:
+        text = option.help.replace("%", "%%")
+        if option.kind == "flag":
+            group.addoption(option.name, action="store_true", help=text)
+        else:
+            more = {"type": _TYPES[option.kind]} if option.kind in _TYPES else {}
+            action = "append" if option.many else "store"
+            group.addoption(option.name, action=action, metavar=option.metavar, help=text, **more)
+
+
+def again(config: pytest.Config) -> tuple[str, ...]:
+    """The options of this run that its verdicts depend on, as they are written on a command line."""
+    words: list[str] = []
+    for option in sorted(OPTIONS, key=lambda one: one.kind == "flag"):  # values first
+        given = config.getoption(option.name) if option.decides else None
+        if option.kind == "flag":
+            words += [option.name] if given else []
+        else:
+            words += [
+                f"{option.name}={value}" for value in (given if isinstance(given, list) else [given]) if value is not None
+            ]
+    return tuple(words)
 
 
 def parse(config: pytest.Config) -> Options:
@@ -140,7 +135,7 @@ def parse(config: pytest.Config) -> Options:
         fresh=config.getoption("--fresh"),
         inject=os.environ.get("QUANTDET_INJECT", ""),
         no_controls=config.getoption("--no-controls"),
-        no_activations=config.getoption("--no-activations"),
+        no_hidden_states=config.getoption("--no-hidden-states"),
         max_flip_rate=rate,
         report=report,
     )

@@ -86,7 +86,7 @@ class Scope:
         if self.replay is not None:
             return self.replay.activations(cell)
         eager = self.matrix.formats[cell.format_id].mode == "eager"
-        return eager and self.matrix.models[cell.model_id].activations and not self.options.no_activations
+        return eager and self.matrix.models[cell.model_id].activations and not self.options.no_hidden_states
 
     def engine_for(self, cell: Cell) -> process.EngineSpec:
         """Where the engine of the cell's format is."""

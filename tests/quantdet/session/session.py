@@ -5,7 +5,7 @@ Tests ask for results and judge them; this module remembers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -24,9 +24,6 @@ from quantdet.session.lost import Lost
 from quantdet.session.measuring import Measuring
 from quantdet.session.scope import Scope
 
-if TYPE_CHECKING:
-    from quantdet.session.controls import Place, Status
-
 
 @dataclass(repr=False)
 class Session(Scope):
@@ -36,7 +33,6 @@ class Session(Scope):
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     _controls: dict[tuple[Cell, str], Result] = field(default_factory=dict)
-    controls: "dict[Place, Status]" = field(default_factory=dict)
     _sequences: dict[tuple[str, str], Sequences] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

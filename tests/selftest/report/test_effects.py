@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantdet.judging.pairs import pair
-from quantdet.report import effects
+from quantdet.report import compared, effects
 from selftest.fakes.observation import observation
 
 AWQ, MARLIN, GPTQ = "awq", "awq_marlin", "gptq_marlin"
@@ -93,7 +93,7 @@ def test_the_published_prefill_matrix_prints_as_published() -> None:
 def test_the_published_metric_keeps_its_direction() -> None:
     """Whichever format's record comes first, and also where only one side was collected."""
     for records in (h100(), h100()[::-1], h100()[2:] + h100()[:1]):
-        place = effects.places(records, (AWQ, MARLIN, GPTQ))[0]
+        place = compared.places(records, (AWQ, MARLIN, GPTQ))[0]
         assert PUBLISHED == {ids: place.value("prefill_published", *ids) for ids in PUBLISHED}
 
 
@@ -132,7 +132,7 @@ def absent() -> list[dict[str, Any]]:
 
 def test_a_figure_that_is_not_there_is_blank() -> None:
     """Neither 0 nor taken from another phase; what was measured as 0 is told, and the others' number stands beside."""
-    place, said = effects.places(absent())[0], " ".join(text(absent()).split())
+    place, said = compared.places(absent())[0], " ".join(text(absent()).split())
 
     assert (None, None, 0.25) == (place.value("l2", "a", "b"), place.value("l2", "b", "a"), place.value("l2", "a", "c"))
     assert "published a b c a - 7.50e-01 b - 7.50e-01 c 7.50e-01 7.50e-01 -" in said
@@ -172,7 +172,7 @@ def test_formats_stand_in_the_order_of_the_matrix_file(order: tuple[str, ...]) -
     lines = text(h100(), order=order).splitlines()
 
     assert list(order) == [line.split()[0] for line in lines if line.startswith(("awq", "gptq"))][:3]
-    assert list(order) == effects.places(h100(), order)[0].formats
+    assert list(order) == compared.places(h100(), order)[0].formats
 
 
 NAMES = ("bf16", "awq_marlin_compiled", "gptq_machete_compiled", *(f"int{n}_w{n}a16_asym" for n in range(2, 40)))
@@ -220,7 +220,7 @@ def test_places_are_not_mixed() -> None:
     said = text(records)
     results = "\n".join(effects.comparison_results(records, 80))
 
-    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [one.where for one in effects.places(records)]
+    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [one.where for one in compared.places(records)]
     assert "own L2: off-diagonal mean 3.00e+00" in said
     assert "own L2: off-diagonal mean 4.00e+00" in said
     assert "sm90 0.12.0" in " ".join(results.split())
@@ -228,13 +228,13 @@ def test_places_are_not_mixed() -> None:
 
 def test_the_selected_of_many_get_their_matrix() -> None:
     """Each is compared with every other format; selected as the text says, two formats are shown without the rest."""
-    names = [f"f{i}" for i in range(effects.LIMIT + 1)]
+    names = [f"f{i}" for i in range(compared.LIMIT + 1)]
     every = cases(*(a_pair(a, b) for a, b in combinations(names, 2)))
 
     assert "a matrix is shown for up to 8, as with -k 'qwen3-8b and (f0 or f1)'" in " ".join(text(every).split())
-    (found,) = effects.places([one for one in every if one["properties"]["case.format"] in ("f0", "f1")])
+    (found,) = compared.places([one for one in every if one["properties"]["case.format"] in ("f0", "f1")])
     assert (["f0", "f1"], [("f0", "f1")]) == (found.formats, list(found.pairs))
-    (alone,) = effects.places([one for one in every if one["properties"]["case.format"] == "f0"])
+    (alone,) = compared.places([one for one in every if one["properties"]["case.format"] == "f0"])
     assert names == alone.formats
 
 

@@ -122,7 +122,7 @@ def test_controls_are_among_the_engines(suite: Suite) -> None:
         (("--max-flip-rate", "0.4", "--reference", "."), setting("awq", "noise"), "awq and prefill"),
         (("--store", "else where", "--matrix", "other.toml"), setting("awq", "noise"), "awq and decode"),
         (("--ignore-native", "--allow-download"), W4A4 + setting("w4a4", "noise"), "w4a4 and cpu-here and decode"),
-        (("--no-activations",), setting("awq", "noise"), "awq and cpu-here and decode"),
+        (("--no-hidden-states",), setting("awq", "noise"), "awq and cpu-here and decode"),
         (("INJECT",), "", "awq and cpu-here and decode"),
     ],
     ids=["hardware", "require", "lacking", "lifetimes", "rate", "store", "native", "layers", "injected"],

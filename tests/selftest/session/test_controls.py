@@ -99,7 +99,7 @@ def test_everything_that_had_to_be_caught_was(
     """A kernel that is known to be noisy has to show it too, where there is one; neither makes up for the other."""
     session: Any = Known(tmp_path, flip, noise)
 
-    found = controls.status(session, GPTQ)
+    found = controls.Controls(session).status(GPTQ)
 
     assert (caught, blind) == (found.caught, found.blind)
     assert text in found.text
@@ -113,7 +113,7 @@ def test_where_the_weights_of_the_first_cell_are_missing_the_judged_one_is_its_c
     session: Any = Known(tmp_path, CAUGHT, ABSENT)
     session.control = lambda cell, kind: ABSENT if cell == BF16 else CAUGHT
 
-    found = controls.status(session, GPTQ)
+    found = controls.Controls(session).status(GPTQ)
 
     assert (True, False) == (found.caught, found.blind)
     assert "bit flip caught in alpha/gptq; known noise not tried, alpha/awq is UNAVAILABLE" == found.text
@@ -123,8 +123,10 @@ def test_controls_are_tried_once(tmp_path: Path) -> None:
     """And for their own hardware only."""
     session: Any = Known(tmp_path, CAUGHT, NOISY)
 
-    first, again = controls.status(session, GPTQ), controls.status(session, AWQ)
-    elsewhere = controls.status(session, replace(GPTQ, hardware_id="cpu-elsewhere"))
+    known = controls.Controls(session)
+
+    first, again = known.status(GPTQ), known.status(AWQ)
+    elsewhere = known.status(replace(GPTQ, hardware_id="cpu-elsewhere"))
 
     assert first is again
     assert [str(AWQ), f"control of {BF16}"] == session.calls
@@ -136,8 +138,10 @@ def test_nothing_is_seeded_where_nobody_wants_it(tmp_path: Path) -> None:
     session: Any = Known(tmp_path, CAUGHT, NOISY)
     session.options.no_controls = True
 
-    assert (None, "uncontrolled: --no-controls") == ((found := controls.status(session, GPTQ)).caught, found.text)
-    assert [] == session.calls == controls.cells(session, "bit_flip")
+    known = controls.Controls(session)
+
+    assert (None, "uncontrolled: --no-controls") == ((found := known.status(GPTQ)).caught, found.text)
+    assert [] == session.calls == known.cells("bit_flip")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_each_hardware_has_one_cell_of_each_control(tmp_path: Path, name: Any, w
     """The first that will do: exact ones for a flip, integers for an integer, known noise for noise."""
     session: Any = Known(tmp_path, CAUGHT, NOISY)
 
-    assert [wanted] == controls.cells(session, name)
+    assert [wanted] == controls.Controls(session).cells(name)
 
 
 def case(controlled: str, runs: int = 5, verdict: str = "BIT_EXACT", hardware: str = "sm90", **more: str) -> dict[str, Any]:

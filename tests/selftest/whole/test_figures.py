@@ -25,11 +25,11 @@ from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
 from quantdet.observations.header import Activations
 from quantdet.observations.observation import Observation
-from quantdet.report import confidence, effects, reexecution, speed, terminal
+from quantdet.report import compared, confidence, reexecution, speed, terminal
 from quantdet.report.html import reexecutions
 from quantdet.session import session
 from quantdet.session.cases import judge
-from quantdet.session.controls import _noise
+from quantdet.session.controls import Controls
 from selftest.fakes.observation import observation
 
 # Fields whose default is 0, and why that is no figure that nobody computed.
@@ -291,11 +291,11 @@ def test_a_share_is_told_where_it_is_zero_and_left_out_where_it_is_not() -> None
 
 def test_absent_figures_are_counted_and_in_no_mean() -> None:
     """Neither 0 nor left out without a word."""
-    found = effects.Spread.of([1.0, None, 3.0, float("inf")])
+    found = compared.Spread.of([1.0, None, 3.0, float("inf")])
 
     assert (4, 1, 1, 2.0, 1.0, 3.0) == dataclasses.astuple(found)
     assert "mean 2.00e+00 over the 2 finite, range [1.00e+00, 3.00e+00]; 1 of 4 pairs have no figure" in str(found)
-    assert "no figure of any pair" == str(effects.Spread.of([None, None]))
+    assert "no figure of any pair" == str(compared.Spread.of([None, None]))
 
 
 def test_no_verdict_is_no_count() -> None:
@@ -308,11 +308,11 @@ def test_known_noise_that_could_not_be_asked_is_not_missed(monkeypatch: pytest.M
     cell = Cell("alpha", "awq", "cpu-here")
     whole = observation("awq")
     one = once(Observation(whole.header.model_copy(update={"evidence": "reported"}), whole.prompts))
-    monkeypatch.setattr("quantdet.session.controls._first", lambda session, name, cell: cell)
+    monkeypatch.setattr(Controls, "_first", lambda self, name, cell: cell)
     known: Any = type(
         "Known", (), {"result": lambda self, cell: Measured((one,)), "expectations": lambda self, cell: Expectations(())}
     )
-    caught, text = _noise(known(), cell)
+    caught, text = Controls(known())._noise(cell)
 
     assert caught is None
     assert text.startswith("known noise not tried, alpha/awq/cpu-here decode: needs two runs of a request, have one")

@@ -32,8 +32,8 @@ def test_cells_of_models_that_ask_are_judged(suite: Suite, pytester: pytest.Pyte
 
 
 def test_without_them_nothing_is_taken(suite: Suite) -> None:
-    """--no-activations."""
-    run = suite("-k", "beta", "--no-activations", "--record", "r", matrix=ASKED)
+    """--no-hidden-states."""
+    run = suite("-k", "beta", "--no-hidden-states", "--record", "r", matrix=ASKED)
 
     assert 0 == run.code, run.output
     assert not [name for name in run.cases if name.startswith("test_activations")]

@@ -1,5 +1,6 @@
 """`--store DIR` with an existing DIR outside the checkout is an option and its value, not a test path."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantdet import rootdir
-from quantdet.session import options
+from quantdet.session import option_table, options
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -21,24 +22,23 @@ def test_joined_binds_values_to_path_options() -> None:
 
 
 def test_every_path_option_is_known() -> None:
-    """An option that takes a path and is not joined would be misread: the two lists may not drift apart."""
+    """An option that takes a path and is not joined would be misread: parser and entry point read one table."""
+    found: dict[str, object] = {}
 
-    class Group:
-        def __init__(self) -> None:
-            self.paths: set[str] = set()
-
-        def addoption(self, name: str, **kwargs: object) -> None:
-            if kwargs.get("metavar") in ("DIR", "PATH"):
-                self.paths.add(name)
-
-    class Parser(Group):
-        def getgroup(self, *args: object) -> Group:
+    class Parser:
+        def getgroup(self, *args: object) -> "Parser":
             return self
 
-    parser = Parser()
-    options.add(parser)  # type: ignore[arg-type]
+        def addoption(self, name: str, **kwargs: object) -> None:
+            found[name] = kwargs.get("metavar")
 
-    assert {"--matrix", "--store"} <= parser.paths <= set(rootdir.PATH_OPTIONS)
+    options.add(Parser())  # type: ignore[arg-type]
+
+    paths = {name for name, metavar in found.items() if metavar in ("DIR", "PATH", "FILE")}
+    assert {"--matrix", "--store"} <= paths == set(option_table.PATHS)
+    assert {option.attribute for option in option_table.OPTIONS} <= {
+        field.name for field in dataclasses.fields(options.Options)
+    }
 
 
 def test_other_projects_are_left_alone(tmp_path: Path) -> None:

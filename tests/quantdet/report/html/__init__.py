@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from quantdet.report.html import data, gather
-from quantdet.session.session import SESSION
+from quantdet.report.record import RECORDS
+from quantdet.report.run import RUN
 
 PAGE = "report.html"
 _WRITTEN = pytest.StashKey[str]()
@@ -16,11 +17,13 @@ _WRITTEN = pytest.StashKey[str]()
 def finish(session: pytest.Session) -> None:
     """Write data and page; on the controller only."""
     config = session.config
-    folder = config.stash[SESSION].options.report
-    if folder is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
+    run = config.stash.get(RUN, None)
+    if run is None or run.report is None or config.getoption("collectonly"):
         return
     try:
-        config.stash[_WRITTEN] = f"report: {render(data.write(gather.gather(config, folder), folder))}"
+        config.stash[_WRITTEN] = (
+            f"report: {render(data.write(gather.gather(run, config.stash[RECORDS], run.report), run.report))}"
+        )
     except Exception as error:  # the JUnit file is written after it; a run that lost what it was asked for is not green
         if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from quantdet.metrics.classes import equivalence_classes
-from quantdet.report import effects, printed
+from quantdet.report import compared, printed
+from quantdet.report.compared import Compared
 from quantdet.report.html import svg
 from quantdet.report.html.data import Case
-from quantdet.report.html.verdicts import Place, Tag, place, short, tag
+from quantdet.report.html.verdicts import Column, Tag, place, short, tag
 from quantdet.report.tables import nats
 
 # (name, field of a pair, what it is)
@@ -47,7 +48,7 @@ class Heat:
 
 def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.Scale]:
     """Every place where formats were compared, and the scale of all maps."""
-    places = effects.places(cases, order)
+    places = compared.places(cases, order)
     scale = svg.Scale.of(
         one.value(field, a, b)
         for one in places
@@ -61,7 +62,7 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
         maps = []
         for name, field, about in _maps(one):
 
-            def value(a: str, b: str, one: effects.Place = one, field: str = field) -> float | None:
+            def value(a: str, b: str, one: Compared = one, field: str = field) -> float | None:
                 return one.value(field, a, b)
 
             title = f"{name} distances, {one.where} ({about})"
@@ -85,7 +86,7 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
     return made, scale
 
 
-def _maps(one: effects.Place) -> list[tuple[str, str, str]]:
+def _maps(one: Compared) -> list[tuple[str, str, str]]:
     """What pairs have figures of; the suite's own metric on common steps in place of that on forced tokens."""
     found = [row for row in MAPS if one.told(row[1])]
     return found if one.told("l2") or not one.told(_OWN[1]) else [*found, _OWN]
@@ -95,7 +96,7 @@ def _figures(formats: list[str], value: svg.Value) -> list[list[str]]:
     return [["\N{EN DASH}" if a == b else nats(value(a, b)) for b in formats] for a in formats]
 
 
-def _steps(one: effects.Place, formats: list[str]) -> list[tuple[str, list[list[str]]]]:
+def _steps(one: Compared, formats: list[str]) -> list[tuple[str, list[list[str]]]]:
     """The matrix of each reference whose decode has a figure step by step of every pair."""
     made = []
     for id_ in printed.whole(one):
@@ -112,7 +113,7 @@ class Equal:
     """Which (format, place) of a model gave the same logits: a row is a class, a column a place."""
 
     model: str
-    places: list[Place]
+    places: list[Column]
     classes: list[list[list[str]]]
     everywhere: int
     compared: int
@@ -122,9 +123,9 @@ class Equal:
 
 def equal(cases: Sequence[Case]) -> list[Equal]:
     """Models that were measured at two places or more."""
-    shas: dict[str, dict[tuple[str, Place], dict[str, str]]] = {}
+    shas: dict[str, dict[tuple[str, Column], dict[str, str]]] = {}
     weights: dict[tuple[str, str], set[str]] = {}
-    noisy: set[tuple[str, str, Place]] = set()
+    noisy: set[tuple[str, str, Column]] = set()
     for case in cases:
         p = case["properties"]
         if case["test"] != "test_repeat" or not p.get("logits.sha256"):
@@ -139,7 +140,7 @@ def equal(cases: Sequence[Case]) -> list[Equal]:
         places = list(dict.fromkeys(where for _, where in known))
         if len(places) < 2:
             continue
-        classes: dict[tuple[str, str], dict[Place, list[str]]] = {}
+        classes: dict[tuple[str, str], dict[Column, list[str]]] = {}
         for (format_, where), phases in known.items():
             key = (phases.get("decode", ""), phases.get("prefill", ""))
             mark = "~" if (model, format_, where) in noisy else ""

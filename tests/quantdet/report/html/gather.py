@@ -8,61 +8,51 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pytest
-
 from quantdet.report import entries, junit, rerun
 from quantdet.report.html.data import SCHEMA, Case, Data, ordered
-from quantdet.report.record import RECORDS
-from quantdet.session.coverage import _machine, coverage
-from quantdet.session.session import SESSION
+from quantdet.report.record import Records
+from quantdet.report.run import Run
 
 # Suite properties that the page makes itself from the cases, or shows in another way.
 _APART = ("effects.", "snr.", "identification", "env.", "unexpected", "hardware", "replay")
 
 
-def gather(config: pytest.Config, folder: Path) -> Data:
+def gather(run: Run, records: Records, folder: Path) -> Data:
     """What a page in `folder` is rendered from."""
-    session, records = config.stash[SESSION], config.stash[RECORDS]
-    matrix = session.matrix
-    order = {"model": list(matrix.models), "format": list(matrix.formats), "hardware": list(matrix.hardware)}
-    roots = (session.replay.folders if session.replay is not None else ()) or (session.options.store,)
-    root = config.rootpath.resolve()
+    order = {"model": list(run.models), "format": list(run.formats), "hardware": list(run.hardware)}
+    root = run.root.resolve()
     cases = []
     known = ordered(records.cases, order)
-    commands = {case["nodeid"]: rerun.entry(config, found) for found in entries.of(known) for case in found.cases}
+    commands = {case["nodeid"]: rerun.entry(run, found) for found in entries.of(known) for case in found.cases}
     for case in known:
         properties = {name: value for name, value in case["properties"].items() if not name.startswith("pair.")}
         evidence = dict(case.get("evidence") or {})
         row: Case = {**case, "message": _inside(case["message"], root), "properties": properties, "evidence": evidence}
-        row["link"] = _link(properties.get("observation", ""), roots, folder)
+        row["link"] = _link(properties.get("observation", ""), run.evidence, folder)
         row["detail"] = "" if case["expected"] else _inside(case["detail"], root)
         row["cause"] = case["cause"] and {name: _inside(text, root) for name, text in case["cause"].items()}
         row["command"] = commands.get(case["nodeid"], "")  # of the whole entry
         cases.append(row)
-    run: dict[str, Any] = {
+    about: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cut": records.cut,
-        "mode": "live" if session.replay is None else "replay",
-        "replay": [_relative(path, root) for path in roots] if session.replay is not None else [],
-        "machine": _machine(session),
-        "asked": session.options.hardware or "",
-        "suite": {name: _inside(text, root) for name, text in junit.properties(config) if not name.startswith(_APART)},
-        "junit": _junit(config, folder),
-        "titles": {
-            "model": {name: row.title for name, row in matrix.models.items()},
-            "format": {name: row.title for name, row in matrix.formats.items()},
-            "hardware": {name: row.title for name, row in matrix.hardware.items()},
-        },
+        "mode": "replay" if run.replay else "live",
+        "replay": [_relative(path, root) for path in run.replay],
+        "machine": dict(run.machine),
+        "asked": run.asked,
+        "suite": {name: _inside(text, root) for name, text in junit.properties(run, records) if not name.startswith(_APART)},
+        "junit": "" if run.junit is None else _address(run.junit, folder),
+        "titles": {"model": dict(run.models), "format": dict(run.formats), "hardware": dict(run.hardware)},
         "environments": _environments(cases),
-        "coverage": [{name: _inside(text, root) for name, text in row.items()} for row in coverage(matrix, session, records)],
+        "coverage": [{name: _inside(text, root) for name, text in row.items()} for row in run.coverage],
     }
     skipped = [{"nodeid": nodeid, "reason": _inside(reason, root)} for nodeid, reason in sorted(records.skipped)]
     broken = [
-        {"nodeid": nodeid, "text": _inside(text, root), "command": rerun.command(config, nodeid)}
+        {"nodeid": nodeid, "text": _inside(text, root), "command": rerun.command(run, nodeid)}
         for nodeid, text in sorted(records.broken)
     ]
-    return Data(run, cases, skipped, broken)
+    return Data(about, cases, skipped, broken)
 
 
 def _environments(cases: list[Case]) -> list[dict[str, Any]]:
@@ -92,14 +82,6 @@ def _link(observation: str, roots: Iterable[Path], folder: Path) -> str:
         if observation and (root / observation).is_dir():
             return _address(root / observation, folder)
     return ""
-
-
-def _junit(config: pytest.Config, folder: Path) -> str:
-    given = config.getoption("xmlpath", None)
-    if not given:
-        return ""
-    path = Path(config.invocation_params.dir, os.path.expanduser(os.path.expandvars(given)))
-    return _address(path.resolve(), folder)
 
 
 def _address(path: Path, folder: Path) -> str:

@@ -60,7 +60,7 @@ def tag(case: Case | None) -> Tag | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class Column:
     """Where: a hardware row, and the vLLM version where a run has several of it."""
 
     hardware: str
@@ -70,8 +70,8 @@ class Place:
         return f"{self.hardware}, vLLM {self.vllm}" if self.vllm else self.hardware
 
 
-def place(case: Case) -> Place:
-    return Place(case["properties"]["case.hardware"], case["properties"].get("case.vllm", ""))
+def place(case: Case) -> Column:
+    return Column(case["properties"]["case.hardware"], case["properties"].get("case.vllm", ""))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Table:
     """The matrix of one model; the column `kernel`, which every one has, holds what ran and opens the evidence."""
 
     model: str
-    places: list[Place]
+    places: list[Column]
     columns: list[str]
     rows: list[tuple[str, list[Entry | None]]]
 
@@ -114,7 +114,7 @@ def tables(cases: Sequence[Case]) -> list[Table]:
             models.setdefault(case["properties"]["case.model"], []).append(case)
     made = []
     for model, group in models.items():
-        cells: dict[tuple[str, Place], dict[str, Case]] = {}
+        cells: dict[tuple[str, Column], dict[str, Case]] = {}
         for case in group:
             name = case["test"].removeprefix("test_")
             phase = case["properties"]["case.phase"]
@@ -209,13 +209,13 @@ class Kernels:
     """Which kernels ran in which layers, of one model at one place."""
 
     model: str
-    where: Place
+    where: Column
     rows: list[tuple[str, str, Tag, list[tuple[str, str]], str, str]]
 
 
 def kernels(cases: Sequence[Case]) -> list[Kernels]:
     """Format, requested, verdict, `(executed, layers)`, attention and mode."""
-    found: dict[tuple[str, Place], Kernels] = {}
+    found: dict[tuple[str, Column], Kernels] = {}
     for case in cases:
         known = tag(case)
         if case["test"] != "test_kernel" or not case["evidence"].get("layers") or known is None:

@@ -13,7 +13,8 @@ from quantdet.observations.claims import Claim, check
 from quantdet.observations.observation import ObservationError
 from quantdet.report import elsewhere
 from quantdet.report.record import DECLARED, cell_of, place_of
-from quantdet.session import controls, questions, reexecution
+from quantdet.session import questions, reexecution
+from quantdet.session.controls import Controls
 from quantdet.session.session import Session
 from quantdet.untrusted import plain
 
@@ -37,7 +38,7 @@ MARKERS = (
 )
 
 
-def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
+def parametrize(metafunc: pytest.Metafunc, session: Session, controls: Controls) -> None:
     """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
     if {"claim", "judge"} <= set(metafunc.fixturenames):
         claims = session.references.claims(verifiers(session))
@@ -51,7 +52,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
         return
     cells = session.cells()
     if (control := metafunc.definition.get_closest_marker("control")) is not None:
-        cells = controls.cells(session, control.args[0])
+        cells = controls.cells(control.args[0])
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("hidden_states"):
@@ -151,7 +152,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         item.user_properties.extend(case_properties(item, cell, session))
         if cell not in reasons:
             reasons[cell] = _reason(cell, session)
-        reason = reasons[cell] if item.get_closest_marker("control") is None else None  # `controls.cells` has asked already
+        reason = reasons[cell] if item.get_closest_marker("control") is None else None  # `Controls.cells` has asked already
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:

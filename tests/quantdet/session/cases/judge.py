@@ -18,7 +18,8 @@ from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
 from quantdet.report.record import EVIDENCE, JUDGEMENT
 from quantdet.report.tables import figure
-from quantdet.session import bundles, controls, questions, reexecution
+from quantdet.session import bundles, questions, reexecution
+from quantdet.session.controls import Controls, Name, cause_of
 from quantdet.session.session import Session
 
 # Every case that ran has these properties, in this order; "" where a figure does not apply.
@@ -35,6 +36,7 @@ class Judge:
     """Judges one test's cell. Every method raises unless the verdict is what the matrix expects."""
 
     session: Session
+    controls: Controls
     item: pytest.Item
 
     def repeat(self, cell: Cell, phase: Phase) -> None:
@@ -57,7 +59,7 @@ class Judge:
         """BIT_EXACT with what is known of its hardware's controls; INVALID where a turned-over bit was not seen."""
         if judgement.verdict is not Verdict.BIT_EXACT:
             return judgement
-        status = controls.status(self.session, cell)
+        status = self.controls.status(cell)
         words = {True: "yes", False: "missed", None: "no"}
         figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
         if status.blind:
@@ -66,7 +68,7 @@ class Judge:
             return Judgement(Verdict.INVALID, text, False, figures, judgement.text, cause=status.cause)
         return replace(judgement, figures=figures)
 
-    def control(self, cell: Cell, name: controls.Name) -> None:
+    def control(self, cell: Cell, name: Name) -> None:
         """A control of the cell's hardware: what was seeded is found, what is the same is the same."""
         if name == "known_noise":
             observations = self._measured(cell)
@@ -85,7 +87,7 @@ class Judge:
                 self._missing(cell, result)
         if name == "bit_flip":
             found = control_judgements.bit_flip(seeded)
-            self._say(replace(found, cause=controls.cause_of(found, cell)), (seeded,))
+            self._say(replace(found, cause=cause_of(found, cell)), (seeded,))
         else:
             (own, *_) = self._measured(cell)
             compare = control_judgements.same_weights if name == "same_weights" else control_judgements.one_integer
@@ -160,7 +162,7 @@ class Judge:
         judgement = answer(case, row, results, self.session.expectations, self.session.compare, spreads)
         self._available(case, judgement)
         cause = next(filter(None, map(self._cause, results)), None)
-        known = [controls.status(self.session, cell) for cell, found in results.items() if isinstance(found, Measured)]
+        known = [self.controls.status(cell) for cell, found in results.items() if isinstance(found, Measured)]
         if blind := [status for status in known if status.blind]:
             text = f"INVALID {case}: no seeded difference was seen on this hardware: {judgement.message}"
             judgement, cause = Judgement(Verdict.INVALID, text, False, judgement.figures), cause or blind[0].cause

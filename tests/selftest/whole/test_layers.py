@@ -1,0 +1,110 @@
+"""The house: imports go down from room to room and never in a circle; what is seeded against that is noticed."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from selftest.fakes.matrix import ROOT, TESTS
+
+PACKAGE = TESTS / "quantdet"
+MOST_LINES, MOST_OF_A_FUNCTION = 300, 60
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of every module."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(("quantdet", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"), path
+
+
+def imports(text: str, known: set[str]) -> set[str]:
+    """Modules of the suite that a module imports anywhere, for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & known) or ({node.module} & known)
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of circles of imports, and between them; none if there is none.
+
+    Taken away, until nothing more can be: a module that imports none of the rest, and one that none of the rest imports.
+    """
+    left = {name: set(others) - {name} for name, others in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        left_over = {name: others & left.keys() for name, others in left.items() if others & left.keys() and name in imported}
+        if left_over == left:
+            return sorted(left)
+        left = left_over
+
+
+def contract(tests: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter, over the package in the folder `tests`, with the contract of pyproject.toml."""
+    pytest.importorskip("importlinter")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    return subprocess.run(
+        [*command, "--config", str(ROOT / "pyproject.toml")], cwd=tests, env={"PYTHONPATH": str(tests)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_rooms_import_downwards() -> None:
+    """plugin, session, report, judging beside engines and checkpoints, observations, matrix beside metrics, untrusted."""
+    run = contract(TESTS)
+
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("report/tables.py", "from quantdet.session.session import Session", "quantdet.report is not allowed to import"),
+        ("judging/pairs.py", "from quantdet.engines.plan import Plan", "quantdet.judging is not allowed to import"),
+        ("metrics/bits.py", "from quantdet.matrix.cell import Cell", "quantdet.metrics is not allowed to import"),
+        ("observations/store.py", "from quantdet.judging.verdicts import Verdict", "quantdet.observations is not allowed"),
+        ("attic/__init__.py", "", "attic"),
+    ],
+    ids=["report-to-session", "judging-to-engines", "metrics-to-matrix", "observations-to-judging", "a-room-of-its-own"],
+)
+def test_an_import_upwards_is_noticed(tmp_path: Path, file: str, line: str, words: str) -> None:
+    """And one between rooms that stand side by side, and a room that the contract does not know."""
+    shutil.copytree(PACKAGE, tmp_path / "quantdet", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "quantdet" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + f"\n{line}\n", encoding="utf-8")
+
+    run = contract(tmp_path)
+
+    assert run.returncode == 1
+    assert words in run.stdout
+
+
+def test_no_circle_of_imports() -> None:
+    """Between modules, imports that only type checkers follow included."""
+    known = dict(modules())
+
+    assert [] == circle({name: imports(path.read_text(encoding="utf-8"), set(known)) for name, path in known.items()})
+
+
+def test_a_circle_is_seen() -> None:
+    """However long, and nothing is one that only leads to it or away from it."""
+    assert ["a", "b", "c"] == circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set(), "e": {"a"}})
+    assert [] == circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_modules_and_functions_can_be_read_at_once() -> None:
+    """A file of at most 300 lines, a function of at most 60."""
+    long = [f"{name}: {lines} lines" for name, path in modules() if (lines := len(path.read_text().splitlines())) > MOST_LINES]
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > MOST_OF_A_FUNCTION:
+                long.append(f"{name}.{node.name}: {lines} lines")
+
+    assert [] == long
