@@ -1,7 +1,7 @@
 """Engines: a plan in, an observation out. Each runs in a child process of its own (`quantdet.engines.process.process`)."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +38,14 @@ class PlannedPrompt:
 class Plan:
     """All that an engine lifetime has to do; JSON-able, since it crosses a process boundary.
 
+    `identity` are the header fields that are known before the run (`quantdet.observations.header.Header`).
     `claims` are requests whose generated tokens a recording keeps for re-execution: `claim_tokens` each, `claim_top_k`
-    logprobs. `identity` are the header fields that are known before the run (`quantdet.observations.observation.Header`).
+    logprobs.
+    `spawn`: the process is a fresh interpreter, not a fork of the preloaded server. `cold`: environment variables that name
+    folders of compiled kernels, each of which is made empty. `hides`: instruction sets that torch then denies.
+    `onednn_fp8` False: torch's own CPU code multiplies FP8. `least_repeats`: repeats that are made even if one differs, where
+    `repeats` bounds a flip rate. `hidden_states`: they are taken too. `architecture`: compute capability or gfx name that the
+    device has to have. `device`, `packages`: of the transformers engine, "cpu" or "cuda", and what the format needs.
     """
 
     identity: dict[str, Any]
@@ -55,7 +61,15 @@ class Plan:
     claims: tuple[PlannedPrompt, ...] = ()
     claim_tokens: int = 0
     claim_top_k: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    spawn: bool = False
+    cold: tuple[str, ...] = ()
+    hides: tuple[str, ...] = ()
+    onednn_fp8: bool | None = None
+    least_repeats: int | None = None
+    hidden_states: bool = False
+    architecture: str | None = None
+    device: str | None = None
+    packages: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -68,7 +82,7 @@ class Plan:
                 PlannedPrompt(**{**p, "token_ids": tuple(p["token_ids"]), "forced_ids": tuple(p["forced_ids"])})
                 for p in raw[name]
             )
-        return cls(**raw)
+        return cls(**raw | {name: tuple(raw[name]) for name in ("cold", "hides", "packages")})
 
     @property
     def claiming(self) -> "Plan":

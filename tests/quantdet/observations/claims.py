@@ -30,16 +30,16 @@ class Sequences:
     workload: Workload
     index: dict[tuple[int, ...], int]
     top_k: int
-    activations: bool = False  # whether some claim carries fingerprints of its hidden states
+    hidden_states: bool = False  # whether some claim carries fingerprints of its hidden states
 
     @classmethod
     def of(cls, claims: Iterable[Observation]) -> "Sequences":
         """Sequences in the order in which the claims bring them."""
         index: dict[tuple[int, ...], int] = {}
         starts: dict[tuple[int, ...], int] = {}
-        top_k, activations = 2, False
+        top_k, hidden = 2, False
         for claim in claims:
-            activations |= claim.hidden is not None and bool(claim.hidden.fingerprints)
+            hidden |= claim.hidden is not None and bool(claim.hidden.fingerprints)
             top_k = max(top_k, claim.header.claim_top_k)
             for c in range(len(claim.claims)):
                 ids = sequence(claim, c)
@@ -49,7 +49,7 @@ class Sequences:
         digest = hashlib.sha256()
         for ids in index:
             digest.update(np.asarray([len(ids), *ids], "<i4").tobytes())
-        return cls(Workload("reexecution", digest.hexdigest(), prompts), index, top_k, activations)
+        return cls(Workload("reexecution", digest.hexdigest(), prompts), index, top_k, hidden)
 
 
 def sequence(claim: Observation, c: int) -> tuple[int, ...]:

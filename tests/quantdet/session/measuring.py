@@ -72,7 +72,7 @@ class Measuring:
             device=variables_for(scope.machine, scope.matrix.hardware[cell.hardware_id], scope.software, ranks),
             vllm_version=scope.software.vllm or "0", engine=scope.engine_name(cell),
             repeats=scope.options.repeats, max_flip_rate=scope.options.max_flip_rate, inject=scope.inject,
-            claimed=self._claims(cell) if given is None else None, activations=given is None and scope.activations(cell),
+            claimed=self._claims(cell) if given is None else None, hidden_states=given is None and scope.hidden_states(cell),
         )  # fmt: skip
         return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 

@@ -1,7 +1,7 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,11 @@ from quantdet.matrix import workload
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.matrix import Matrix
 from quantdet.matrix.pins import filled
-from quantdet.matrix.rows import ONLINE, EngineCall, Format, Model
+from quantdet.matrix.rows import ONLINE, Claims, EngineCall, Format, Model
 from quantdet.metrics import bounds
 from quantdet.observations import store
 from quantdet.observations import trace as traces
 from quantdet.observations.claims import ROLE
-
-
-def verifying(plan: Plan, dtype: str, top_k: int, *, activations: bool = False) -> Plan:
-    """`plan` in `dtype`, but every request once and for its prefill; the one token that is generated is not looked at.
-
-    `activations`: with fingerprints of the hidden states, in an eager cell.
-    """
-    changes = {"repeats": 1, "decode_tokens": 1, "top_k": top_k, "role": ROLE, "dtype": dtype}
-    args = {**plan.args, "max_logprobs": max(top_k, int(plan.args.get("max_logprobs", 0)))}
-    identity = {**plan.identity, **changes, "engine_args": args}
-    identity.pop("max_flip_rate", None)  # decides repeats, of which there are none here
-    extra = {name: value for name, value in plan.extra.items() if name not in ("least_repeats", "activations")}
-    if activations and plan.args.get("enforce_eager"):
-        extra["activations"] = True
-    return replace(
-        plan, identity=identity, args=args, dtype=dtype, repeats=1, decode_tokens=1, top_k=top_k, claims=(), extra=extra
-    )
-
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
@@ -72,60 +54,92 @@ def key_of(plan: Plan, lifetime: int) -> str:
     Without the checkpoint's source: its hashes say what was measured, wherever that is from. They decide its numbers too.
     """
     identity = {name: value for name, value in plan.identity.items() if name not in ("checkpoint_source", "numbers")}
-    extra = {name: value for name, value in plan.extra.items() if name != "architecture"}
-    return store.key_of({**identity, "lifetime": lifetime, "measurement": MEASUREMENT, "extra": extra})
+    more = {"lifetime": lifetime, "measurement": MEASUREMENT, "extra": _beside_the_identity(plan)}
+    return store.key_of({**identity, **more})
+
+
+def _beside_the_identity(plan: Plan) -> dict[str, Any]:
+    """What else of a plan is in its key: by the names, and only where it is asked for, as the first stores have it."""
+    found: dict[str, Any] = {"spawn": plan.spawn}
+    found |= {} if plan.onednn_fp8 is None else {"onednn_fp8": plan.onednn_fp8}
+    found |= {"hide": list(plan.hides)} if plan.hides else {}
+    found |= {} if plan.least_repeats is None else {"least_repeats": plan.least_repeats}
+    found |= {"activations": True} if plan.hidden_states else {}
+    found |= {"cold": list(plan.cold)} if plan.cold else {}
+    found |= {} if plan.device is None else {"device": plan.device, "packages": list(plan.packages)}
+    return found
+
+
+@dataclass
+class _Call:
+    """How the engine of a cell is called: its arguments, its environment, and what of that is the cell's own."""
+
+    args: dict[str, Any]
+    env: dict[str, str]
+    own: dict[str, str]
+    onednn_fp8: bool | None = None
+
+
+def _call(cell: Cell, matrix: Matrix, vllm_version: str, device: dict[str, str]) -> _Call | str:
+    """Arguments and environment by the matrix's rows, or why there are none: no way to use the kernel."""
+    format_, model = matrix.formats[cell.format_id], matrix.models[cell.model_id]
+    vllm = format_.engine == "vllm"
+    call: EngineCall = matrix.engine if vllm else matrix.transformers
+    args: dict[str, Any] = {**call.args, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
+    made = _Call(args, {}, {**device, **matrix.hardware[cell.hardware_id].limits})
+    if vllm and format_.kernel not in ("auto", "unquantized"):
+        pin = matrix.pin_for(format_, vllm_version, model)
+        if pin is None or pin.unsupported:
+            need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
+            return f"{need}, have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
+        made.args |= filled(pin.args, model.group_size)
+        made.own |= pin.env
+    for setting in matrix.settings(cell):
+        made.args |= filled(setting.args, model.group_size)
+        made.own |= setting.env
+        made.onednn_fp8 = made.onednn_fp8 if setting.onednn_fp8 is None else setting.onednn_fp8
+    made.env = {**call.env, **made.own}
+    return made
+
+
+def _lengths(cell: Cell, matrix: Matrix, work: workload.Workload, claimed: workload.Workload | None) -> dict[str, Any]:
+    """vLLM's arguments that follow from the requests."""
+    run, claims = matrix.run_for(cell), matrix.models[cell.model_id].claims
+    text, top_k = work.has_text, run.top_k
+    length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
+    if claims is not None and claimed is not None:
+        asked = matrix.engine.max_text_tokens if claimed.has_text else workload.max_tokens(claimed)
+        length, top_k = max(length, asked + claims.decode_tokens), max(top_k, claims.top_k)
+        text = text or claimed.has_text
+    return {
+        "skip_tokenizer_init": not text, "max_model_len": length, "max_num_batched_tokens": max(2048, length),
+        "max_logprobs": top_k, "tensor_parallel_size": matrix.tensor_parallel_size(cell),
+    }  # fmt: skip
 
 
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
     device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
-    activations: bool = False,
+    hidden_states: bool = False,
 ) -> Plan | str:  # fmt: skip
     """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
 
     `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
     `claimed`: the workload of the model's claims, if they are to be recorded.
-    `activations`: whether hidden states are taken too.
+    `hidden_states`: whether they are taken too.
     """
-    format_, run = matrix.formats[cell.format_id], matrix.run_for(cell)
-    row = matrix.hardware[cell.hardware_id]
-    kind = row.kind
+    format_, run, row = matrix.formats[cell.format_id], matrix.run_for(cell), matrix.hardware[cell.hardware_id]
     vllm, model = format_.engine == "vllm", matrix.models[cell.model_id]
-    call: EngineCall = matrix.engine if vllm else matrix.transformers
-    args: dict[str, Any] = {**call.args, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
-    own: dict[str, str] = {**(device or {}), **row.limits}
-    if vllm and format_.kernel not in ("auto", "unquantized"):
-        pin = matrix.pin_for(format_, vllm_version, model)
-        if pin is None or pin.unsupported:
-            need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
-            return f"{need}, have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
-        args |= filled(pin.args, model.group_size)
-        own |= pin.env
-    settings: dict[str, bool] = {}
-    for setting in matrix.settings(cell):
-        args |= filled(setting.args, model.group_size)
-        own |= setting.env
-        settings |= {} if setting.onednn_fp8 is None else {"onednn_fp8": setting.onednn_fp8}
-    text = work.has_text
-    length = (matrix.engine.max_text_tokens if text else workload.max_tokens(work)) + run.decode_tokens
     claims = model.claims if claimed is not None else None
-    if claims is not None and claimed is not None:
-        asked = matrix.engine.max_text_tokens if claimed.has_text else workload.max_tokens(claimed)
-        length = max(length, asked + claims.decode_tokens)
-        text = text or claimed.has_text
-    if vllm:
-        args |= {
-            "skip_tokenizer_init": not text,
-            "max_model_len": length,
-            "max_num_batched_tokens": max(2048, length),
-            "max_logprobs": max(run.top_k, claims.top_k if claims else 0),
-            "tensor_parallel_size": matrix.tensor_parallel_size(cell),
-        }
+    call = _call(cell, matrix, vllm_version, device or {})
+    if isinstance(call, str):
+        return call
+    args = {**call.args, **(_lengths(cell, matrix, work, claimed) if vllm else {})}
     least = repeats or run.repeats
     repeats = least if max_flip_rate is None else max(least, bounds.runs_needed(max_flip_rate))
     defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
-    env = {**call.env, **own}
+    settings = {} if call.onednn_fp8 is None else {"onednn_fp8": call.onednn_fp8}
     # What else the engine computes with; of vLLM's own cells its version says that.
     used = {} if vllm else {"engine_packages": installed((*BESIDE_TRANSFORMERS, *format_.packages))}
     identity: dict[str, Any] = {
@@ -133,38 +147,53 @@ def plan_for(
         "checkpoint_sha256": checkpoint.sha256, "checkpoint_source": checkpoint.source,
         "checkpoint_files_sha256": files_sha256(checkpoint.path), "numbers": _numbers(checkpoint, format_, model, args),
         "engine": engine, "engine_args": args,
-        "engine_env": env, "dtype": format_.dtype_on(kind), "workload": work.id, "workload_sha256": work.sha256,
+        "engine_env": call.env, "dtype": format_.dtype_on(row.kind), "workload": work.id, "workload_sha256": work.sha256,
         "repeats": repeats, "decode_tokens": run.decode_tokens, "top_k": run.top_k, "inject": defect,
         "environment": {**environment, **settings, **used, "suite": __version__},
     }  # fmt: skip
-    if max_flip_rate is not None:
-        identity |= {"max_flip_rate": max_flip_rate}
-    if claims is not None and claimed is not None:
-        identity |= {
-            "claims_workload": claimed.id, "claims_workload_sha256": claimed.sha256,
-            "claim_tokens": claims.decode_tokens, "claim_top_k": claims.top_k,
-        }  # fmt: skip
-    return Plan(
-        identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(kind), args=args, env=env,
+    identity |= {} if max_flip_rate is None else {"max_flip_rate": max_flip_rate}
+    plan = Plan(
+        identity=identity, checkpoint=str(checkpoint.path), dtype=format_.dtype_on(row.kind), args=args, env=call.env,
         prompts=tuple(_planned(prompt) for prompt in work.prompts), repeats=repeats,
         decode_tokens=run.decode_tokens, top_k=run.top_k, inject=defect,
-        claims=tuple(_planned(prompt) for prompt in claimed.prompts) if claims is not None and claimed is not None else (),
-        claim_tokens=claims.decode_tokens if claims else 0, claim_top_k=claims.top_k if claims else 0,
-        extra={
-            "spawn": bool(set(own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages, **settings,
-            **({"hide": list(row.hides)} if row.hides else {}),
-            **({} if max_flip_rate is None else {"least_repeats": least}),
-            **({"activations": True} if activations else {}),
-            **({} if kind == "cpu" else {"architecture": row.gfx or row.compute_capability}),
-            **({} if vllm else {"device": "cpu" if kind == "cpu" else "cuda", "packages": list(format_.packages)}),
-        },
+        spawn=bool(set(call.own) - set(matrix.engine.env_at_start)) or "torchao" in format_.packages,
+        hides=row.hides, onednn_fp8=call.onednn_fp8, least_repeats=None if max_flip_rate is None else least,
+        hidden_states=hidden_states, architecture=None if row.kind == "cpu" else row.gfx or row.compute_capability,
+        device=None if vllm else "cpu" if row.kind == "cpu" else "cuda", packages=() if vllm else format_.packages,
+    )  # fmt: skip
+    return plan if claims is None or claimed is None else _with_claims(plan, claims, claimed)
+
+
+def _with_claims(plan: Plan, claims: Claims, claimed: workload.Workload) -> Plan:
+    """`plan`, which keeps tokens for re-execution too."""
+    told = {
+        "claims_workload": claimed.id, "claims_workload_sha256": claimed.sha256,
+        "claim_tokens": claims.decode_tokens, "claim_top_k": claims.top_k,
+    }  # fmt: skip
+    return replace(
+        plan, identity={**plan.identity, **told}, claims=tuple(_planned(prompt) for prompt in claimed.prompts),
+        claim_tokens=claims.decode_tokens, claim_top_k=claims.top_k,
+    )  # fmt: skip
+
+
+def verifying(plan: Plan, dtype: str, top_k: int, *, hidden_states: bool = False) -> Plan:
+    """`plan` in `dtype`, but every request once and for its prefill; the one token that is generated is not looked at.
+
+    `hidden_states`: with fingerprints of them, in an eager cell.
+    """
+    changes = {"repeats": 1, "decode_tokens": 1, "top_k": top_k, "role": ROLE, "dtype": dtype}
+    args = {**plan.args, "max_logprobs": max(top_k, int(plan.args.get("max_logprobs", 0)))}
+    identity = {**plan.identity, **changes, "engine_args": args}
+    identity.pop("max_flip_rate", None)  # decides repeats, of which there are none here
+    return replace(
+        plan, identity=identity, args=args, dtype=dtype, repeats=1, decode_tokens=1, top_k=top_k, claims=(), least_repeats=None,
+        hidden_states=hidden_states and bool(plan.args.get("enforce_eager")),
     )  # fmt: skip
 
 
 def cold(plan: Plan, matrix: Matrix) -> Plan:
     """`plan` in a process that finds no kernel compiled or chosen by an earlier one."""
-    extra = {**plan.extra, "cold": list(matrix.engine.caches), "spawn": True}
-    return replace(plan, identity={**plan.identity, "caches": "cold"}, extra=extra)
+    return replace(plan, identity={**plan.identity, "caches": "cold"}, cold=matrix.engine.caches, spawn=True)
 
 
 def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
@@ -179,17 +208,16 @@ def controlling(plan: Plan, kind: str, cache: Path) -> Plan:
     else:
         path, sha256, tensor = altered.one_integer(folder, cache)
         source = f"{source}: {tensor}"
-    least = plan.extra.get("least_repeats", plan.repeats)
+    least = plan.least_repeats or plan.repeats
     changes = {
         "numbers": plan.identity["numbers"] if kind == "control" else "",
         "role": "control", "inject": kind, "checkpoint_sha256": sha256, "checkpoint_source": source, "repeats": least,
         "max_flip_rate": 0.0,
     }  # fmt: skip
     identity = {name: value for name, value in plan.identity.items() if not name.startswith("claim")} | changes
-    extra = {name: value for name, value in plan.extra.items() if name not in ("least_repeats", "activations")}
     return replace(
-        plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, extra=extra, claims=(), claim_tokens=0,
-        claim_top_k=0,
+        plan, identity=identity, checkpoint=str(path), inject=kind, repeats=least, least_repeats=None, hidden_states=False,
+        claims=(), claim_tokens=0, claim_top_k=0,
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ class Replay:
         """How many engine lifetimes of `cell` were recorded."""
         return len({one.header.lifetime for one in self._cells.get(cell, ()) if not one.header.inject})
 
-    def activations(self, cell: Cell) -> bool:
+    def hidden_states(self, cell: Cell) -> bool:
         """Whether hidden states of `cell` were recorded."""
         return any(one.header.activations is not None and not one.header.inject for one in self._cells.get(cell, ()))
 

@@ -81,10 +81,10 @@ class Scope:
         asked = self.options.lifetimes or self.matrix.run_for(cell).lifetimes
         return asked if self.replay is None else max(asked, self.replay.lifetimes(cell))
 
-    def activations(self, cell: Cell) -> bool:
+    def hidden_states(self, cell: Cell) -> bool:
         """Whether hidden states of `cell` are taken, or were recorded."""
         if self.replay is not None:
-            return self.replay.activations(cell)
+            return self.replay.hidden_states(cell)
         eager = self.matrix.formats[cell.format_id].mode == "eager"
         return eager and self.matrix.models[cell.model_id].activations and not self.options.no_hidden_states
 

@@ -150,7 +150,7 @@ class Session(Scope):
         if isinstance(plan, Missing):
             return plan
         dtype = self.matrix.verifying_dtype(cell, dtype)
-        plan = plans.verifying(plan, dtype, sequences.top_k, activations=sequences.activations)
+        plan = plans.verifying(plan, dtype, sequences.top_k, hidden_states=sequences.hidden_states)
         return self._once(cell, plan)
 
     def control(self, cell: Cell, kind: str) -> Result:

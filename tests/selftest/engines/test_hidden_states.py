@@ -126,7 +126,7 @@ def test_the_native_bits_are_digested() -> None:
 
 
 def plan(role: str = "measure", repeats: int = 2, **extra: Any) -> Plan:
-    return Plan({"role": role}, "", "", {}, {}, (), repeats, 3, 4, extra={"activations": True, **extra})
+    return Plan({"role": role}, "", "", {}, {}, (), repeats, 3, 4, **{"hidden_states": True, **extra})
 
 
 def ask(recorded: Recorded, whole: Module, length: int, steps: int, calls: list[int]) -> None:
@@ -239,7 +239,7 @@ def test_a_slow_engine_repeats_them_less(seconds: float, repeats: int) -> None:
 def test_a_plan_that_does_not_ask_gets_nothing() -> None:
     """And meets no hook."""
     whole = model()
-    recorded = Recorded(whole, plan(activations=False))
+    recorded = Recorded(whole, plan(hidden_states=False))
     recorded.repeat(lambda again: pytest.fail("asked"))
 
     assert None is recorded.result(prompts=1)

@@ -24,7 +24,7 @@ PROMPT = PlannedPrompt("p0", tuple(range(10, 16)), tuple(range(20, 24)), 2)
 def plan(behaviour: str = "honest", extra: dict[str, Any] | None = None, **args: Any) -> Plan:
     return Plan(
         identity=IDENTITY, checkpoint="none", dtype="float32", args={"behaviour": behaviour, **args}, env={},
-        prompts=(PROMPT,), repeats=3, decode_tokens=4, top_k=4, extra=extra or {},
+        prompts=(PROMPT,), repeats=3, decode_tokens=4, top_k=4, **(extra or {}),
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_cold_caches_are_empty_folders_that_go_with_the_engine(tmp_path: Path, m
     spec = EngineSpec("selftest.engines.test_process:CachesEngine")
     names = ["QUANTDET_CACHE_A", "QUANTDET_CACHE_B"]
     warm = plan(extra={"spawn": True}, names=names)
-    cold = Plan(**{**vars(warm), "env": {"QUANTDET_CACHE_B": str(tmp_path)}, "extra": {"spawn": True, "cold": names}})
+    cold = Plan(**{**vars(warm), "env": {"QUANTDET_CACHE_B": str(tmp_path)}, "cold": tuple(names)})
     said = []
     for one in (warm, cold, cold):
         outcome = run(spec, one, tmp_path, tmp_path / "log", 60)

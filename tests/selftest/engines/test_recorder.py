@@ -64,7 +64,7 @@ def stopping(
     `first`: edits every repeat of the first prompt.
     """
     extra = {} if least is None else {"least_repeats": least}
-    plan = Plan({}, "", "float32", {}, {}, (), repeats=planned, decode_tokens=STEPS, top_k=4, extra=extra)
+    plan = Plan({}, "", "float32", {}, {}, (), repeats=planned, decode_tokens=STEPS, top_k=4, **extra)
     recorder = Recorder(plan)
     for number, phases in enumerate(flips):
         recorder.begin(PlannedPrompt(f"p{number}", tuple(IDS)), IDS, len(IDS))

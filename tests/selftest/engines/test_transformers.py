@@ -145,10 +145,10 @@ def test_the_plan_has_nothing_of_vllm(tmp_path: Path) -> None:
         found = made(tmp_path, TF_INT4, vllm_version=version, engine="transformers")
 
         assert {"executes": "TfLinear", "attention": "sdpa"} == found.args
-        assert ({"QUANTDET_TF": "1"}, "cpu") == (found.env, found.extra["device"])
+        assert ({"QUANTDET_TF": "1"}, "cpu") == (found.env, found.device)
         assert "transformers" == found.identity["engine"]
     assert "QUANTDET_TF" not in made(tmp_path, BF16).env
-    assert "device" not in made(tmp_path, BF16).extra
+    assert made(tmp_path, BF16).device is None
 
 
 def test_settings_are_an_engines(tmp_path: Path) -> None:
@@ -382,6 +382,6 @@ def test_a_cpu_cell_beside_a_gpu_names_no_device(where: str, named: bool, monkey
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", fake)
 
-    facts = lifetime.environment(replace(plan(), extra={"device": where}))
+    facts = lifetime.environment(replace(plan(), device=where))
 
     assert named == ("device_uuid" in facts) == ("compute_capability" in facts)

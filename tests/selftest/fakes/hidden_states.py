@@ -114,7 +114,7 @@ def differing(whole: Observation, prompt: int, phase: Phase, *places: tuple[int,
 
 def measured(plan: Plan, whole: Observation, behaviour: str) -> HiddenStates | None:
     """What the fake engine has of hidden states, where the plan asks for them."""
-    if not plan.extra.get("activations"):
+    if not plan.hidden_states:
         return None
     if plan.identity.get("role") == "verify":
         header = Activations(layers=LAYERS, width=64, projection=projection.NAME, projected=(0, 1))

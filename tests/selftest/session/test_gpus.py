@@ -270,9 +270,7 @@ def test_how_a_gpu_is_shown_alone(gpu: Gpu, vllm: str | None, wanted: str) -> No
 
 
 def plan(**extra: Any) -> Plan:
-    return Plan(
-        identity={}, checkpoint="", dtype="", args={}, env={}, prompts=(), repeats=2, decode_tokens=2, top_k=2, extra=extra
-    )
+    return Plan(identity={}, checkpoint="", dtype="", args={}, env={}, prompts=(), repeats=2, decode_tokens=2, top_k=2, **extra)
 
 
 @pytest.mark.parametrize(

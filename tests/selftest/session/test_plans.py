@@ -110,7 +110,7 @@ def test_a_flip_rate_decides_the_repeats(tmp_path: Path, rate: float, repeats: i
 
     assert isinstance(made, Plan)
     assert (repeats, repeats, rate) == (made.repeats, made.identity["repeats"], made.identity["max_flip_rate"])
-    assert 3 == made.extra["least_repeats"]
+    assert 3 == made.least_repeats
 
 
 def test_the_engine_is_told_over_how_many_devices(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_lifetime_with_cold_caches(tmp_path: Path) -> None:
 
     assert key_of(plan, 1) != key_of(found, 1)
     assert "cold" == found.identity["caches"]
-    assert (["A_CACHE", "B_CACHE"], True) == (found.extra["cold"], found.extra["spawn"])
+    assert (("A_CACHE", "B_CACHE"), True) == (found.cold, found.spawn)
     assert plan.args == found.args and plan.env == found.env
 
 
@@ -167,6 +167,6 @@ def test_a_control_is_its_cells_plan_with_a_defect(tmp_path: Path, kind: str, mo
     )  # fmt: skip
     assert ("here: x.qweight" if kind == "integer" else "here") == found.identity["checkpoint_source"]
     assert (3, 3, ()) == (found.repeats, found.identity["repeats"], found.claims)
-    assert "least_repeats" not in found.extra
+    assert found.least_repeats is None
     assert key_of(found, 0) == key_of(same, 0)
     assert not {key_of(found, 0)} & {key_of(plan, 0) for plan in plans if isinstance(plan, Plan)}

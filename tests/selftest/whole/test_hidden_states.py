@@ -77,7 +77,7 @@ def test_declared_noise_is_a_strict_xfail(suite: Suite) -> None:
 def test_keys_of_plans_without_them_are_those_of_before() -> None:
     """What the store holds stays valid."""
     without, asked = plan(), plan()
-    without = dataclasses.replace(without, extra={})
+    without = dataclasses.replace(without, hidden_states=False)
 
-    assert plans.key_of(without, 0) == plans.key_of(dataclasses.replace(without, extra={}), 0)
+    assert plans.key_of(without, 0) == plans.key_of(dataclasses.replace(without, hidden_states=False), 0)
     assert plans.key_of(without, 0) != plans.key_of(asked, 0)

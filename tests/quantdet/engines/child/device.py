@@ -6,12 +6,12 @@ from quantdet.engines.plan import InvalidMeasurement, Plan
 
 
 def check(plan: Plan) -> None:
-    """Compare torch's current device with `plan.extra["architecture"]` (a compute capability or a gfx name), if it is there.
+    """Compare torch's current device with `plan.architecture` (a compute capability or a gfx name), if it is there.
 
     Raises:
         InvalidMeasurement: another GPU than the hardware row asks for; CUDA and NVML may count GPUs in different orders.
     """
-    wanted = plan.extra.get("architecture")
+    wanted = plan.architecture
     if not wanted:
         return
     seen = _architecture()

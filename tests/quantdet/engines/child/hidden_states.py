@@ -161,7 +161,7 @@ class Recorded:
 
     def __init__(self, model: Any, plan: Plan) -> None:
         self._model, self._plan = model, plan
-        self._wanted = bool(plan.extra.get("activations"))
+        self._wanted = plan.hidden_states
         self._verifies = plan.identity.get("role") == "verify"
         self._tap: ActivationTap | None = None
         self._problem = ""
@@ -180,7 +180,7 @@ class Recorded:
         self._watch(projecting=False)
         if self._tap is not None:
             # Logprobs are only asked for so that the engine computes every logit: one is enough, and quicker.
-            repeats = int(self._plan.extra.get("least_repeats", self._plan.repeats))
+            repeats = self._plan.least_repeats or self._plan.repeats
             repeats = max(2, min(repeats, int(repeats * BUDGET_S / seconds))) if seconds > BUDGET_S else repeats
             try:
                 run(replace(self._plan, repeats=repeats, top_k=1))

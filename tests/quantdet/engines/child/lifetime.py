@@ -236,13 +236,13 @@ def environment(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "start": "spawn" if plan.extra.get("spawn") else "forkserver",
+        "start": "spawn" if plan.spawn else "forkserver",
         "masked": ",".join(packages.hidden()),
     }
     for flag in ("amx_tile", "avx512_bf16", "avx512", "avx2"):
         with contextlib.suppress(Exception):
             facts[flag] = bool(getattr(torch.cpu, f"_is_{flag}_supported")())
-    if torch.cuda.is_available() and plan.extra.get("device") != "cpu":  # vLLM for CPUs has a torch without CUDA
+    if torch.cuda.is_available() and plan.device != "cpu":  # vLLM for CPUs has a torch without CUDA
         properties = torch.cuda.get_device_properties(0)
         facts |= {
             "cuda": torch.version.cuda,

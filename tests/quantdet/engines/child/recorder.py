@@ -98,7 +98,7 @@ class Recorder:
         later one shortens them again: what has been seen to differ stays, in whichever phase it was.
         """
         first = self._noisy and all(len(record.outputs) == 1 for record in self.records)
-        if first and self.plan.extra.get("least_repeats", self.repeats) <= repeat < self.repeats:
+        if first and (self.plan.least_repeats or self.repeats) <= repeat < self.repeats:
             self._truncate(repeat)
         return repeat >= self.repeats
 

@@ -157,7 +157,7 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
     message = plain(record.get("message", ""))
     match record["status"]:
         case "needs spawn":
-            again = replace(plan, extra={**plan.extra, "spawn": True})
+            again = replace(plan, spawn=True)
             return run(spec, again, directory, log, time_limit_s - seconds)
         case "completed":
             return Completed(seconds)
@@ -187,7 +187,7 @@ def _context(spec: EngineSpec, plan: Plan) -> Any:
 
     Environment variables that are read at import cannot be changed in a server that has imported already.
     """
-    if plan.extra.get("spawn") or not spec.preload:
+    if plan.spawn or not spec.preload:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if spec.apart and spec.preload not in _servers:
@@ -250,7 +250,7 @@ def _child(
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_SHIM), str(_TESTS), os.environ.get("PYTHONPATH", "")])
     plan = Plan.from_json(plan_json)
     os.environ.update(plan.env)
-    for name in plan.extra.get("cold", ()):  # a folder in the scratch: empty now, gone afterwards
+    for name in plan.cold:  # a folder in the scratch: empty now, gone afterwards
         os.environ[name] = os.path.join(place, "caches", name.lower())
         os.makedirs(os.environ[name], exist_ok=True)
     answer: dict[str, str]

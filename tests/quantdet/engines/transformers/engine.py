@@ -33,12 +33,12 @@ class TransformersEngine:
     def measure(self, plan: Plan, directory: Path) -> None:
         """See `quantdet.engines.Engine`."""
         began = time.monotonic()
-        packages.hide(packages.broken() if "torchao" in plan.extra.get("packages", ()) else packages.in_forkserver())
-        lifetime.hide_instruction_sets(plan.extra.get("hide", ()))
+        packages.hide(packages.broken() if "torchao" in plan.packages else packages.in_forkserver())
+        lifetime.hide_instruction_sets(plan.hides)
         import torch
         from transformers import AutoModelForCausalLM
 
-        if plan.extra["device"] == "cuda" and not plan.extra.get("spawn"):
+        if plan.device == "cuda" and not plan.spawn:
             try:
                 torch.cuda.init()
             except RuntimeError as error:  # something that the server imported has touched the device
@@ -93,7 +93,7 @@ def _load(auto: Any, plan: Plan) -> Any:
     import torch
 
     arguments = {name: value for name, value in plan.args.items() if name != "torchao"}
-    where = plan.extra["device"]
+    where = plan.device
     if where != "cpu" and module_is_here("accelerate"):
         arguments["device_map"] = {"": 0}  # weights are quantized, or unpacked, where they are used
     with _refusing():

@@ -32,11 +32,11 @@ class VllmEngine:
         """See `quantdet.engines.Engine`."""
         began = time.monotonic()
         preloaded = sys.modules.get("quantdet.engines.vllm.preload")
-        if not plan.extra.get("spawn") and not getattr(preloaded, "FORK_SAFE", True):
+        if not plan.spawn and not getattr(preloaded, "FORK_SAFE", True):
             raise NeedsSpawn("CUDA was initialised in the forkserver")
-        packages.hide(packages.broken() if plan.extra.get("spawn") else packages.in_forkserver())
-        if plan.extra.get("hide"):
-            lifetime.hide_instruction_sets(plan.extra["hide"])
+        packages.hide(packages.broken() if plan.spawn else packages.in_forkserver())
+        if plan.hides:
+            lifetime.hide_instruction_sets(plan.hides)
         import vllm
 
         if plan.args.get("enforce_eager"):
@@ -44,7 +44,7 @@ class VllmEngine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
-        if plan.extra.get("onednn_fp8") is False:
+        if plan.onednn_fp8 is False:
             _fp8_outside_onednn()
         size = _size(plan)
         others = ranks.OtherRanks(size, lambda connection: self._follow(vllm, plan, connection)) if size > 1 else None

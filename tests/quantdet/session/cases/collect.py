@@ -56,7 +56,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session, controls: Controls)
     if metafunc.definition.get_closest_marker("declared_unsupported"):
         cells = [cell for cell in cells if session.expectations(cell).unsupported(cell) is not None]
     if metafunc.definition.get_closest_marker("hidden_states"):
-        cells = [cell for cell in cells if session.activations(cell)]
+        cells = [cell for cell in cells if session.hidden_states(cell)]
     if metafunc.definition.get_closest_marker("several_lifetimes"):
         cells = [cell for cell in cells if session.lifetimes(cell) > 1]
     if metafunc.definition.get_closest_marker("several_versions"):

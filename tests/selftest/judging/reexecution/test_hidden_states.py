@@ -206,8 +206,9 @@ def test_verifiers_are_asked_where_claims_have_them() -> None:
     assert not Sequences.of([replace(recorded(), hidden=None)]).activations
     eager, compiled = (replace(plan(), args={"enforce_eager": one}) for one in (True, False))
 
-    assert verifying(eager, "float16", 4, activations=True).extra == {"activations": True}
-    assert {} == verifying(eager, "float16", 4).extra == verifying(compiled, "float16", 4, activations=True).extra
+    assert verifying(eager, "float16", 4, hidden_states=True).hidden_states
+    assert not verifying(eager, "float16", 4).hidden_states
+    assert not verifying(compiled, "float16", 4, hidden_states=True).hidden_states
 
 
 # ------------------------------------------------------------------------------------------------------------ whole runs
