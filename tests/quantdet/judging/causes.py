@@ -35,10 +35,10 @@ def of(cell: Cell, result: Result, expectations: Expectations) -> Cause | None:
     match result:
         case Refusal():
             said = refusal.refusal(cell, result.message, expectations)
-            return None if said.expected else Cause(str(cell), said.message, said.detail)
+            return None if said.expected else said.as_cause
         case Measured(observations=found) if bad := [row for one in found for row in one.header.nonfinite]:
             where = f"prompt {bad[0].prompt} {bad[0].phase} {at(bad[0].phase, bad[0].position)}"
-            return Cause(str(cell), f"{Verdict.INVALID} {cell}: non-finite logits, first {where}")
+            return Cause(Verdict.INVALID, cell, "", f"non-finite logits, first {where}")
         case Missing(verdict=Verdict.ERROR | Verdict.TIMEOUT | Verdict.INVALID):
             return missing(cell, result)
     return None
@@ -52,7 +52,7 @@ def missing(cell: Cell, result: Missing) -> Cause:
     rest = f"{rest}\n  log: {log}".lstrip("\n") if mark else rest
     if _POINTS_ELSEWHERE.search(first) and _EXCERPT in result.reason and (words := _reason(result)):
         first = f"{words} ({first})"
-    return Cause(str(cell), f"{result.verdict} {cell}: {first}", rest)
+    return Cause(result.verdict, cell, "", first, rest)
 
 
 def of_reexecution(

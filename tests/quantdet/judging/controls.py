@@ -30,10 +30,9 @@ def bit_flip(observation: Observation) -> Judgement:
             more = "" if alone else f"; {_differing(observation, phase)} positions differ, in {others} outputs"
             wrong.append(f"{phase}: one bit turned over at {place}, found: {found.message}{more}")
     if wrong:
-        text = f"INVALID {cell} control: {wrong[0]}"
-        return Judgement(Verdict.INVALID, text, False, {}, "\n".join(wrong[1:]))
+        return Judgement(Verdict.INVALID, cell, "control", wrong[0], False, {}, "\n".join(wrong[1:]))
     text = f"one bit turned over in repeat {header.repeats - 1} is found in each phase: {', '.join(words)}"
-    return Judgement(Verdict.NOISY, f"NOISY {cell} control: {text}", True, {"expectation": "noisy: seeded in the engine"})
+    return Judgement(Verdict.NOISY, cell, "control", text, True, {"expectation": "noisy: seeded in the engine"})
 
 
 def _differing(observation: Observation, phase: Phase) -> int:
@@ -49,39 +48,34 @@ def same_weights(own: Observation, renamed: Observation) -> Judgement:
     """Does the same checkpoint under another name, in another process, give the same bits? Repeat 0 of each."""
     cell, figures = own.cell, {"expectation": "identical: the same weights under another name, in another process"}
     if own.header.checkpoint_sha256 != renamed.header.checkpoint_sha256:
-        return Judgement(Verdict.INVALID, f"INVALID {cell} control: the copy has other weights", False, figures)
+        return Judgement(Verdict.INVALID, cell, "control", "the copy has other weights", False, figures)
     if why := _cannot_compare(own, renamed):
-        return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
+        return Judgement(Verdict.INVALID, cell, "control", why, False, figures)
     where = first_position_between(own, renamed)
     if where:
-        return Judgement(
-            Verdict.DISTINCT, f"DISTINCT {cell} control: the same weights give other bits at {where}", False, figures
-        )
+        return Judgement(Verdict.DISTINCT, cell, "control", f"the same weights give other bits at {where}", False, figures)
     rows = sum(len(prompt.run(0).block(phase).digests) for prompt in own.prompts for phase in PHASES)
     text = f"the same weights under another name, in another process: {rows} of {rows} positions equal"
-    return Judgement(Verdict.IDENTICAL, f"IDENTICAL {cell} control: {text}", True, figures)
+    return Judgement(Verdict.IDENTICAL, cell, "control", text, True, figures)
 
 
 def one_integer(own: Observation, altered: Observation) -> Judgement:
     """Is a checkpoint with one integer changed by one told apart, and where does it show first?"""
     cell, figures = own.cell, {"expectation": "distinct: one weight integer differs by 1"}
     if own.header.checkpoint_sha256 == altered.header.checkpoint_sha256:
-        return Judgement(
-            Verdict.INVALID, f"INVALID {cell} control: the altered checkpoint has the same weights", False, figures
-        )
+        return Judgement(Verdict.INVALID, cell, "control", "the altered checkpoint has the same weights", False, figures)
     if why := _cannot_compare(own, altered):
-        return Judgement(Verdict.INVALID, f"INVALID {cell} control: {why}", False, figures)
+        return Judgement(Verdict.INVALID, cell, "control", why, False, figures)
     where = first_position_between(own, altered)
     changed = f"one integer of {altered.header.checkpoint_source} changed by 1"
     if not where:
-        text = f"IDENTICAL {cell} control: {changed}, no bit of any logit differs"
-        return Judgement(Verdict.IDENTICAL, text, False, figures)
+        return Judgement(Verdict.IDENTICAL, cell, "control", f"{changed}, no bit of any logit differs", False, figures)
     differing = rows = 0
     for one, other in zip(own.prompts, altered.prompts, strict=True):
         a, b = one.run(0).prefill.digests, other.run(0).prefill.digests
         differing, rows = differing + int((a != b).any(axis=1).sum()), rows + len(a)
     text = f"{changed} shows first at {where}, in {differing} of {rows} prefill positions"
-    return Judgement(Verdict.DISTINCT, f"DISTINCT {cell} control: {text}", True, {**figures, "first_divergence": where})
+    return Judgement(Verdict.DISTINCT, cell, "control", text, True, {**figures, "first_divergence": where})
 
 
 def _cannot_compare(own: Observation, seeded: Observation) -> str:

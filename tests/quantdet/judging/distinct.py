@@ -1,7 +1,7 @@
 """Distinctness of a format: a pure judgement over its pairs with every other one."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from quantdet.judging.differences import at
@@ -32,86 +32,92 @@ def distinctness(
     apart (nats); a format that is no farther from another than that is not told from it.
     """
     cell = own.cell
-    pairs: list[Pair] = []
-    wrong: list[str] = []
-    among = {str(cell)}
-    mute: list[str] = []
     if own.header.nonfinite:
         first = own.header.nonfinite[0]
         where = f"prompt {first.prompt} {first.phase} {at(first.phase, first.position)}"
-        return Judgement(Verdict.INVALID, f"INVALID {cell} distinct: non-finite logits, first {where}", False)
-    twins: list[str] = []
-    unknown: list[str] = []
-    declared: list[str] = []
+        return Judgement(Verdict.INVALID, cell, "distinct", f"non-finite logits, first {where}", False)
+    mute = [other.format_id for other, one in peers.items() if one.header.nonfinite]  # their own cases are INVALID
+    known: dict[Cell, _Compared] = {}
     for other, observation in peers.items():
-        if observation.header.nonfinite:  # its own case is INVALID; there is nothing to compare with
-            mute.append(other.format_id)
+        if observation.header.nonfinite:
             continue
-        why = comparable(own, observation)
-        if why is not None:
-            message = f"INVALID {cell} distinct: cannot be compared with {other.format_id}: {why}"
-            return Judgement(Verdict.INVALID, message, False, among=frozenset({str(cell), str(other)}))
+        if (why := comparable(own, observation)) is not None:
+            text = f"cannot be compared with {other.format_id}: {why}"
+            return Judgement(Verdict.INVALID, cell, "distinct", text, False, among=frozenset({str(cell), str(other)}))
         result = above_lifetimes(compare(own, observation), max(spreads.get(cell, 0.0), spreads.get(other, 0.0)))
-        derived = _by_words(sameness(own, observation, expectations.unseen), expectations, cell, other)
-        row = expectations.twins(cell, other)
-        if row is not None and row.same_kernel and not same_kernels(own, observation, expectations.family):
-            row = None
-        if row is not None:
-            declared.append(f"{row.outcome}: {other.format_id} ({row.reason})")
-        elif derived.same:
-            declared.append(f"identical to {other.format_id} ({derived.why})")
-        elif derived.same is None:
-            declared.append(f"distinct from or identical to {other.format_id} ({derived.why})")
-            unknown.append(other.format_id)
-        if result.verdict is Verdict.IDENTICAL:
-            twins.append(other.format_id)
-        expected, fine = _expected(row, derived)
-        recompiled = [found for one in (cell, other) if (found := expectations.recompiles(one)) is not None]
-        if recompiled or any(expectations.noise(one, "prefill") for one in (cell, other)):
-            fine.add(Verdict.INDISTINCT)
-        if derived.same and any(found.max_l2 is not None and result.l2 <= found.max_l2 for found in recompiled):
-            fine.add(Verdict.DISTINCT)  # two processes, each with kernels of its own compilation
-        if result.verdict not in fine:
-            among.add(str(other))
-            why = f"declared: {row.reason}" if row is not None else derived.why
-            wrong.append(
-                f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}): {why}"
-            )
-        pairs.append(result)
-    if not pairs:
-        text = f"INVALID {cell} distinct: nothing to compare with, non-finite logits in {', '.join(mute)}"
-        return Judgement(Verdict.INVALID, text, False)
+        known[other] = _against(own, observation, other, result, expectations)
+    if not known:
+        text = f"nothing to compare with, non-finite logits in {', '.join(mute)}"
+        return Judgement(Verdict.INVALID, cell, "distinct", text, False)
+    units = {one.header.environment.get("gpu_uuid", "") for one in (own, *peers.values())}
+    return _told(own, known, mute, len(units))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One peer: the pair, what is declared or derived of it, what is wrong with it, and whether its numbers are not known."""
+
+    pair: Pair
+    declared: str
+    wrong: str
+    unknown: bool
+
+
+def _against(own: Observation, observation: Observation, other: Cell, result: Pair, expectations: Expectations) -> _Compared:
+    """Whether a pair is what the matrix declares, or what follows from numbers and kernels."""
+    cell = own.cell
+    derived = _by_words(sameness(own, observation, expectations.unseen), expectations, cell, other)
+    row = expectations.twins(cell, other)
+    if row is not None and row.same_kernel and not same_kernels(own, observation, expectations.family):
+        row = None
+    if row is not None:
+        declared = f"{row.outcome}: {other.format_id} ({row.reason})"
+    elif derived.same is None:
+        declared = f"distinct from or identical to {other.format_id} ({derived.why})"
+    else:
+        declared = f"identical to {other.format_id} ({derived.why})" if derived.same else ""
+    expected, fine = _expected(row, derived)
+    recompiled = [found for one in (cell, other) if (found := expectations.recompiles(one)) is not None]
+    if recompiled or any(expectations.noise(one, "prefill") for one in (cell, other)):
+        fine.add(Verdict.INDISTINCT)
+    if derived.same and any(found.max_l2 is not None and result.l2 <= found.max_l2 for found in recompiled):
+        fine.add(Verdict.DISTINCT)  # two processes, each with kernels of its own compilation
+    wrong = ""
+    if result.verdict not in fine:
+        why = f"declared: {row.reason}" if row is not None else derived.why
+        wrong = f"{result.verdict} {_preposition(result)} {other.format_id}, expected {expected} ({_size(result)}): {why}"
+    return _Compared(result, declared, wrong, row is None and derived.same is None)
+
+
+def _told(own: Observation, known: Mapping[Cell, _Compared], mute: Sequence[str], units: int) -> Judgement:
+    """The judgement over all pairs: expected where each of them is."""
+    pairs = tuple(one.pair for one in known.values())
     closest = min(pairs, key=lambda p: (p.verdict is Verdict.IDENTICAL, p.l2, p.b))
-    indistinct = [p.b for p in pairs if p.verdict is Verdict.INDISTINCT]
+    twins, indistinct = ([p.b for p in pairs if p.verdict is word] for word in (Verdict.IDENTICAL, Verdict.INDISTINCT))
     verdict = Verdict.INDISTINCT if indistinct else Verdict.IDENTICAL if twins else Verdict.DISTINCT
     figures: dict[str, object] = {
-        "expectation": "; ".join(declared) if declared else "distinct",
+        "expectation": "; ".join(one.declared for one in known.values() if one.declared) or "distinct",
         "pairs": len(pairs),
         "identical_to": ",".join(twins),
         "closest": closest.b,
         "l2": closest.l2,
         "max_abs_diff": closest.max_abs,
         "logits.sha256": own.logits_sha256("prefill"),
+        "compared_with": ",".join(p.b for p in pairs),
     }
-    told = len(pairs) - len(twins) - len(indistinct)
-    text = f"DISTINCT from {told} of {len(pairs)} formats"
-    if mute:
-        text += f" (not compared, non-finite logits: {', '.join(mute)})"
-    if twins:
-        text += f", IDENTICAL to {', '.join(twins)}"
-    if indistinct:
-        text += f", INDISTINCT from {', '.join(indistinct)}"
-    units = {one.header.environment.get("gpu_uuid", "") for one in (own, *peers.values())}
-    if len(units) > 1:
-        text += f" (measured on {len(units)} GPUs of one kind)"
-    figures["compared_with"] = ",".join(p.b for p in pairs)
-    if wrong:
-        text, rest = f"{verdict} {cell} distinct: {wrong[0]}", "\n".join(wrong[1:])
-        return Judgement(verdict, text, False, figures, rest, tuple(pairs), among=frozenset(among))
+    if wrong := [one.wrong for one in known.values() if one.wrong]:
+        among = frozenset({str(own.cell), *(str(other) for other, one in known.items() if one.wrong)})
+        rest = "\n".join(wrong[1:])
+        return Judgement(verdict, own.cell, "distinct", wrong[0], False, figures, rest, pairs, among=among)
+    text = f"DISTINCT from {len(pairs) - len(twins) - len(indistinct)} of {len(pairs)} formats"
+    text += f" (not compared, non-finite logits: {', '.join(mute)})" if mute else ""
+    text += f", IDENTICAL to {', '.join(twins)}" if twins else ""
+    text += f", INDISTINCT from {', '.join(indistinct)}" if indistinct else ""
+    text += f" (measured on {units} GPUs of one kind)" if units > 1 else ""
     text += f"; closest {closest.b} ({_size(closest)})"
-    if unknown:
+    if unknown := [one.pair.b for one in known.values() if one.unknown]:
         text += f"; either verdict passes against {', '.join(unknown)}: the same kernels, and not known which numbers"
-    return Judgement(verdict, f"{verdict} {cell} distinct: {text}", True, figures, "", tuple(pairs))
+    return Judgement(verdict, own.cell, "distinct", text, True, figures, "", pairs)
 
 
 def above_lifetimes(result: Pair, spread: float) -> Pair:

@@ -46,16 +46,16 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     """
     cell = observations[0].cell
     row = expectations.noise(cell, phase)
-    where = f"{cell} {phase} activations"
+    aspect = f"{phase} hidden states"
     figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase, "max_abs_diff": "", "l2": ""}
     parts = [(one, one.hidden) for one in observations if one.hidden is not None]
     if not parts:
-        text = "activations: needs hidden states, the observation has none"
-        return Judgement(Verdict.UNAVAILABLE, f"UNAVAILABLE {cell} {text}", False, figures)
+        text = "needs hidden states, the observation has none"
+        return Judgement(Verdict.UNAVAILABLE, cell, "hidden states", text, False, figures)
     for _, hidden in parts:
         if hidden.header.problem or not hidden.header.runs:
             why = hidden.header.problem or "no request was repeated"
-            return Judgement(Verdict.INVALID, f"INVALID {where}: {why}", False, figures)
+            return Judgement(Verdict.INVALID, cell, aspect, why, False, figures)
     groups = [_groups(hidden, phase) for _, hidden in parts]
     calls = sum(map(len, groups))
     flips = sum(len(one) - max(Counter(one).values()) for one in groups)
@@ -79,16 +79,16 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
         figures |= {"first_divergence": "", "activations.first_layer": "logits" if logits is not None else ""}
         expected = row is None or row.outcome == "may_be_noisy"
         detail = "" if row is None else "the matrix says that this phase is noisy; no repeat differed"
-        return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, detail)
+        return Judgement(Verdict.BIT_EXACT, cell, aspect, text, expected, figures, detail)
     first = next(filter(None, (_first(one, hidden, phase) for one, hidden in parts)))
     figures |= {"first_divergence": _words(phase, first), "activations.first_layer": first.layer}
     equal = "" if logits is not None else "; the logits of the same requests are equal"
-    message = f"NOISY {where}: {flips} of {calls} repeats differ, first {_words(phase, first)} in layer {first.layer}{equal}"
+    text = f"{flips} of {calls} repeats differ, first {_words(phase, first)} in layer {first.layer}{equal}"
     long = _noisy_beyond(parts, phase, row)
     if long:
-        message = f"NOISY {where}: noise beyond the declared {beyond(row)}, in prompt {long}: {message}"
-        return Judgement(Verdict.NOISY, message, False, figures, declared=False)
-    return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures)
+        text = f"noise beyond the declared {beyond(row)}, in prompt {long}: NOISY {cell} {aspect}: {text}"
+        return Judgement(Verdict.NOISY, cell, aspect, text, False, figures, declared=False)
+    return Judgement(Verdict.NOISY, cell, aspect, text, row is not None and row.outcome == "may_be_noisy", figures)
 
 
 def _words(phase: Phase, place: FirstDifference) -> str:

@@ -21,8 +21,8 @@ def kernel(
     header = observation.header
     executed = header.executed
     if executed is None:
-        text = f"kernel: needs the layers of the loaded model to confirm {requested}, have {NOTE}"
-        return Judgement(Verdict.UNAVAILABLE, f"UNAVAILABLE {observation.cell} {text}", False)
+        text = f"needs the layers of the loaded model to confirm {requested}, have {NOTE}"
+        return Judgement(Verdict.UNAVAILABLE, observation.cell, "kernel", text, False)
     expected = [" or ".join(names) for names in (classes, moe_classes) if names]
     figures: dict[str, object] = {
         "kernel.requested": requested,
@@ -31,7 +31,7 @@ def kernel(
     }
 
     def invalid(why: str) -> Judgement:
-        return Judgement(Verdict.INVALID, f"INVALID {observation.cell} kernel: {why}", False, figures, executed.summary)
+        return Judgement(Verdict.INVALID, observation.cell, "kernel", why, False, figures, executed.summary)
 
     if executed.tensor_parallel_size != (ranks := int(header.engine_args.get("tensor_parallel_size", 1))):
         return invalid(f"requested {ranks} ranks, executed {executed.summary}")
@@ -60,7 +60,6 @@ def kernel(
             return invalid(f"{precision} requested, weight-only kernel {first} executed: activations are not quantized")
         if substituted:
             text = f"weight-only: executed {executed.summary}, activations stay {header.dtype or 'unquantized'}"
-            message = f"CONFIRMED {observation.cell} kernel: {text} (the format is {precision}; {asked})"
-            return Judgement(Verdict.CONFIRMED, message, True, figures)
-    message = f"CONFIRMED {observation.cell} kernel: {executed.summary} ({asked})"
-    return Judgement(Verdict.CONFIRMED, message, True, figures)
+            text += f" (the format is {precision}; {asked})"
+            return Judgement(Verdict.CONFIRMED, observation.cell, "kernel", text, True, figures)
+    return Judgement(Verdict.CONFIRMED, observation.cell, "kernel", f"{executed.summary} ({asked})", True, figures)

@@ -46,29 +46,29 @@ def answer(
     told = {cell: found for cell, found in known.items() if found is not None}
     figures: dict[str, object] = {"asks": question.asks, "expectation": f"{question.answer}: {', '.join(question.formats)}"}
     broken = [f"{cell.format_id}: {why}" for cell, found in results.items() if (why := _broken(found))]
-    broken += [f"{cell.format_id}: {text}" for cell, (text, _) in told.items() if text.startswith(Verdict.INVALID)]
+    broken += [f"{cell.format_id}: {one.words}" for cell, one in told.items() if one.verdict is Verdict.INVALID]
     if broken:
-        return Judgement(Verdict.INVALID, f"INVALID {case}: {broken[0]}", False, figures, "\n".join(broken[1:]))
+        return Judgement(Verdict.INVALID, case, "", broken[0], False, figures, "\n".join(broken[1:]))
     lacking = [cell.format_id for cell in case.of if cell not in told]
     if not told or (question.answer == "apart" and lacking):
-        text = f"UNAVAILABLE {case} needs repeats of {', '.join(lacking)}, have none"
-        return Judgement(Verdict.UNAVAILABLE, text, False, figures)
-    wrong = [f"{cell.format_id} {text}" for cell, (text, fine) in told.items() if not fine]
+        text = f"needs repeats of {', '.join(lacking)}, have none"
+        return Judgement(Verdict.UNAVAILABLE, case, "", text, False, figures)
+    wrong = [f"{cell.format_id} {one.words}" for cell, one in told.items() if not one.fine]
     if question.answer == "repeatable":
-        words = {cell: text.partition(" ")[0] for cell, (text, _) in told.items()}
+        words = {cell: one.verdict for cell, one in told.items()}
         groups = {
             word: _names([cell for cell in words if words[cell] == word], measured)
             for word in sorted(set(words.values()), reverse=True)  # NOISY before BIT_EXACT: what is the news
         }
-        verdict = Verdict.BIT_EXACT if set(words.values()) == {"BIT_EXACT"} else Verdict.NOISY
+        verdict = Verdict.BIT_EXACT if set(words.values()) == {Verdict.BIT_EXACT} else Verdict.NOISY
         parts = [f"{word}: {names}" for word, names in groups.items()]
         parts += [f"not judged: {', '.join(lacking)}"] if lacking else []
         figures |= {f"answer.{word}": names for word, names in groups.items()}
-        return Judgement(verdict, f"{verdict} {case}: {'; '.join(parts)}", not wrong, figures, "\n".join(wrong))
+        return Judgement(verdict, case, "", "; ".join(parts), not wrong, figures, "\n".join(wrong))
     for a, b in combinations(told, 2):
         if obstacle := comparable(measured[a][0], measured[b][0]):
-            text = f"INVALID {case}: {a.format_id} cannot be compared with {b.format_id}: {obstacle}"
-            return Judgement(Verdict.INVALID, text, False, figures)
+            text = f"{a.format_id} cannot be compared with {b.format_id}: {obstacle}"
+            return Judgement(Verdict.INVALID, case, "", text, False, figures)
     pairs = tuple(
         above_lifetimes(compare(measured[a][0], measured[b][0]), max(spreads.get(a, 0.0), spreads.get(b, 0.0)))
         for a, b in combinations(told, 2)
@@ -77,10 +77,19 @@ def answer(
     closest = min(pairs, key=lambda found: found.l2) if other is None else other
     verdict = closest.verdict
     apart = f"{closest.a} and {closest.b} {closest.l2:.3g} nats apart ({closest.differing}/{closest.positions} positions)"
-    repeats = ", ".join(f"{cell.format_id} {text}" for cell, (text, _) in told.items())
+    repeats = ", ".join(f"{cell.format_id} {one.words}" for cell, one in told.items())
     figures |= {"l2": closest.l2, "max_abs_diff": closest.max_abs, "closest": f"{closest.a},{closest.b}"}
     expected = other is None and not wrong
-    return Judgement(verdict, f"{verdict} {case}: {repeats}; {apart}", expected, figures, "\n".join(wrong), pairs)
+    return Judgement(verdict, case, "", f"{repeats}; {apart}", expected, figures, "\n".join(wrong), pairs)
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """What a format's repeats say, in both phases; in words; and whether the matrix expects it."""
+
+    verdict: Verdict
+    words: str
+    fine: bool
 
 
 def _broken(result: Result) -> str:
@@ -93,8 +102,8 @@ def _broken(result: Result) -> str:
     return ""
 
 
-def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> tuple[str, bool] | None:
-    """What the repeats of both phases say, and whether the matrix expects it; None where there are no repeats to judge."""
+def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) -> _Repeats | None:
+    """What the repeats of both phases say; None where there are no repeats to judge."""
     judged_phases = {phase: repeat.repeat(found, phase, known) for phase in PHASES}
     verdicts = {phase: one for phase, one in judged_phases.items() if one.verdict is not Verdict.UNAVAILABLE}
     if not verdicts:
@@ -106,10 +115,10 @@ def _repeats(cell: Cell, found: tuple[Observation, ...], known: Expectations) ->
         fine = fine and (judged.expected or declared)
     noisy = [str(phase) for phase, judged in verdicts.items() if judged.verdict is Verdict.NOISY]
     if noisy:
-        return f"NOISY in {' and '.join(noisy)}", fine
+        return _Repeats(Verdict.NOISY, f"NOISY in {' and '.join(noisy)}", fine)
     worst = next((judged.verdict for judged in verdicts.values() if judged.verdict is not Verdict.BIT_EXACT), Verdict.BIT_EXACT)
     runs = next(iter(verdicts.values())).figures.get("runs")
-    return f"{worst} (n = {runs})" if runs else str(worst), fine
+    return _Repeats(worst, f"{worst} (n = {runs})" if runs else str(worst), fine)
 
 
 def _names(cells: list[Cell], measured: Mapping[Cell, tuple[Observation, ...]]) -> str:

@@ -12,13 +12,13 @@ def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judg
     row = expectations.unsupported(cell)
     figures: dict[str, object] = {"expectation": describe(row, "accepted")}
     if message is None:
-        text = f"INVALID {cell}: the engine accepts a format that the matrix says is unsupported here"
-        return Judgement(Verdict.INVALID, text, False, figures)
+        text = "the engine accepts a format that the matrix says is unsupported here"
+        return Judgement(Verdict.INVALID, cell, "", text, False, figures)
     if row is not None and row.match and not re.search(row.match, message):
-        text = f"INVALID {cell}: refused for another reason than the declared one ({row.match!r}): {message[:200]}"
-        return Judgement(Verdict.INVALID, text, False, figures)
+        text = f"refused for another reason than the declared one ({row.match!r}): {message[:200]}"
+        return Judgement(Verdict.INVALID, cell, "", text, False, figures)
     short = message if len(message) <= 300 else message[:297] + "..."
     return Judgement(
-        Verdict.UNSUPPORTED, f"UNSUPPORTED {cell}: engine refused: {short}", row is not None, figures,
+        Verdict.UNSUPPORTED, cell, "", f"engine refused: {short}", row is not None, figures,
         "" if row is not None else "not declared: add an [[expect]] row with outcome = 'unsupported' if this is right",
     )  # fmt: skip

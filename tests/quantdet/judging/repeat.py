@@ -19,15 +19,15 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     Compared are the full-vocabulary logits (digests), every reported logprob and id, and for decode the tokens.
     """
     row = expectations.noise(observations[0].cell, phase)
-    where = f"{observations[0].cell} {phase}"
+    cell = observations[0].cell
     figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase}
     if why := cannot_repeat(observations, phase):
-        return Judgement(Verdict.UNAVAILABLE, f"UNAVAILABLE {where}: {why}", False, figures)
+        return Judgement(Verdict.UNAVAILABLE, cell, phase, why, False, figures)
     for observation in observations:
         for bad in observation.header.nonfinite:
             if bad.phase == phase:
-                message = f"INVALID {where}: non-finite logits, first prompt {bad.prompt} {at(phase, bad.position)}"
-                return Judgement(Verdict.INVALID, f"{message} in repeat {bad.repeat}", False, figures)
+                why = f"non-finite logits, first prompt {bad.prompt} {at(phase, bad.position)} in repeat {bad.repeat}"
+                return Judgement(Verdict.INVALID, cell, phase, why, False, figures)
     runs = [runs_of(observation, phase) for observation in observations]
     calls = sum(len(groups) for groups in runs)
     flips = sum(len(groups) - max(Counter(groups).values()) for groups in runs)
@@ -48,19 +48,19 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
         figures |= {"first_divergence": "", "max_abs_diff": 0.0, "l2": 0.0}
         figures["flip_rate_upper95.lifetime"] = round(bounds.flip_rate_upper(0, len(observations)), 6)
         expected = row is None or row.outcome == "may_be_noisy"
-        return Judgement(Verdict.BIT_EXACT, f"BIT_EXACT {where}: {text}", expected, figures, _hidden_noise(row))
+        return Judgement(Verdict.BIT_EXACT, cell, phase, text, expected, figures, _hidden_noise(row))
     first, ulps, max_abs, l2 = first_divergence(observations, phase)
     figures |= {"first_divergence": first, "max_abs_diff": max_abs, "l2": l2}
     share = f"{flips} of {calls} repeats differ"
     if observations[0].reported and outputs == calls:  # as the published tables put it
         share = f"{calls} of {calls} repeats differ from each other"
-    message = f"NOISY {where}: {share}, first {first}{ulps}"
+    why = f"{share}, first {first}{ulps}"
     detail = f"{outputs} distinct outputs; flip rate < {bound:.3g} per call at 95 %"
     long = _noisy_beyond(observations, phase, row)
     if long:
-        message = f"NOISY {where}: noise beyond the declared {beyond(row)}, in prompt {long}: {message}"
-        return Judgement(Verdict.NOISY, message, False, figures, detail, declared=False)
-    return Judgement(Verdict.NOISY, message, row is not None and row.outcome == "may_be_noisy", figures, detail)
+        why = f"noise beyond the declared {beyond(row)}, in prompt {long}: NOISY {cell} {phase}: {why}"
+        return Judgement(Verdict.NOISY, cell, phase, why, False, figures, detail, declared=False)
+    return Judgement(Verdict.NOISY, cell, phase, why, row is not None and row.outcome == "may_be_noisy", figures, detail)
 
 
 def _noisy_beyond(observations: Sequence[Observation], phase: Phase, row: Expect | None) -> str:

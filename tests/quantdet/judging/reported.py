@@ -40,7 +40,7 @@ def qualified(judge: F) -> F:
             note += f"; {runs}, repeat noise is not known"
         figures = {**found.figures, "evidence": "reported"}
         figures.pop("logits.sha256", None)
-        return replace(found, message=f"{found.message}; {note}", figures=figures)
+        return replace(found, why=f"{found.why}; {note}", figures=figures)
 
     return said  # type: ignore[return-value]
 

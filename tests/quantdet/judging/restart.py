@@ -25,9 +25,9 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     """
     cell = observations[0].cell
     if any(observation.header.nonfinite for observation in observations):
-        return Judgement(Verdict.INVALID, f"INVALID {cell} restart: non-finite logits", False)
+        return Judgement(Verdict.INVALID, cell, "restart", "non-finite logits", False)
     if len(observations) < 2:
-        return Judgement(Verdict.INVALID, f"INVALID {cell} restart: needs 2 lifetimes, have {len(observations)}", False)
+        return Judgement(Verdict.INVALID, cell, "restart", f"needs 2 lifetimes, have {len(observations)}", False)
     seen = distinct([(o.logits_sha256("decode") + o.logits_sha256("prefill")).encode() for o in observations])
     noise: dict[Phase, Expect | None] = {phase: expectations.noise(cell, phase) for phase in PHASES}
     recompiles = expectations.recompiles(cell)
@@ -66,7 +66,7 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
         assert recompiles is not None
         share += f", declared are at most {recompiles.max_l2:g}"
     verdict = Verdict.NOISY if flips else Verdict.BIT_EXACT
-    return Judgement(verdict, f"{verdict} {cell} restart: {share}", not wrong and not far, figures)
+    return Judgement(verdict, cell, "restart", share, not wrong and not far, figures)
 
 
 def _exact_rows(observation: Observation, phase: Phase, row: Expect | None) -> bytes:

@@ -6,6 +6,21 @@ from quantdet.judging.verdicts import Verdict
 from quantdet.observations.observation import Observation
 
 
+class Lack(str):
+    """What stands in the way of a cell, as need and have: `WHAT: needs NEED, have HAVE`, with its parts."""
+
+    what: str
+    need: str
+    have: str
+
+    def __new__(cls, what: str, need: str, have: str) -> "Lack":
+        made = super().__new__(cls, f"{what}: needs {need}, have {have}")
+        made.what, made.need, made.have = what, need, have
+        return made
+
+    __slots__ = ("have", "need", "what")
+
+
 @dataclass(frozen=True, repr=False)
 class Measured:
     """A cell's observations, one per engine lifetime. `reused`: found in the store."""

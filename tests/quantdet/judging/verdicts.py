@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from quantdet.matrix.cell import Phase
+from quantdet.matrix.cell import Cell, Phase
 
 
 class Verdict(StrEnum):
@@ -133,19 +133,28 @@ _FIGURES = (
 class Cause:
     """What went wrong with a cell, whatever test met it first; equal ones are one entry of the report.
 
-    `first` is one line: verdict, cell, the engine's own words. `detail` (the log's end, say) may differ from case to case.
+    `why`: the engine's own words, in one line; `aspect`: see `Judgement`. `detail` (the log's end, say) may differ from case
+    to case.
     """
 
-    cell: str
-    first: str
+    verdict: Verdict
+    cell: Cell
+    aspect: str
+    why: str
     detail: str = field(default="", compare=False)
+
+    @property
+    def first(self) -> str:
+        """Verdict, cell and reason in one line."""
+        return _line(self.verdict, self.cell, self.aspect, self.why)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one test says.
+    """What one test says: the verdict, on what, and why; the sentence is made of these (`message`).
 
-    `expected`: whether this is what the matrix expects; `message` is one line and starts with the verdict;
+    `subject`: the cell, claim or question; `aspect`: what of it was judged (`decode`, `kernel`, `distinct`, ...), empty for all
+    of it; `why`: the reason in one line. `expected`: whether this is what the matrix expects;
     `figures` become properties of the JUnit test case; `detail` follows the message where there is room; `declared`
     False: noise of a kind that no expectation of noise may excuse; `reexecution`: what the report's tables of re-execution
     are made from. `cause`: the one that other cases fail for too; `among`: cells that the verdict is about alike, each of
@@ -153,7 +162,9 @@ class Judgement:
     """
 
     verdict: Verdict
-    message: str
+    subject: Cell
+    aspect: str
+    why: str
     expected: bool
     figures: dict[str, Any] = field(default_factory=dict)
     detail: str = ""
@@ -164,11 +175,36 @@ class Judgement:
     among: frozenset[str] = frozenset()
 
     @property
+    def where(self) -> str:
+        """Subject and aspect, for example `tiny-qwen3/awq/cpu-amx decode`."""
+        return f"{self.subject} {self.aspect}".rstrip()
+
+    @property
+    def message(self) -> str:
+        """One line that starts with the verdict, for example `NOISY tiny-qwen3/awq/cpu-amx decode: 1 of 5 repeats differ`."""
+        return _line(self.verdict, self.subject, self.aspect, self.why)
+
+    @property
+    def reason(self) -> str:
+        """Aspect and why, for a skip: the case names the subject itself."""
+        return f"{self.aspect}: {self.why}" if self.aspect else self.why
+
+    @property
     def text(self) -> str:
+        """The message, and the detail below it."""
         return f"{self.message}\n{self.detail}".rstrip()
+
+    @property
+    def as_cause(self) -> Cause:
+        """What it is for every case that fails for it."""
+        return Cause(self.verdict, self.subject, self.aspect, self.why, self.detail)
 
     def enforce(self) -> None:
         """Raise unless this is what the matrix expects."""
         __tracebackhide__ = True
         if not self.expected:
             raise (Divergence if self.verdict is Verdict.NOISY and self.declared else Violation)(self.text)
+
+
+def _line(verdict: Verdict, subject: Cell, aspect: str, why: str) -> str:
+    return f"{verdict} {f'{subject} {aspect}'.rstrip()}: {why}"

@@ -45,7 +45,7 @@ def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: 
         if any(one.header.nonfinite for one in (older, newer)):
             why = "non-finite logits"
         if why is not None:
-            return Judgement(Verdict.INVALID, f"INVALID {cell} versions: {place} cannot be compared: {why}", False, figures)
+            return Judgement(Verdict.INVALID, cell, "versions", f"{place} cannot be compared: {why}", False, figures)
         result = pair(older, newer)
         results.append(result)
         changed = _changes(older, newer, family)
@@ -55,7 +55,7 @@ def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: 
     words = {result.verdict for result in results}
     verdict = next(word for word in (Verdict.DISTINCT, Verdict.INDISTINCT, Verdict.IDENTICAL) if word in words)
     figures |= {"l2": max(r.l2 for r in results), "max_abs_diff": max(r.max_abs for r in results), "changes": " | ".join(told)}
-    return Judgement(verdict, f"{verdict} {cell} versions: {', '.join(steps)}", not wrong, figures)
+    return Judgement(verdict, cell, "versions", ", ".join(steps), not wrong, figures)
 
 
 def _expectation(known: Sequence[Observation], rows: Sequence[Expect | None]) -> str:

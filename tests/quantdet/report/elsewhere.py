@@ -6,12 +6,20 @@ With -v they are shown as any other.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-ROW = pytest.StashKey[str]()  # of an item: the hardware row that it would have needed
+
+class Elsewhere(NamedTuple):
+    """The hardware row that a case would have needed, and what it lacks there."""
+
+    row: str
+    lacks: str
+
+
+ELSEWHERE = pytest.StashKey[Elsewhere]()  # of an item
 _ATTRIBUTE = "quantdet_elsewhere"
 
 
@@ -22,26 +30,28 @@ def quiet(config: pytest.Config) -> bool:
 
 def protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Run such a case without the announcement that pytest begins a line with; None leaves any other to pytest."""
-    if ROW not in item.stash or not quiet(item.config):
+    if ELSEWHERE not in item.stash or not quiet(item.config):
         return None
     runtestprotocol(item, nextitem=nextitem, log=True)
     return True
 
 
 def attach(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Put the row on the report of a skip, so that it crosses xdist."""
-    if ROW in item.stash and report.skipped:
-        setattr(report, _ATTRIBUTE, item.stash[ROW])
+    """Put it on the report of a skip, so that it crosses xdist."""
+    if ELSEWHERE in item.stash and report.skipped:
+        found = item.stash[ELSEWHERE]
+        setattr(report, _ATTRIBUTE, [found.row, found.lacks])
 
 
-def row(report: Any) -> str:
-    """The hardware row that a skipped case would have needed; empty if it is here."""
-    return str(getattr(report, _ATTRIBUTE, ""))
+def of(report: Any) -> Elsewhere | None:
+    """What a skipped case would have needed; None if its hardware is here."""
+    found = getattr(report, _ATTRIBUTE, None)
+    return None if found is None else Elsewhere(*found)
 
 
 def status(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
     """Counted among the skipped, without letter and word."""
-    return ("skipped", "", "") if row(report) and quiet(config) else None
+    return ("skipped", "", "") if of(report) and quiet(config) else None
 
 
 @contextlib.contextmanager
@@ -54,7 +64,7 @@ def uncounted(session: pytest.Session) -> Iterator[None]:
         yield
         return
     arriving = _Arriving(session)
-    arriving.take(sum(ROW in item.stash for item in session.items))
+    arriving.take(sum(ELSEWHERE in item.stash for item in session.items))
     if not session.items:
         session.config.pluginmanager.register(arriving)
     try:
@@ -76,5 +86,5 @@ class _Arriving:
         self.taken += count
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if row(report):
+        if of(report):
             self.take(1)

@@ -103,7 +103,7 @@ def _questions(records: Records) -> list[str]:
     for case in records.cases:
         if case["test"] == "test_question":
             text = case["properties"].get("asks", "") or case["properties"]["case.format"]
-            answer = case["message"].removeprefix(case["verdict"])
+            answer = f" {case['where']}: {case['why']}"
             asked.setdefault(text, []).append(f"  - {_word(case)} {in_markdown(answer)}")
     lines = ["", "### Published questions", ""] if asked else []
     for text, answers in asked.items():

@@ -5,13 +5,10 @@ from typing import Any
 
 import pytest
 
-from quantdet.judging.verdicts import Divergence, Judgement, Verdict, Violation
+from quantdet.judging.verdicts import Cause, Divergence, Judgement, Violation
 from quantdet.matrix.cell import Cell
 from quantdet.report import elsewhere
-
-# How the skip of a case begins whose cell the matrix declares unsupported; test_hardware is the case that judges it.
-DECLARED = f"{Verdict.UNSUPPORTED} as declared, see test_hardware:"
-
+from quantdet.report.elsewhere import Elsewhere
 
 # What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
 FIRST = ("test_repeat", "test_kernel", "test_distinct")
@@ -32,7 +29,9 @@ def place_of(test: str) -> int:
 
 JUDGEMENT = pytest.StashKey[Judgement]()
 EVIDENCE = pytest.StashKey[dict[str, Any] | None]()
+DECLARED_SKIP = pytest.StashKey[bool]()  # of an item whose cell is declared unsupported, which another case judges
 _ATTRIBUTE = "quantdet_record"
+_DECLARED = "quantdet_declared"
 
 
 @dataclass(eq=False)  # a plugin: pluggy puts plugins into sets
@@ -41,7 +40,8 @@ class Records:
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    elsewhere: dict[str, str] = field(default_factory=dict)  # of these: the case -> the hardware row that is not here
+    elsewhere: dict[str, Elsewhere] = field(default_factory=dict)  # of these: what is not here
+    declared: set[str] = field(default_factory=set)  # of these: declared unsupported, and judged by another case
     broken: list[tuple[str, str]] = field(default_factory=list)  # failed without a judgement: a crashed worker, say
     first_failure: str = ""  # of those without a judgement: the others have their entries
     finished: set[str] = field(default_factory=set)
@@ -60,8 +60,10 @@ class Records:
             self.broken.append((report.nodeid, str(report.longrepr)[:2000]))
         elif report.skipped and isinstance(report.longrepr, tuple):
             self.skipped.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
-            if row := elsewhere.row(report):
-                self.elsewhere[report.nodeid] = row
+            if (lacking := elsewhere.of(report)) is not None:
+                self.elsewhere[report.nodeid] = lacking
+            if getattr(report, _DECLARED, False):
+                self.declared.add(report.nodeid)
 
 
 RECORDS = pytest.StashKey[Records]()
@@ -75,6 +77,8 @@ def unexpected(report: Any) -> bool:
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> pytest.TestReport:
     """Put the judgement on the report; a failed one shows its own text instead of a traceback."""
+    if item.stash.get(DECLARED_SKIP, False):
+        setattr(report, _DECLARED, True)
     if call.when != "call":
         return report
     judgement = item.stash.get(JUDGEMENT, None)
@@ -84,6 +88,8 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
     record = {
         "verdict": str(judgement.verdict),
         "message": judgement.message,
+        "where": judgement.where,
+        "why": judgement.why,
         # A declared divergence is an xfail that was satisfied.
         "expected": judgement.expected or (report.skipped and hasattr(report, "wasxfail")),
         "properties": {str(name): str(value) for name, value in properties.items()},
@@ -92,7 +98,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         "evidence": item.stash.get(EVIDENCE, None),
         "test": getattr(item, "originalname", item.name),
         "detail": judgement.detail,
-        "cause": asdict(judgement.cause) if judgement.cause is not None else None,
+        "cause": _cause(judgement.cause),
         "among": sorted(judgement.among),
     }
     setattr(report, _ATTRIBUTE, record)
@@ -101,3 +107,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
     if hasattr(report, "wasxfail") and report.skipped:
         report.wasxfail = f"{judgement.message} ({report.wasxfail})"
     return report
+
+
+def _cause(cause: Cause | None) -> dict[str, str] | None:
+    return None if cause is None else {"cell": str(cause.cell), "first": cause.first, "detail": cause.detail}

@@ -8,10 +8,10 @@ import pytest
 
 from quantdet.engines.child.stopwatch import PARTS
 from quantdet.engines.clock import Clock
-from quantdet.judging.verdicts import Verdict
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
+from quantdet.report.elsewhere import Elsewhere
 from quantdet.report.entries import cell_of, counted
-from quantdet.report.record import DECLARED, RECORDS, Records
+from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
 from quantdet.report.tables import figure, fitted, place, prose
 
@@ -204,19 +204,19 @@ def _kernel(executed: str, case: dict[str, Any] | None) -> str:
 def _skipped(reporter: Any, records: Records, hardware: Mapping[str, str], width: int) -> None:
     """What was not measured: a line for each row of hardware that is not here, then cells by reason, most first."""
     cells: dict[str, set[str]] = {}
-    apart: Counter[tuple[str, str]] = Counter()
+    apart: Counter[Elsewhere] = Counter()
     for nodeid, reason in records.skipped:
-        if (row := records.elsewhere.get(nodeid)) is not None:
-            apart[row, reason] += 1
-        elif "[" in nodeid and not reason.startswith(DECLARED):  # those stand in the table, by test_hardware
+        if (elsewhere := records.elsewhere.get(nodeid)) is not None:
+            apart[elsewhere] += 1
+        elif "[" in nodeid and nodeid not in records.declared:  # those stand in the table, by test_refusal
             cells.setdefault(reason, set()).add(cell_of(nodeid))
     if not cells and not apart:
         return
     reporter.write_sep("=", "quantdet: not measured")
     order = list(hardware)
-    for (row, reason), count in sorted(apart.items(), key=lambda one: (order.index(one[0][0]), -one[1])):
+    for (row, lacks), count in sorted(apart.items(), key=lambda one: (order.index(one[0][0]), -one[1])):
         title = f" ({hardware[row]})"
-        why = reason.removeprefix(f"{Verdict.UNAVAILABLE} ").partition(": ")[2].replace(title, "")
+        why = lacks.replace(title, "")
         reporter.write_line(prose(f"{row}{title}: {counted(count, 'case')}, {why}", width))
     counts = Counter({reason: len(group) for reason, group in cells.items()})
     for reason, count in counts.most_common():

@@ -132,7 +132,7 @@ class Controls:
             return False, f"known noise not tried: {where}"
         found = repeat.repeat(result.observations, "decode", self.session.expectations(noisy))
         if found.verdict is Verdict.UNAVAILABLE:
-            return None, f"known noise not tried, {found.message.removeprefix('UNAVAILABLE ')}"
+            return None, f"known noise not tried, {found.where}: {found.why}"
         caught = found.verdict is Verdict.NOISY
         return caught, f"known noise {'caught' if caught else 'NOT SEEN'} in {where}"
 
@@ -153,7 +153,7 @@ class Controls:
 
 def cause_of(found: Judgement, cell: Cell) -> Cause | None:
     """What a control that was missed means for every case that would rest on it."""
-    return None if found.expected else Cause(str(cell), found.message, found.detail)
+    return None if found.expected else found.as_cause
 
 
 CONTROLS = pytest.StashKey[Controls]()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from quantdet import checkpoints
 from quantdet.judging import causes, numerics
 from quantdet.judging.reexecution import claim as attribution
-from quantdet.judging.results import Measured, Missing, Refusal
+from quantdet.judging.results import Lack, Measured, Missing, Refusal
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.rows import ONLINE, Format
@@ -34,37 +34,38 @@ def numbers(format_: Format) -> str:
     return format_.weights if format_.activations == "none" else f"{format_.weights} with {format_.activations} activations"
 
 
-def gate(claim: Claim, session: Session) -> str | None:
+def gate(claim: Claim, session: Session) -> Lack | None:
     """Why `claim` cannot be judged here (need and have); None if it can be tried."""
     header = session.references.header(claim)
     what = f"checkpoint sha256 {header.checkpoint_sha256[:16]}, {header.checkpoint_source or 'source unknown'}"
     if claim.model_id not in session.matrix.models:
-        return f"reexecution: needs model {claim.model_id} ({what}), have none of this name in the matrix"
+        return Lack("reexecution", f"model {claim.model_id} ({what})", "none of this name in the matrix")
     if claim.format_id not in session.matrix.formats:
-        return f"reexecution: needs format {claim.format_id} ({what}), have none of this name in the matrix"
+        return Lack("reexecution", f"format {claim.format_id} ({what})", "none of this name in the matrix")
     here = verifiers(claim, session)
     if not here:
         cells = [cell for cell in session.matrix.cells() if cell.model_id == claim.model_id]
         reasons = [session.gate(cell) for cell in cells if cell.hardware_id == claim.hardware_id]
-        return next(filter(None, reasons), f"reexecution: needs a format of {claim.model_id} on {claim.hardware_id}, have none")
+        nothing = Lack("reexecution", f"a format of {claim.model_id} on {claim.hardware_id}", "none")
+        return next(filter(None, reasons), nothing)
     weights = numbers(session.matrix.formats[claim.format_id])
     own = [cell for cell in here if numbers(session.matrix.formats[cell.format_id]) == weights]
     if not own:
-        return f"reexecution: needs a format with weights {weights} on {claim.hardware_id}, have none"
+        return Lack("reexecution", f"a format with weights {weights} on {claim.hardware_id}", "none")
     dtypes = {session.matrix.verifying_dtype(cell, header.dtype) for cell in own}
     if header.dtype not in dtypes:
-        need = f"reexecution: needs a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
-        return f"{need}, have {', '.join(sorted(dtypes))}"
+        need = f"a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
+        return Lack("reexecution", need, ", ".join(sorted(dtypes)))
     # Of one source and one word: the same numbers. Two makers' may be others, which their checkpoints tell later.
     if len(own) == len(here) and session.matrix.models[claim.model_id].hub is None:
         return _alone(claim, [cell.format_id for cell in here])
     return None
 
 
-def _alone(claim: Claim, verified: Iterable[str]) -> str:
+def _alone(claim: Claim, verified: Iterable[str]) -> Lack:
     """What is missing where no format with other numbers re-executes a claim: nothing could tell it from anything."""
-    need = f"reexecution: needs a format with other numbers than {claim.format_id} on {claim.hardware_id}"
-    return f"{need}, have {', '.join(sorted(verified))}"
+    need = f"a format with other numbers than {claim.format_id} on {claim.hardware_id}"
+    return Lack("reexecution", need, ", ".join(sorted(verified)))
 
 
 def judge(claim: Claim, session: Session) -> Judgement | str:
@@ -73,7 +74,7 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     bad = recorded.header.nonfinite
     if bad:
         text = f"non-finite logits, first prompt {bad[0].prompt} {bad[0].phase} {bad[0].position}"
-        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
+        return Judgement(Verdict.INVALID, claim, "reexecution", text, False)
     wanted = recorded.header.checkpoint_sha256
     try:
         weights = session.measuring.weights(claim.model_id, claim.format_id)
@@ -82,24 +83,24 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     except (OSError, ValueError) as error:
         cell = Cell(claim.model_id, claim.format_id, claim.hardware_id)
         cause = causes.missing(cell, Missing(Verdict.ERROR, f"checkpoint: {error}"))
-        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: checkpoint: {error}", False, cause=cause)
+        return Judgement(Verdict.ERROR, claim, "reexecution", f"checkpoint: {error}", False, cause=cause)
     if weights.sha256 != wanted:
         text = f"another checkpoint under the same name: the claim's sha256 is {wanted[:16]}, here it is {weights.sha256[:16]}"
-        return Judgement(Verdict.INVALID, f"INVALID {claim} reexecution: {text}", False)
+        return Judgement(Verdict.INVALID, claim, "reexecution", text, False)
     verified: dict[str, Observation] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, Missing] = {}
     for cell in verifiers(claim, session):
         match session.verified(cell, recorded.header.dtype):
             case Measured(observations=(found, *_)) if found.header.nonfinite:
-                failed[cell.format_id] = f"{Verdict.INVALID} non-finite logits"
+                failed[cell.format_id] = Missing(Verdict.INVALID, "non-finite logits")
             case Measured(observations=(found, *_)):
                 verified[cell.format_id] = found
-            case Missing(reason=reason, verdict=verdict):
-                failed[cell.format_id] = f"{verdict} {reason}"
+            case Missing() as missing:
+                failed[cell.format_id] = missing
             case Refusal(message=message):
-                failed[cell.format_id] = f"{Verdict.UNSUPPORTED} {message}"
-    if not verified and failed and all(reason.startswith(Verdict.UNAVAILABLE) for reason in failed.values()):
-        return next(iter(failed.values())).removeprefix(f"{Verdict.UNAVAILABLE} ")
+                failed[cell.format_id] = Missing(Verdict.UNSUPPORTED, message)
+    if not verified and failed and all(one.verdict is Verdict.UNAVAILABLE for one in failed.values()):
+        return next(iter(failed.values())).reason
     # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
     held = {name: numerics.numbers(one) for name, one in verified.items()}
     made = session.matrix.formats[claim.format_id].layout in ONLINE  # by the engine: the folder's numbers are the plain ones

@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from quantdet.judging.results import Measured, Missing, Refusal, Result
+from quantdet.judging.results import Lack, Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.cell import OTHER_ENGINES, Cell
 from quantdet.observations import store
@@ -77,14 +77,13 @@ class Replay:
             return version
         return known[-1] if known else ""
 
-    def gate(self, cell: Cell) -> str | None:
+    def gate(self, cell: Cell) -> Lack | None:
         """Why `cell` cannot be judged; None if there are observations of it (for all versions together: of two)."""
         versions = self.versions(cell.hardware_id)
         if len(versions) > 1 and not cell.vllm:
             have = [version for version in versions if replace(cell, vllm=version) in self._cells]
-            need = "replay: needs recordings of two vLLM versions"
-            return None if len(have) > 1 else f"{need}, have {', '.join(have) or 'none'}"
-        return None if cell in self._cells else f"replay: needs a recording, have none in {self.where}"
+            return None if len(have) > 1 else Lack("replay", "recordings of two vLLM versions", ", ".join(have) or "none")
+        return None if cell in self._cells else Lack("replay", "a recording", f"none in {self.where}")
 
     def result(self, cell: Cell) -> Result:
         """What was recorded of `cell`."""
@@ -127,7 +126,7 @@ class Replay:
             version = self._version(one) if cell.vllm else ""
             if version == cell.vllm:
                 return Measured((replace(one, vllm=version),), reused=True)
-        return Missing(Verdict.UNAVAILABLE, f"replay: needs a recorded control ({kind}), have none in {self.where}")
+        return Missing(Verdict.UNAVAILABLE, Lack("replay", f"a recorded control ({kind})", f"none in {self.where}"))
 
     def verifiers(self) -> list[str]:
         """Hardware rows on which claims were re-executed."""
@@ -142,7 +141,7 @@ class Replay:
         for observation in self._verified:
             if observation.header.cell == cell and observation.header.workload_sha256 == workload_sha256:
                 return Measured((observation,), reused=True)
-        return Missing(Verdict.UNAVAILABLE, f"replay: needs a re-execution of these claims, have none in {self.where}")
+        return Missing(Verdict.UNAVAILABLE, Lack("replay", "a re-execution of these claims", f"none in {self.where}"))
 
     def environment(self) -> dict[str, Any]:
         """What the observations' environments have in common; `several` where they differ."""

@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from quantdet.engines.process import process
+from quantdet.judging.results import Lack
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
 from quantdet.matrix.matrix import Matrix
@@ -65,7 +66,7 @@ class Scope:
         recorded = self.replay.versions(cell.hardware_id)[:1] if self.replay is not None else []
         return cell.vllm or next(iter(recorded), None) or self.software.vllm
 
-    def gate(self, cell: Cell) -> str | None:
+    def gate(self, cell: Cell) -> Lack | None:
         """Why `cell` cannot be measured here (need and have); None if it can be tried."""
         if self.replay is not None:
             return self.replay.gate(cell)

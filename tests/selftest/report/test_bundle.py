@@ -19,6 +19,8 @@ from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import EXPERTS, MATRIX, expect, setting
 from selftest.fakes.observation import changed_output, last_repeat, observation
 
+AWQ_CELL = Cell("alpha", "awq", "cpu-here")
+
 pytest_plugins = ["pytester"]
 
 AWQ = "alpha/awq/cpu-here"
@@ -253,7 +255,7 @@ def test_the_title_blames_no_kernel_for_what_is_compiled(
     """Processes of a compiled engine differ, whatever the kernel: each compiles for itself. Within a process it is named."""
     request = repro.Request({}, {}, {}, "float16", "len20", (1, 2), 3, 4, 4, lifetimes=lifetimes)
     about = readme.About(
-        cell=Cell("alpha", "awq", "cpu-here"), cases={"restart": Judgement(Verdict.NOISY, "NOISY", True)}, environment={},
+        cell=AWQ_CELL, cases={"restart": Judgement(Verdict.NOISY, AWQ_CELL, "", "x", True)}, environment={},
         identity={}, inject="", executed=executed("Fake4Kernel").model_copy(update={"mode": mode}), requested="fake4",
         diagnosis=None, divergences=(), replayed=True, request=request,
     )  # fmt: skip
@@ -267,7 +269,7 @@ def test_the_title_blames_no_kernel_for_what_is_compiled(
 def test_the_title_names_the_engine(engine: str, words: str) -> None:
     """The one whose maintainers read it."""
     about = readme.About(
-        cell=Cell("alpha", "awq", "cpu-here"), cases={"repeat": Judgement(Verdict.NOISY, "NOISY", True)},
+        cell=AWQ_CELL, cases={"repeat": Judgement(Verdict.NOISY, AWQ_CELL, "", "x", True)},
         environment={"vllm": "0.26.0", "transformers": "5.17.0"}, identity={"engine": engine}, inject="",
         executed=executed("Fake4Kernel"), requested="fake4", diagnosis=None, divergences=(), replayed=True, request=None,
     )  # fmt: skip
@@ -396,7 +398,7 @@ def test_what_a_recording_says_is_shown_and_not_obeyed() -> None:
         update={"layers": tuple(one.model_copy(update={"kernel": kernel}) for one in layers), "attention": ("<b>*a*</b>",)}
     )
     about = readme.About(
-        cell=Cell("alpha", "awq", "cpu-here"), cases={"c": Judgement(Verdict.INVALID, "INVALID c: x", False)},
+        cell=AWQ_CELL, cases={"c": Judgement(Verdict.INVALID, AWQ_CELL, "c", "x", False)},
         environment={"vllm": "1 <img src=x>", "torch": "|"}, identity={}, executed=evil, requested="fake4",
         inject="", diagnosis=None, divergences=(), replayed=True, request=None,
     )  # fmt: skip

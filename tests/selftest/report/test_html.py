@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from quantdet.judging.verdicts import Judgement, Verdict
+from quantdet.matrix.cell import Cell
 from quantdet.observations.observation import write
 from quantdet.report import evidence
 from quantdet.report.html import data, gather, svg
@@ -415,7 +416,7 @@ def observation_of(seen: Any) -> Any:
 
 def test_evidence_is_of_what_was_judged() -> None:
     """No observation, nothing; layers for the kernel's case only."""
-    judgement = Judgement(Verdict.CONFIRMED, "CONFIRMED", True)
+    judgement = Judgement(Verdict.CONFIRMED, Cell("alpha", "awq", "cpu-here"), "kernel", "x", True)
 
     assert evidence.of(judgement, (), "test_kernel") is None
     found = evidence.of(judgement, (observation(),), "test_kernel")

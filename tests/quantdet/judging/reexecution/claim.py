@@ -4,7 +4,7 @@ Rows are claimed, columns verified; nothing is symmetrised before the verdict, s
 better than its own (a noisy kernel's does).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdet.judging.reexecution import detect, hidden_states
+from quantdet.judging.results import Missing
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import bounds, resampling, signal_noise
-from quantdet.metrics import nearest as identification
 from quantdet.metrics.distances import decode_distance, published_topk, union_topk
+from quantdet.metrics.nearest import Identification, identify
 from quantdet.observations.claims import Claim, Sequences, sequence
 from quantdet.observations.observation import Observation
 
+ASPECT = "reexecution"
 _SEED = 20260101
 _SOFTWARE = ("vllm", "torch_package", "transformers_package", "compressed_tensors_package")
 
@@ -34,6 +36,9 @@ class Gap:
 
     own: NDArray[np.float64]
     published: NDArray[np.float64]
+
+
+Gaps = Mapping[Phase, Mapping[str, Gap]]  # by verifying format
 
 
 def gap(recorded: Observation, verified: Observation, sequences: Sequences, phase: Phase) -> Gap:
@@ -61,7 +66,7 @@ def judge(
     verified: Mapping[str, Observation],
     weights: Mapping[str, str],
     sequences: Sequences,
-    failed: Mapping[str, str],
+    failed: Mapping[str, Missing],
 ) -> Judgement:
     """Is the claim nearest to a format with the claimed numbers, and farther from the others than the hardware explains?
 
@@ -73,15 +78,62 @@ def judge(
         failed: formats that should have run here and did not, with the reason.
     """
     mine = [name for name in verified if weights[name] == weights[claim.format_id]]
-    if not mine:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items()) or "none runs here"
-        text = f"no format with weights {weights[claim.format_id]} re-executed it ({reasons})"
-        return Judgement(Verdict.ERROR, f"ERROR {claim} reexecution: {text}", False)
-    gaps = {phase: {name: gap(recorded, one, sequences, phase) for name, one in verified.items()} for phase in PHASES}
-    decode = {name: found.own for name, found in gaps["decode"].items()}
-    # The format itself where it runs here; else the nearest of those with its numbers.
-    base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
     others = [name for name in verified if name not in mine]
+    if not mine:
+        reasons = "; ".join(f"{name}: {one.verdict} {one.reason}" for name, one in failed.items()) or "none runs here"
+        text = f"no format with weights {weights[claim.format_id]} re-executed it ({reasons})"
+        return Judgement(Verdict.ERROR, claim, ASPECT, text, False)
+    if not others:
+        text = "no format with other numbers re-executed it, so that nothing could be told"
+        return Judgement(Verdict.UNDERPOWERED, claim, ASPECT, text, False)
+    gaps = {phase: {name: gap(recorded, one, sequences, phase) for name, one in verified.items()} for phase in PHASES}
+    seen = _compared(claim, verified, gaps, mine)
+    share = f"nearest to weights {weights[claim.format_id]} in {seen.share}"
+    figures = {**_figures(recorded, gaps, seen), "beside": _beside(recorded, verified[seen.base])}
+    second = hidden_states.judge(recorded, verified, seen.base, mine, sequences, seen.decode)
+    figures |= second.figures
+    record = {**_record(claim, recorded, weights, mine, gaps, seen), "activations": second.record}
+    end = second.sentence + (f" (beside the hardware: {figures['beside']})" if figures["beside"] else "")
+    apart = _apart(verified, recorded, sequences)
+    verdict, why, detail = _verdict(seen, mine, others, share, apart)
+    if detail is not None:  # the claim's own numbers answer: did all that might run?
+        why += f"; did not run: {', '.join(failed)}" if failed else ""
+        broken = {name: one for name, one in failed.items() if one.verdict not in (Verdict.UNAVAILABLE, Verdict.UNSUPPORTED)}
+        if broken:  # with it the answer might be another one
+            first = next(iter(broken.values()))
+            text = f"did not run: {', '.join(broken)}, first {first.verdict} {first.reason.partition(chr(10))[0]}"
+            text += f"; of the others: {verdict}, {why}{end}"
+            return Judgement(Verdict.ERROR, claim, ASPECT, text, False, figures, detail or "", reexecution=record)
+    expected = detail is not None
+    return Judgement(verdict, claim, ASPECT, f"{why}{end}", expected, figures, detail or "", reexecution=record)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the distances of a claim say. Arrays are float64 (prompts,), nats, by verifying format.
+
+    base: the claimed format where it runs here, else the nearest of those with its numbers; decode: distances of the
+    generated positions; compared, found: every other format against `base`; nearest: which format is nearest, by prompt.
+    """
+
+    base: str
+    decode: Mapping[str, NDArray[np.float64]]
+    compared: Mapping[str, signal_noise.Comparison]
+    found: Mapping[str, detect.Detection]
+    nearest: Identification
+
+    @property
+    def share(self) -> str:
+        """In how many prompts a format with the claim's numbers is the nearest, with an interval."""
+        assert self.nearest.interval is not None  # formats with the claim's numbers are among the verifiers
+        low, high = self.nearest.interval
+        return f"{self.nearest.own} of {len(self.nearest.nearest)} prompts [{low:.2g}, {high:.2g}] at 95 %"
+
+
+def _compared(claim: Claim, verified: Mapping[str, Observation], gaps: Gaps, mine: Sequence[str]) -> _Seen:
+    """The statistics: differences to the claim's own format, adjusted for their number, and the nearest format."""
+    decode = {name: found.own for name, found in gaps["decode"].items()}
+    base = claim.format_id if claim.format_id in mine else min(mine, key=lambda name: float(decode[name].mean()))
     compared = {name: signal_noise.directional(decode[name], decode[base], _SEED) for name in verified if name != base}
     # What would have been found at the level that is left to each of them (Bonferroni, which Holm is never stricter than).
     compared = {
@@ -90,61 +142,37 @@ def judge(
     }
     adjusted = dict(zip(compared, bounds.holm([one.p for one in compared.values()]), strict=True))
     found = {name: detect.detect(one, p_adjusted=adjusted[name]) for name, one in compared.items()}
-    nearest = identification.identify(np.stack(list(decode.values())), list(verified), mine)
-    if not others:
-        text = f"UNDERPOWERED {claim} reexecution: no format with other numbers re-executed it, so that nothing could be told"
-        return Judgement(Verdict.UNDERPOWERED, text, False)
-    told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
+    return _Seen(base, decode, compared, found, identify(np.stack(list(decode.values())), list(verified), mine))
+
+
+def _verdict(
+    seen: _Seen, mine: Sequence[str], others: Sequence[str], share: str, apart: float
+) -> tuple[Verdict, str, str | None]:
+    """Verdict, why, and the detail; without a detail (None) the claim is not what it says."""
+    base, compared, found = seen.base, seen.compared, seen.found
+    distance = float(seen.decode[base].mean())
+    if distance > apart:
+        text = f"matches no format here: {distance:.3g} nats from {base}, and the formats here are at most {apart:.3g} from "
+        return Verdict.DETECTABLE, f"{text}each other on these tokens, {share}", None
+    if wrong := [name for name in others if found[name].contradicted]:
+        name = min(wrong, key=lambda name: compared[name].difference)
+        one = compared[name]
+        text = f"not what it claims: {name} matches it better than {base} by {-one.difference:.3g} nats"
+        return Verdict.DETECTABLE, f"{text} [{-one.high:.3g}, {-one.low:.3g}], {share}", None
     words = {found[name].verdict for name in others}
     verdict = next((word for word in (Verdict.UNDERPOWERED, Verdict.NOT_DETECTABLE) if word in words), Verdict.DETECTABLE)
-    figures = {**_figures(recorded, gaps, base, nearest), "beside": _beside(recorded, verified[base])}
-    record = _record(claim, recorded, weights, mine, gaps, compared, found, nearest)
-    where, prompts = f"{claim} reexecution", len(nearest.nearest)
-    assert nearest.interval is not None  # `mine` is not empty
-    low, high = nearest.interval
-    share = (
-        f"nearest to weights {weights[claim.format_id]} in {nearest.own} of {prompts} prompts [{low:.2g}, {high:.2g}] at 95 %"
-    )
-    second = hidden_states.judge(recorded, verified, base, mine, sequences, decode)
-    figures, record = {**figures, **second.figures}, {**record, "activations": second.record}
-    end = second.sentence
-    end += f" (beside the hardware: {figures['beside']})" if figures["beside"] else ""
-    apart = _apart(verified, recorded, sequences)
-    if compared and float(decode[base].mean()) > apart:
-        text = (
-            f"matches no format here: {float(decode[base].mean()):.3g} nats from {base}, and the formats here are at most "
-            f"{apart:.3g} from each other on these tokens, {share}"
-        )
-        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
-    wrong = [name for name in others if found[name].contradicted]
-    if wrong:
-        one = min((compared[name] for name in wrong), key=lambda c: c.difference)
-        name = next(name for name in wrong if compared[name] is one)
-        text = f"not what it claims: {name} matches it better than {base} by {-one.difference:.3g} nats"
-        text += f" [{-one.high:.3g}, {-one.low:.3g}], {share}"
-        return Judgement(Verdict.DETECTABLE, f"DETECTABLE {where}: {text}{end}", False, figures, reexecution=record)
-    text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
+    told = [name for name in others if found[name].verdict is Verdict.DETECTABLE]
     closest = min(others, key=lambda name: compared[name].difference)
     one = compared[closest]
+    text = f"{share}; told from {len(told)} of {len(others)} formats with other numbers"
     text += (
         f"; closest {closest}: {one.difference:+.3g} nats [{one.low:.3g}, {one.high:.3g}] over a noise of {one.noise:.3g} "
         f"(SNR {'inf' if one.snr == float('inf') else f'{one.snr:.3g}' if one.snr is not None else 'none'}, "
         f"minimum detectable {one.mde:.2g})"
     )
-    same = [name for name in mine if name != base]
-    if same:
+    if same := [name for name in mine if name != base]:
         text += "; same numbers: " + ", ".join(f"{name} {found[name].verdict} (MDE {compared[name].mde:.2g})" for name in same)
-    if failed:
-        text += f"; did not run: {', '.join(failed)}"
-    broken = [
-        name for name, reason in failed.items() if not reason.startswith((str(Verdict.UNAVAILABLE), str(Verdict.UNSUPPORTED)))
-    ]
-    detail = "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
-    if broken:  # with it the answer might be another one
-        first = failed[broken[0]].partition("\n")[0]
-        text = f"did not run: {', '.join(broken)}, first {first}; of the others: {verdict}, {text}"
-        return Judgement(Verdict.ERROR, f"ERROR {where}: {text}{end}", False, figures, detail, reexecution=record)
-    return Judgement(verdict, f"{verdict} {where}: {text}{end}", True, figures, detail, reexecution=record)
+    return verdict, text, "\n".join(f"{name}: {one.verdict}: {one.reason}" for name, one in found.items())
 
 
 def _apart(verified: Mapping[str, Observation], recorded: Observation, sequences: Sequences) -> float:
@@ -209,10 +237,8 @@ def _source(recorded: Observation) -> str:
     return f"{recorded.header.hardware}, vLLM {environment.get('vllm') or 'unknown'}, {device}"
 
 
-def _figures(
-    recorded: Observation, gaps: Mapping[Phase, Mapping[str, Gap]], base: str, nearest: identification.Identification
-) -> dict[str, object]:
-    header = recorded.header
+def _figures(recorded: Observation, gaps: Gaps, seen: _Seen) -> dict[str, object]:
+    header, nearest = recorded.header, seen.nearest
     assert nearest.interval is not None
     low, high = nearest.interval
     return {
@@ -221,7 +247,7 @@ def _figures(
         "checkpoint.sha256": header.checkpoint_sha256,
         "kernel.executed": header.executed.summary if header.executed is not None else "",
         "source": _source(recorded),
-        "l2": float(gaps["decode"][base].own.mean()),
+        "l2": float(gaps["decode"][seen.base].own.mean()),
         "identified": f"{nearest.own}/{len(nearest.nearest)} [{low:.4f}, {high:.4f}]",
         **{
             f"distance.{phase}.{name}": f"own={float(one.own.mean()):.6g} published={float(one.published.mean()):.6g}"
@@ -232,11 +258,10 @@ def _figures(
 
 
 def _record(
-    claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str],
-    gaps: Mapping[Phase, Mapping[str, Gap]], compared: Mapping[str, signal_noise.Comparison],
-    found: Mapping[str, detect.Detection], nearest: identification.Identification,
-) -> dict[str, object]:  # fmt: skip
+    claim: Claim, recorded: Observation, weights: Mapping[str, str], mine: list[str], gaps: Gaps, seen: _Seen
+) -> dict[str, object]:
     """What the report needs, JSON-able."""
+    nearest = seen.nearest
     assert nearest.interval is not None
     low, high = nearest.interval
     shares = {name: count / len(nearest.nearest) for name, count in nearest.counts.items()}
@@ -257,12 +282,12 @@ def _record(
         },
         "comparisons": {
             name: {
-                "verdict": str(found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
+                "verdict": str(seen.found[name].verdict), "difference": one.difference, "low": one.low, "high": one.high,
                 "mde": one.mde, "snr": one.snr, "p": one.p,
                 # The verifier re-executes once: its own repeats, which would be taken off too, are not known.
                 "energy_at_most": None if own is None else signal_noise.energy(one.signal, own, 0.0),
             }
-            for name, one in compared.items()
+            for name, one in seen.compared.items()
         },
         "nearest": shares,
         "identified": {"share": nearest.share, "low": low, "high": high},

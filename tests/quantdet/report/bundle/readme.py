@@ -57,7 +57,7 @@ class About:
             return (
                 f"{what}: the same request gives other {given} {'in another process' if between else 'when repeated'} {where}"
             )
-        return f"{self._kernel}: {next(iter(self.cases.values())).message.partition(': ')[2] or 'invalid result'} {where}"
+        return f"{self._kernel}: {next(iter(self.cases.values())).why or 'invalid result'} {where}"
 
     @property
     def _kernel(self) -> str:

@@ -31,4 +31,4 @@ def answered(cases: Sequence[Case]) -> list[Question]:
 
 def answer(case: Case) -> str:
     """The message without the verdict and the case, which stand beside it."""
-    return str(case["message"]).partition(": ")[2] or str(case["message"])
+    return str(case["why"])

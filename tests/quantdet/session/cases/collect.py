@@ -6,19 +6,21 @@ from dataclasses import replace
 import pytest
 
 from quantdet.judging.questions import Asked
+from quantdet.judging.results import Lack
 from quantdet.judging.verdicts import Divergence, Verdict
 from quantdet.matrix.cell import PHASES, Cell
 from quantdet.matrix.expectations import Expectations, describe
 from quantdet.observations.claims import Claim, check
 from quantdet.observations.observation import ObservationError
 from quantdet.report import elsewhere
-from quantdet.report.record import DECLARED, cell_of, place_of
+from quantdet.report.record import DECLARED_SKIP, cell_of, place_of
 from quantdet.session import questions, reexecution
 from quantdet.session.controls import Controls
 from quantdet.session.session import Session
 from quantdet.untrusted import plain
 
 REQUIRED = pytest.StashKey[str]()
+AS_DECLARED = "as declared, see test_refusal:"  # how such a skip goes on after its verdict
 
 
 MARKERS = (
@@ -157,7 +159,8 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
             if session.replay is not None or not session.here(cell.hardware_id):
-                item.stash[elsewhere.ROW] = cell.hardware_id
+                lacks = f"needs {reason.need}, have {reason.have}" if isinstance(reason, Lack) else str(reason)
+                item.stash[elsewhere.ELSEWHERE] = elsewhere.Elsewhere(cell.hardware_id, lacks)
             skip(item, Verdict.UNAVAILABLE, reason)
         elif isinstance(cell, Asked):
             selected.update(questions.available(cell, session))
@@ -170,7 +173,8 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         elif (row := session.expectations(cell).unsupported(cell)) is not None and not item.get_closest_marker(
             "declared_unsupported"
         ):
-            skip(item, DECLARED, row.reason)
+            item.stash[DECLARED_SKIP] = True
+            skip(item, Verdict.UNSUPPORTED, f"{AS_DECLARED} {row.reason}")
         else:
             selected.add(cell)
             _strict(item, cell, session.expectations(cell))
@@ -187,9 +191,10 @@ def _reason(cell: Cell, session: Session) -> str | None:
     return session.gate(cell)
 
 
-def skip(item: pytest.Item, words: str, reason: str) -> None:
-    item.user_properties.append(("verdict", words.split()[0]))
-    item.add_marker(pytest.mark.skip(reason=f"{words} {reason}"))
+def skip(item: pytest.Item, verdict: Verdict, reason: str) -> None:
+    """Skip a case, with a verdict of its own and need and have."""
+    item.user_properties.append(("verdict", str(verdict)))
+    item.add_marker(pytest.mark.skip(reason=f"{verdict} {reason}"))
 
 
 def _strict(item: pytest.Item, cell: Cell, expectations: Expectations) -> None:

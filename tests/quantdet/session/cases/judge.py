@@ -63,9 +63,9 @@ class Judge:
         words = {True: "yes", False: "missed", None: "no"}
         figures = {**judgement.figures, "control": status.text, "controlled": words[status.caught]}
         if status.blind:
-            where = f"{cell} {judgement.figures.get('phase', '')}"
-            text = f"INVALID {where}: no repeat differs, but no seeded difference was seen either: {status.flip}"
-            return Judgement(Verdict.INVALID, text, False, figures, judgement.text, cause=status.cause)
+            text = f"no repeat differs, but no seeded difference was seen either: {status.flip}"
+            phase = str(judgement.figures.get("phase", ""))
+            return Judgement(Verdict.INVALID, cell, phase, text, False, figures, judgement.text, cause=status.cause)
         return replace(judgement, figures=figures)
 
     def control(self, cell: Cell, name: Name) -> None:
@@ -81,8 +81,8 @@ class Judge:
             case Measured():
                 (seeded,) = result.observations
             case Refusal():
-                text, known = f"ERROR {cell}: control: refused: {result.message}", self.session.expectations(cell)
-                self._say(Judgement(Verdict.ERROR, text, False, cause=causes.of(cell, result, known)), ())
+                cause = causes.of(cell, result, self.session.expectations(cell))
+                self._say(Judgement(Verdict.ERROR, cell, "", f"control: refused: {result.message}", False, cause=cause), ())
             case Missing():
                 self._missing(cell, result)
         if name == "bit_flip":
@@ -164,8 +164,9 @@ class Judge:
         cause = next(filter(None, map(self._cause, results)), None)
         known = [self.controls.status(cell) for cell, found in results.items() if isinstance(found, Measured)]
         if blind := [status for status in known if status.blind]:
-            text = f"INVALID {case}: no seeded difference was seen on this hardware: {judgement.message}"
-            judgement, cause = Judgement(Verdict.INVALID, text, False, judgement.figures), cause or blind[0].cause
+            text = f"no seeded difference was seen on this hardware: {judgement.message}"
+            judgement = Judgement(Verdict.INVALID, case, "", text, False, judgement.figures)
+            cause = cause or blind[0].cause
         self._say(replace(judgement, cause=cause), ())
 
     def refused(self, cell: Cell) -> None:
@@ -215,12 +216,12 @@ class Judge:
             if not required:
                 self._skip(result.verdict, result.reason)
         cause = causes.missing(cell, result)
-        self._say(Judgement(result.verdict, cause.first, False, {}, cause.detail, cause=cause), ())
+        self._say(Judgement(cause.verdict, cause.cell, cause.aspect, cause.why, False, {}, cause.detail, cause=cause), ())
 
     def _available(self, cell: Cell, judgement: Judgement) -> None:
         """Skip what the evidence cannot answer, unless the row is required."""
         if judgement.verdict is Verdict.UNAVAILABLE:
-            self._missing(cell, Missing(judgement.verdict, judgement.message.removeprefix(f"{judgement.verdict} {cell} ")))
+            self._missing(cell, Missing(judgement.verdict, judgement.reason))
 
     def _skip(self, verdict: Verdict, reason: str) -> None:
         self.item.user_properties.append(("verdict", str(verdict)))

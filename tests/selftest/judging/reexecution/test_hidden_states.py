@@ -202,8 +202,8 @@ def test_fingerprints_that_cannot_be_compared_say_nothing() -> None:
 
 def test_verifiers_are_asked_where_claims_have_them() -> None:
     """Re-executions of older claims keep their keys, and compiled engines have no hooks."""
-    assert Sequences.of([recorded()]).activations
-    assert not Sequences.of([replace(recorded(), hidden=None)]).activations
+    assert Sequences.of([recorded()]).hidden_states
+    assert not Sequences.of([replace(recorded(), hidden=None)]).hidden_states
     eager, compiled = (replace(plan(), args={"enforce_eager": one}) for one in (True, False))
 
     assert verifying(eager, "float16", 4, hidden_states=True).hidden_states
