@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unpack", action="store_true", help="give every observation its arrays back")
     given = parser.parse_args(arguments)
     try:
-        told = unpack(given.folder) if given.unpack else pack(given.folder)
+        folder = given.folder.resolve()
+        told = unpack(folder) if given.unpack else pack(folder)
     except (ObservationError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

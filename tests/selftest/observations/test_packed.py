@@ -181,6 +181,25 @@ def test_a_store_finds_what_is_packed(recording: Path) -> None:
     assert not place.exists()
 
 
+def test_a_part_of_a_packed_recording_is_read(recording: Path) -> None:
+    """--replay of one environment's folder: the packed file lies above it, and is found."""
+    pack(recording)
+
+    assert 4 == len(Store(recording / "cpu-here" / ENVIRONMENT).all())
+    assert ["bf16"] == [one.header.format for one in Store(recording / "cpu-here" / ENVIRONMENT / "beta").all()]
+
+
+def test_versions_of_one_model_share_a_file(recording: Path) -> None:
+    """What two environments measured alike lies in one packed file, which is what makes it small."""
+    add(recording, "bf16", environment="vllm-2-torch-2-00000000")
+
+    told = pack(recording)
+
+    assert f"{ALPHA}: 4 observations" == told[0].split(",")[0]
+    assert 2 == len(packed.read(recording / ALPHA))
+    assert 5 == len(Store(recording).all())
+
+
 def test_references_are_collected_without_unpacking(recording: Path) -> None:
     """Only headers are read while cases are collected."""
     pack(recording)
