@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_tensors
 
 from quantdet.matrix.cell import Cell, Phase
 from quantdet.metrics.distances import distance
-from quantdet.observations import hidden_states
+from quantdet.observations import hidden_states, packed
 from quantdet.observations.blocks import Block as Block
 from quantdet.observations.blocks import ObservationError as ObservationError
 from quantdet.observations.blocks import Output as Output
@@ -28,7 +28,7 @@ from quantdet.observations.blocks import PromptRecord as PromptRecord
 from quantdet.observations.blocks import check_claims, check_prompt, check_reported, prompt_record
 from quantdet.observations.header import SCHEMA, Header
 from quantdet.observations.hidden_states import HiddenStates
-from quantdet.untrusted import flaw, parse_json, read_bounded
+from quantdet.untrusted import flaw, parse_json
 
 HEADER_FILE = "observation.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -135,9 +135,7 @@ def read(directory: Path) -> Observation:
     if header.kind == "refusal":
         return Observation(header, (), directory)
     path = directory / TENSORS_FILE
-    payload = _payload(path, MAX_TENSORS_BYTES)
-    if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
-        raise ObservationError(f"{path}: SHA-256 differs from {HEADER_FILE}: tensors_sha256 (damaged or edited)")
+    payload = payload_of(directory, header)
     try:
         tensors = load_tensors(payload)
     except Exception as error:  # safetensors raises types of its own
@@ -157,11 +155,29 @@ def read(directory: Path) -> Observation:
     return Observation(header, prompts, directory, claims=claims, hidden=hidden)
 
 
+def payload_of(directory: Path, header: Header) -> bytes:
+    """The arrays as they were written: of the folder itself, else of the packed file that the recording has for them.
+
+    Raises:
+        ObservationError: missing, larger than allowed, or not those that the header was written with.
+    """
+    path = directory / TENSORS_FILE
+    archive = packed.path_of(directory, header)
+    if archive is not None and os.path.lexists(archive) and not os.path.lexists(path):
+        path = archive
+        payload = packed.payload(archive, header.tensors_sha256)
+    else:
+        payload = packed.bounded(path, MAX_TENSORS_BYTES)
+    if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
+        raise ObservationError(f"{path}: SHA-256 differs from {HEADER_FILE}: tensors_sha256 (damaged or edited)")
+    return payload
+
+
 def read_header(directory: Path) -> Header:
     """Read and check the JSON part only."""
     path = directory / HEADER_FILE
     try:
-        raw = parse_json(_payload(path, MAX_HEADER_BYTES))
+        raw = parse_json(packed.bounded(path, MAX_HEADER_BYTES))
     except ValueError as error:
         raise ObservationError(f"{path}: not JSON: {error}") from None
     if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
@@ -195,15 +211,6 @@ def read_header(directory: Path) -> Header:
     if header.header_sha256 != header.digest():
         raise ObservationError(f"{path}: header_sha256: differs from the header's content (damaged or edited)")
     return header
-
-
-def _payload(path: Path, most: int) -> bytes:
-    try:
-        return read_bounded(path, most)
-    except OSError as error:
-        raise ObservationError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ObservationError(f"{path}: {error}") from None
 
 
 def vllm_of(observation: Observation) -> str:

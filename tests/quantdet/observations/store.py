@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantdet.matrix.cell import Cell
-from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read
+from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, payload_of, read
 
 
 def slug(environment: dict[str, Any]) -> str:
@@ -98,7 +98,9 @@ class Store:
         if not self.root.is_dir():
             raise ObservationError(f"{self.root}: no such folder")
         folders = sorted(p.parent for p in self.root.rglob(HEADER_FILE) if not p.parent.name.startswith("."))
-        return [read(folder) for folder in folders]
+        # Model by model, since observations of one may share a packed file, which is then unpacked once.
+        found = {folder: read(folder) for folder in sorted(folders, key=lambda folder: (folder.parts[-3:-2], folder))}
+        return [found[folder] for folder in folders]
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written, a day after; never a folder of another name."""
@@ -125,7 +127,7 @@ class Store:
 
 
 def copy_into(observation: Observation, root: Path) -> None:
-    """Copy an observation into a recordings folder of the same shape."""
+    """Copy an observation into a recordings folder of the same shape; arrays that are packed become plain ones."""
     assert observation.path is not None
     relative = Path(*observation.path.parts[-5:])
     target = root / relative
@@ -133,6 +135,8 @@ def copy_into(observation: Observation, root: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".recording.", dir=target.parent))
     try:
         shutil.copytree(observation.path, temporary, dirs_exist_ok=True)
+        if observation.prompts and not (temporary / TENSORS_FILE).exists():
+            (temporary / TENSORS_FILE).write_bytes(payload_of(observation.path, observation.header))
         for _ in range(_ATTEMPTS):
             with contextlib.suppress(OSError):
                 os.rename(temporary, target)

@@ -12,7 +12,8 @@ from quantdet.checkpoints import Checkpoint
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.rows import Model
-from quantdet.observations.observation import Observation, read
+from quantdet.observations.observation import TENSORS_FILE, Observation, read
+from quantdet.observations.pack import pack
 from quantdet.report.bundle import differences, readme, repro, weights
 from selftest.fakes.engine import executed
 from selftest.fakes.inner import Suite
@@ -289,6 +290,26 @@ def test_a_replay_writes_bundles_without_a_diagnosis(suite: Suite) -> None:
     assert FILES | {"layers.json"} == names(folder)
     assert "Written from a recording, without an engine." in (folder / "README.md").read_text()
     again = suite("-k", ONE, "--replay", str(folder / "observations"), matrix=matrix)
+    assert "NOISY" == again.cases[DECODE].verdict
+
+
+def test_a_packed_recording_has_the_same_cases_and_bundles(suite: Suite) -> None:
+    """Outcomes, messages, properties and the bundles' files; a bundle has plain arrays and is replayed by itself."""
+    matrix = MATRIX + setting("awq", "noise")
+    asked = ("-k", "alpha and cpu-here")
+    suite(*asked, "--record", "recording", matrix=matrix)
+    plain = suite(*asked, "--replay", "recording", "--report", "r", matrix=matrix)
+    evidence = {path: path.read_bytes() for path in Path("r/bundles").rglob("observations/**/*") if path.is_file()}
+
+    pack(Path("recording").resolve())
+    packed = suite(*asked, "--replay", "recording", "--report", "r", matrix=matrix)
+
+    assert [] == list(Path("recording").rglob(TENSORS_FILE))
+    assert (plain.code, plain.cases) == (packed.code, packed.cases)
+    assert "NOISY" == packed.cases[DECODE].verdict
+    assert evidence == {path: path.read_bytes() for path in Path("r/bundles").rglob("observations/**/*") if path.is_file()}
+    assert [TENSORS_FILE] == [path.name for path in evidence if path.name != "observation.json"]
+    again = suite("-k", ONE, "--replay", "r/bundles/alpha.awq.cpu-here/observations", matrix=matrix)
     assert "NOISY" == again.cases[DECODE].verdict
 
 

@@ -19,6 +19,7 @@ from quantdet.matrix.expectations import Expectations
 from quantdet.observations.claims import Claim
 from quantdet.observations.header import NonFinite
 from quantdet.observations.observation import Observation, ObservationError, PromptRecord, read, write
+from quantdet.observations.pack import pack
 from quantdet.session import reexecution
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, expect, setting
@@ -76,6 +77,18 @@ def test_honest_claims_are_identified(suite: Suite, recordings: Path) -> None:
     assert "NOT_DETECTABLE" in run.output
     # Three claims, each told from the formats with other numbers by a p-value of its own: all count in the run's Holm.
     assert "3 cases rest on a p-value: of 3 that found a difference 3 stay" in run.suite["multiplicity"]
+
+
+def test_packed_claims_are_the_same_claims(suite: Suite, recordings: Path) -> None:
+    """Re-executed against a packed recording: every figure of every case is that of the plain one."""
+    plain = suite("-k", "reexecution", f"--reference={recordings}", "--store=s", matrix=WITH_CLAIMS)
+    pack(recordings)
+
+    run = suite("-k", "reexecution", f"--reference={recordings}", "--store=s", matrix=WITH_CLAIMS)
+
+    assert [] == list(recordings.rglob("tensors.safetensors"))
+    assert {"DETECTABLE"} == set(verdicts(run).values())
+    assert (plain.code, plain.cases) == (run.code, run.cases)
 
 
 def test_engines_verify_once(suite: Suite, recordings: Path, tmp_path: Path) -> None:

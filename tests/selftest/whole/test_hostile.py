@@ -15,7 +15,9 @@ from quantdet.checkpoints import tensors
 from quantdet.judging.results import Missing
 from quantdet.matrix import load
 from quantdet.matrix.cell import Cell
+from quantdet.observations import packed
 from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, ObservationError
+from quantdet.observations.pack import pack
 from quantdet.observations.published import __main__
 from quantdet.session.machine.machine import Machine, Software
 from quantdet.session.options import Options
@@ -26,6 +28,7 @@ from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import MATRIX, ROOT
 from selftest.fakes.observation import observation
 from selftest.observations.test_observation import edit_header, put, put_payload
+from selftest.observations.test_packed import bomb, entry, promising, stream
 
 pytest_plugins = ["pytester"]
 
@@ -131,6 +134,47 @@ def test_a_hostile_recording(tmp_path: Path, id_: str) -> None:
     assert text.isprintable()
     shows(id_, "exit 4", text)
     assert not (place / "trap").exists()
+
+
+PACKED: dict[str, Callable[[Path], None]] = {
+    "pk-device": lambda path: (path.unlink(), path.symlink_to("/dev/zero"))[0],
+    "pk-pipe": lambda path: (path.unlink(), os.mkfifo(path))[0],
+    "pk-huge": lambda path: os.truncate(path, 1 << 40),
+    "pk-cut": lambda path: os.truncate(path, path.stat().st_size - 100),
+    "pk-bomb": lambda path: packed.put(path, bomb()),
+    "pk-promise": lambda path: packed.put(path, promising(path.read_bytes(), 1 << 40)),
+    "pk-liar": lambda path: packed.put(path, promising(bomb(), 5000)),
+    "pk-dictionary": lambda path: packed.put(path, stream(b"x", 1 << 30)),
+    "pk-streams": lambda path: packed.put(path, path.read_bytes() + stream(b"x")),
+    "pk-header": lambda path: packed.put(path, stream(header_of_arrays({}, 1 << 40))),
+    "pk-tensor": lambda path: packed.put(
+        path, stream(header_of_arrays({"0" * 64: {"dtype": "U8", "shape": [1 << 42], "data_offsets": [0, 1 << 42]}}))
+    ),
+    "pk-path": lambda path: packed.put(path, stream(entry("../../../etc/passwd", b"x"))),
+    "pk-control": lambda path: packed.put(path, stream(entry(f"{ESC}{TURNED}", b"x"))),
+    "pk-swapped": lambda path: packed.put(path, stream(entry(next(iter(packed.read(path))), b"of another"))),
+    "pk-lacking": lambda path: packed.put(path, stream(entry("0" * 64, b"x"))),
+    "pk-pickle": lambda path: packed.put(path, stream(pickled(path.parent / "trap"))),
+}
+
+
+@pytest.mark.parametrize("id_", here("test_a_hostile_packed_recording"))
+def test_a_hostile_packed_recording(tmp_path: Path, id_: str) -> None:
+    """As one that is not packed: --replay ends before anything is judged, with one line that names the packed file."""
+    recording(tmp_path / "r")
+    pack(tmp_path / "r")
+    assert Replay(tmp_path / "r")
+    path = tmp_path / "r" / "cpu-here" / "alpha.safetensors.xz"
+    PACKED[id_](path)
+
+    with pytest.raises(ObservationError) as caught:
+        Replay(tmp_path / "r")
+
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert text.isprintable()
+    shows(id_, "exit 4", text)
+    assert not (path.parent / "trap").exists()
 
 
 def test_the_pickle_of_these_tests_works(tmp_path: Path) -> None:
