@@ -62,7 +62,7 @@ def properties(case: TestCase) -> dict[str, str]:
 
 
 def cells(suite: TestSuite) -> Iterator[TestCase]:
-    """Cases of cells; `test_hardware` and others without a cell have names without slashes."""
+    """Cases of cells; `test_refusal` and others without a cell have names without slashes."""
     return (case for case in suite if "/" in case.name)
 
 

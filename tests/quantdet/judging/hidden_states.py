@@ -64,24 +64,24 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     logits = next(filter(None, (_first(one, hidden, phase, logits=True) for one, hidden in parts)), None)
     figures |= {
         "runs": calls, "lifetimes": len(parts), "distinct_outputs": max(max(one) + 1 for one in groups),
-        "flip_rate_upper95": round(bound, 6), "activations.layers": layers,
-        "activations.sha256": _sha256(parts[0][1], phase), "activations.logits": "differ" if logits else "equal",
+        "flip_rate_upper95": round(bound, 6), "hidden_states.layers": layers,
+        "hidden_states.sha256": _sha256(parts[0][1], phase), "hidden_states.logits": "differ" if logits else "equal",
     }  # fmt: skip
     if (seconds := parts[0][1].header.seconds) is not None:
-        figures["activations.seconds"] = round(seconds, 3)
+        figures["hidden_states.seconds"] = round(seconds, 3)
     if phase == "prefill":
-        figures["activations.last_position.sha256"] = _sha256(parts[0][1], phase, last=True)
+        figures["hidden_states.last_position.sha256"] = _sha256(parts[0][1], phase, last=True)
     if not flips:
         text = f"0 of {calls} repeats differ in any of {layers} layers, flip rate < {bound:.3g} per call at 95 %"
         if logits is not None:
             text += f"; the logits of the same requests differ, first {_words(phase, logits)}: "
             text += f"the difference comes from behind {parts[0][1].header.layers[-1]} (LM head, logits)"
-        figures |= {"first_divergence": "", "activations.first_layer": "logits" if logits is not None else ""}
+        figures |= {"first_divergence": "", "hidden_states.first_layer": "logits" if logits is not None else ""}
         expected = row is None or row.outcome == "may_be_noisy"
         detail = "" if row is None else "the matrix says that this phase is noisy; no repeat differed"
         return Judgement(Verdict.BIT_EXACT, cell, aspect, text, expected, figures, detail)
     first = next(filter(None, (_first(one, hidden, phase) for one, hidden in parts)))
-    figures |= {"first_divergence": _words(phase, first), "activations.first_layer": first.layer}
+    figures |= {"first_divergence": _words(phase, first), "hidden_states.first_layer": first.layer}
     equal = "" if logits is not None else "; the logits of the same requests are equal"
     text = f"{flips} of {calls} repeats differ, first {_words(phase, first)} in layer {first.layer}{equal}"
     long = _noisy_beyond(parts, phase, row)

@@ -14,7 +14,7 @@ from quantdet.observations.observation import Observation, Output, PromptRecord
 # Fields that say what happened in a run; the others say which run it was.
 _OUTCOME = {
     "key", "created", "lifetime", "caches", "executed", "nonfinite", "divergences", "prompts", "claims", "timings", "refusal",
-    "activations", "tensors_sha256", "header_sha256",
+    "hidden_states", "tensors_sha256", "header_sha256",
 }  # fmt: skip
 # What follows from the checkpoint's hashes, or may be another for the same bytes: a hub's later commit may hold them unchanged.
 _ORIGIN = {"checkpoint_source", "numbers"}

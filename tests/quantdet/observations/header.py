@@ -120,8 +120,8 @@ class Reported(Part):
         return self.decode if phase == "decode" else self.prefill
 
 
-class Activations(Part):
-    """What was taken of the hidden states, see `observation_activations`.
+class HiddenStatesTaken(Part):
+    """What was taken of the hidden states, see `observations.hidden_states`.
 
     layers: names of the modules, in their order: decoder layers and the norm behind them; stream: what a decoder layer gives,
     "hidden" or "hidden + residual"; width: elements of a hidden state; runs: by prompt and phase, the outcome that each of
@@ -188,7 +188,7 @@ class Header(Part):
     claims: tuple[PromptHeader, ...] = ()
     evidence: Literal["logits", "reported"] = "logits"
     reported: tuple[Reported, ...] = ()
-    activations: Activations | None = None
+    hidden_states: HiddenStatesTaken | None = Field(None, alias="activations")  # the name of the first recordings
     timings: dict[str, float] = {}
     tensors_sha256: str = ""
     header_sha256: str = ""
@@ -217,5 +217,5 @@ class Header(Part):
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
 _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
-    "caches", "max_flip_rate", "activations", "numbers",
+    "caches", "max_flip_rate", "hidden_states", "numbers",
 }  # fmt: skip

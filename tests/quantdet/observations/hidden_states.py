@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
 from quantdet.observations.blocks import ObservationError
-from quantdet.observations.header import Activations, Header
+from quantdet.observations.header import Header, HiddenStatesTaken
 
 WIDTH = 16  # bytes of a digest
 PREFIX = "activations."
@@ -32,7 +32,7 @@ PREFIX = "activations."
 class HiddenStates:
     """`digests`: by prompt and phase the distinct outcomes; `fingerprints`: by claim, or by prompt of a re-execution."""
 
-    header: Activations
+    header: HiddenStatesTaken
     digests: tuple[Mapping[Phase, tuple[NDArray[np.uint8], ...]], ...] = ()
     fingerprints: tuple[NDArray[np.float16], ...] = ()
 
@@ -60,7 +60,7 @@ def check(where: str, header: Header) -> None:
     Raises:
         ObservationError: it contradicts itself or the rest of the header.
     """
-    part = header.activations
+    part = header.hidden_states
     if part is None:
         return
     at = f"{where}: activations"
@@ -97,7 +97,7 @@ def take(path: Path, header: Header, tensors: dict[str, NDArray[Any]]) -> Hidden
     Raises:
         ObservationError: one is missing, of another dtype or shape, or not finite.
     """
-    part = header.activations
+    part = header.hidden_states
     if part is None:
         return None
 

@@ -112,7 +112,7 @@ def write(
                 for name, array in output.block(phase).arrays().items():
                     tensors[f"{p}.{o}.{phase}.{name}"] = np.ascontiguousarray(array)
     tensors |= hidden.arrays() if hidden is not None else {}
-    header = header.model_copy(update={"activations": hidden.header if hidden is not None else None})
+    header = header.model_copy(update={"hidden_states": hidden.header if hidden is not None else None})
     if prompts:
         payload = save_tensors(tensors)
         (directory / TENSORS_FILE).write_bytes(payload)
@@ -192,7 +192,7 @@ def read_header(directory: Path) -> Header:
         where = ".".join(map(str, first["loc"])) or "(file)"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ObservationError(f"{path}: {where}: {first['msg']}{more}") from None
-    if header.kind == "refusal" and (header.prompts or header.claims or header.activations):
+    if header.kind == "refusal" and (header.prompts or header.claims or header.hidden_states):
         raise ObservationError(f"{path}: a refusal has no prompts, no claims and no hidden states")
     if header.kind == "observation":
         if (header.executed is None and header.evidence == "logits") or not header.prompts:

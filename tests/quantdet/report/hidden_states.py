@@ -13,13 +13,13 @@ LEGEND = (
 
 
 def cases_of(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases about hidden states among those of a cell, which are named `activations` and the phase."""
-    return [case for name, case in cases.items() if name.startswith("activations")]
+    """The cases about hidden states among those of a cell, which are named `hidden_states` and the phase."""
+    return [case for name, case in cases.items() if name.startswith("hidden_states")]
 
 
 def others(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The cases about anything else: n and bound of a cell are theirs, since hidden states are of further requests."""
-    return [case for name, case in cases.items() if not name.startswith("activations")]
+    return [case for name, case in cases.items() if not name.startswith("hidden_states")]
 
 
 def deciding(cases: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -46,7 +46,7 @@ def sections(found: Sequence[Verification], width: int) -> list[str]:
     for one in found:
         rows = []
         for claimed, data in one.claims.items():
-            second = data.get("activations")
+            second = data.get("hidden_states")
             if not second:
                 continue
             distances = second["distances"]

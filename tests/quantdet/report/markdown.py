@@ -19,7 +19,7 @@ from quantdet.report.tables import place
 from quantdet.untrusted import in_markdown
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
-_TABLED = ("test_repeat", "test_distinct", "test_kernel", "test_hardware", "test_activations")
+_TABLED = ("test_repeat", "test_distinct", "test_kernel", "test_refusal", "test_hidden_states")
 _FAILED = pytest.StashKey[str]()
 _MOST_ENTRIES = 50
 _MOST_BYTES = 900_000  # GitHub refuses a summary of more than 1 MiB
@@ -69,14 +69,14 @@ def summary(records: Records, first: str, command: Callable[[Entry], str] = lamb
         properties = case["properties"]
         if "case.format" in properties and case["test"] in _TABLED:
             phase, name = properties["case.phase"], case["test"].removeprefix("test_")
-            column = {"repeat": phase, "activations": f"activations {phase}"}.get(name, name)
+            column = {"repeat": phase, "hidden_states": f"hidden_states {phase}"}.get(name, name)
             places.setdefault(place(properties), {}).setdefault(properties["case.format"], {})[column] = case
     for where, formats in places.items():
         hidden = any(map(hidden_states.cases_of, formats.values()))
         columns = ["format", "decode", "prefill", "kernel", "distinct", *(["hidden states"] if hidden else []), "n"]
         lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
-            words = {name: _word(cases.get(name) or cases.get("hardware")) for name in ("decode", "prefill", "distinct")}
+            words = {name: _word(cases.get(name) or cases.get("refusal")) for name in ("decode", "prefill", "distinct")}
             logits = hidden_states.others(cases)
             some = (logits or hidden_states.cases_of(cases))[0]["properties"]
             ran = cases["kernel"]["properties"] if "kernel" in cases else some

@@ -108,7 +108,7 @@ def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
             continue
         p = case["properties"]
         name = case["test"].removeprefix("test_") + (
-            f" {p['case.phase']}" if case["test"] in ("test_repeat", "test_activations") else ""
+            f" {p['case.phase']}" if case["test"] in ("test_repeat", "test_hidden_states") else ""
         )
         places.setdefault(place(p), {}).setdefault(p["case.format"], {})[name] = case
     return [
@@ -141,14 +141,14 @@ def version_tables(records: Records, width: int) -> list[str]:
 
 def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], width: int) -> str:
     restarts = any("restart" in cases for cases in formats.values())
-    hidden = any(name.startswith("activations") for cases in formats.values() for name in cases)
+    hidden = any(name.startswith("hidden_states") for cases in formats.values() for name in cases)
     rows = []
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
         p = some["properties"]
         words = {name: _word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct", "restart")}
-        if "hardware" in cases:
-            words = {**dict.fromkeys(words, ""), "repeat decode": _word(cases["hardware"])}
+        if "refusal" in cases:
+            words = {**dict.fromkeys(words, ""), "repeat decode": _word(cases["refusal"])}
         # First what the kernel's verdict is about: of several lifetimes the one that it names.
         judged = [cases["kernel"]] if "kernel" in cases else []
         executed = [case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values())]

@@ -61,7 +61,7 @@ def added(session: "Session", item: pytest.Item, judgement: Judgement, observati
     folder, cell = session.options.report, record.cell_of(item)
     name = getattr(item, "originalname", item.name)
     seeded = item.get_closest_marker("control") is not None  # what is found there was put there
-    apart = isinstance(cell, Claim | Asked) or name in ("test_versions", "test_activations")
+    apart = isinstance(cell, Claim | Asked) or name in ("test_versions", "test_hidden_states")
     if folder is None or cell is None or apart or seeded:
         return judgement
     known = item.config.stash.setdefault(_KNOWN, {})

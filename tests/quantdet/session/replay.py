@@ -116,7 +116,7 @@ class Replay:
 
     def hidden_states(self, cell: Cell) -> bool:
         """Whether hidden states of `cell` were recorded."""
-        return any(one.header.activations is not None and not one.header.inject for one in self._cells.get(cell, ()))
+        return any(one.header.hidden_states is not None and not one.header.inject for one in self._cells.get(cell, ()))
 
     def control(self, cell: Cell, kind: str) -> Result:
         """The recorded control of `cell` with this seeded defect."""

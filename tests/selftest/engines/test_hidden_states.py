@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quantdet.engines.child.capture import CaptureError, digest_rows
-from quantdet.engines.child.hidden_states import ActivationTap, Recorded, tapped
+from quantdet.engines.child.hidden_states import HiddenStateTap, Recorded, tapped
 from quantdet.engines.plan import Plan
 from quantdet.matrix.cell import PHASES
 from quantdet.metrics.fingerprints import DIMS, project
@@ -66,9 +66,9 @@ def logits(rows: int) -> Any:
     return np.arange(rows * VOCABULARY, dtype=np.float32).reshape(rows, VOCABULARY)
 
 
-def taken(calls: list[int], length: int, steps: int, **kind: Any) -> ActivationTap:
+def taken(calls: list[int], length: int, steps: int, **kind: Any) -> HiddenStateTap:
     whole = model()
-    tap = ActivationTap(whole)
+    tap = HiddenStateTap(whole)
     request(whole, [3])  # before the request: not in it
     tap.start()
     request(whole, calls, **kind)

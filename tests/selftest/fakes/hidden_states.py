@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quantdet.engines.plan import Plan
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
-from quantdet.observations.header import Activations
+from quantdet.observations.header import HiddenStatesTaken
 from quantdet.observations.hidden_states import WIDTH, HiddenStates
 from quantdet.observations.observation import Observation
 
@@ -76,7 +76,7 @@ def hidden(whole: Observation, *, repeats: int = 3, fingerprints: str = "") -> H
     for p, prompt in enumerate(whole.prompts):
         rows = {"prefill": prompt.header.length, "decode": whole.header.decode_tokens - 1}
         digests.append({phase: (digest(f"{p}{phase}", rows[phase]),) for phase in PHASES})
-    header = Activations(
+    header = HiddenStatesTaken(
         layers=LAYERS, stream="hidden", width=64, repeats=repeats, seconds=0.5,
         runs=tuple(dict.fromkeys(PHASES, (0,) * repeats) for _ in whole.prompts),
         **({"projection": projection.NAME, "projected": (0, 1)} if fingerprints else {}),
@@ -117,7 +117,7 @@ def measured(plan: Plan, whole: Observation, behaviour: str) -> HiddenStates | N
     if not plan.hidden_states:
         return None
     if plan.identity.get("role") == "verify":
-        header = Activations(layers=LAYERS, width=64, projection=projection.NAME, projected=(0, 1))
+        header = HiddenStatesTaken(layers=LAYERS, width=64, projection=projection.NAME, projected=(0, 1))
         numerics = str(plan.args.get("numerics", plan.identity["format"]))
         rows = []
         for prompt in whole.prompts:
@@ -125,7 +125,7 @@ def measured(plan: Plan, whole: Observation, behaviour: str) -> HiddenStates | N
             rows.append(np.concatenate([_position(numerics, ids[: n + 1]) for n in range(len(ids))], axis=1))
         return HiddenStates(header, (), tuple(rows))
     if behaviour == "hidden_lost":
-        return HiddenStates(Activations(problem="rows of a layer do not add up"))
+        return HiddenStates(HiddenStatesTaken(problem="rows of a layer do not add up"))
     found = hidden(whole, repeats=plan.repeats)
     if whole.claims:
         numerics = str(plan.args.get("numerics", plan.identity["format"]))

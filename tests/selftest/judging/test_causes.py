@@ -86,7 +86,7 @@ def test_where_the_log_is_makes_no_other_cause() -> None:
 
     assert (f"TIMEOUT {CELL}: no answer within 60 s", "  log: /logs/a") == (one.first, one.detail)
     assert one == other
-    assert one != Cause(str(OTHER), one.first)
+    assert one != Cause(one.verdict, OTHER, one.aspect, one.why)
 
 
 @pytest.mark.parametrize(

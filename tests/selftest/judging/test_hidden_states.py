@@ -32,9 +32,9 @@ def test_equal_repeats_are_bit_exact(phase: Phase) -> None:
 
     assert (Verdict.BIT_EXACT, True) == (found.verdict, found.expected)
     assert "0 of 3 repeats differ in any of 3 layers, flip rate < 0.632 per call" in found.message
-    names = ("runs", "activations.layers", "activations.logits", "first_divergence")
+    names = ("runs", "hidden_states.layers", "hidden_states.logits", "first_divergence")
     assert (3, 3, "equal", "") == tuple(found.figures[name] for name in names)
-    assert 64 == len(found.figures["activations.sha256"])
+    assert 64 == len(found.figures["hidden_states.sha256"])
 
 
 def test_prefill_names_the_earliest_layer_then_the_earliest_position() -> None:
@@ -43,7 +43,7 @@ def test_prefill_names_the_earliest_layer_then_the_earliest_position() -> None:
 
     assert (Verdict.NOISY, False) == (found.verdict, found.expected)
     assert "1 of 3 repeats differ, first prompt p1 position 4 in repeat 2 in layer model.layers.1" in found.message
-    assert "model.layers.1" == found.figures["activations.first_layer"]
+    assert "model.layers.1" == found.figures["hidden_states.first_layer"]
 
 
 def test_decode_names_the_earliest_step_then_the_earliest_layer() -> None:
@@ -65,7 +65,7 @@ def test_a_phase_is_judged_by_itself() -> None:
     whole = differing(sample(), 1, "decode", (0, 0))
 
     assert Verdict.BIT_EXACT is judged(whole, "prefill").verdict
-    assert judged(whole, "prefill").figures["activations.sha256"] != judged(whole, "decode").figures["activations.sha256"]
+    assert judged(whole, "prefill").figures["hidden_states.sha256"] != judged(whole, "decode").figures["hidden_states.sha256"]
 
 
 def test_noise_that_logits_do_not_show_is_noise() -> None:
@@ -75,7 +75,7 @@ def test_noise_that_logits_do_not_show_is_noise() -> None:
 
     assert not hidden_only.expected
     assert "the logits of the same requests are equal" in hidden_only.message
-    assert ("equal", "differ") == (hidden_only.figures["activations.logits"], both.figures["activations.logits"])
+    assert ("equal", "differ") == (hidden_only.figures["hidden_states.logits"], both.figures["hidden_states.logits"])
     assert "are equal" not in both.message
 
 
@@ -88,7 +88,7 @@ def test_logits_alone_point_behind_the_last_norm() -> None:
         "logits of the same requests differ, first prompt p0 step 2 in repeat 2: the difference comes from behind model.norm"
         in found.message
     )
-    assert "logits" == found.figures["activations.first_layer"]
+    assert "logits" == found.figures["hidden_states.first_layer"]
 
 
 @pytest.mark.parametrize(

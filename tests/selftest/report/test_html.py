@@ -135,7 +135,7 @@ def test_hidden_states_stand_in_the_matrix(suite: Suite) -> None:
     matrix = " ".join(found.sections["matrix"].split())
     assert 1 == found.source.count('<th scope="col">hidden states</th>')
     assert 2 == matrix.count("hidden states, decode") == matrix.count("hidden states, prefill")
-    assert "hidden states, decodeNOISY beta/bf16/cpu-here decode activations: 1 of 3 repeats differ" in matrix
+    assert "hidden states, decodeNOISY beta/bf16/cpu-here decode hidden states: 1 of 3 repeats differ" in matrix
     row = matrix.partition("Verdicts of beta")[2].partition("bf16")[2]
     assert "~ NOISY ! unexpected" in row.partition(" ct = BIT_EXACT")[0]
     assert "control cases" not in matrix
@@ -143,7 +143,7 @@ def test_hidden_states_stand_in_the_matrix(suite: Suite) -> None:
 
 def test_hidden_states_alone_lend_no_figure_to_the_logits(suite: Suite) -> None:
     """Their n and bound are of other requests."""
-    suite("-k", "beta and test_activations", "--report", "r", matrix=ASKED)
+    suite("-k", "beta and test_hidden_states", "--report", "r", matrix=ASKED)
 
     matrix = page().sections["matrix"]
     assert "= BIT_EXACT" in " ".join(matrix.partition("Verdicts of beta")[2].split())

@@ -23,7 +23,7 @@ from quantdet.judging.results import Measured
 from quantdet.judging.verdicts import Pair, Reference, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
-from quantdet.observations.header import Activations
+from quantdet.observations.header import HiddenStatesTaken
 from quantdet.observations.observation import Observation
 from quantdet.report import compared, confidence, reexecution, speed, terminal
 from quantdet.report.html import reexecutions
@@ -40,8 +40,8 @@ ALLOWED = {
     "Header.max_flip_rate": "asked for, 0: the number of repeats was given; sealed",
     "Header.claim_tokens": "asked for; sealed",
     "Header.claim_top_k": "asked for; sealed",
-    "Activations.width": "a shape, told nowhere; sealed, and 0 beside `problem` only",
-    "Activations.repeats": "counts requests that were repeated; sealed",
+    "HiddenStatesTaken.width": "a shape, told nowhere; sealed, and 0 beside `problem` only",
+    "HiddenStatesTaken.repeats": "counts requests that were repeated; sealed",
     "Drawn.mean": "of the generator of weights",
     "LinearLayer.experts": "of a model's configuration: 0 where it has none",
     "LinearLayer.experts_per_token": "of a model's configuration: 0 where it has none",
@@ -91,7 +91,7 @@ def test_no_field_has_a_default_of_zero() -> None:
 def test_the_walk_sees_the_classes_that_carry_figures() -> None:
     """Or it would pass by seeing nothing."""
     names = {name for name, _, _ in defaults()}
-    assert {"Pair", "Judgement", "Header", "Activations", "Spread", "Comparison", "Identification", "Distance"} <= names
+    assert {"Pair", "Judgement", "Header", "HiddenStatesTaken", "Spread", "Comparison", "Identification", "Distance"} <= names
 
 
 # Calls that give 0 where nothing is known: (module, source), and why each is right.
@@ -255,10 +255,10 @@ def test_what_was_not_traced_has_no_counts() -> None:
 
 def test_hidden_states_that_were_not_timed() -> None:
     """No seconds in the header, none in the figures; a recording that says 0.0 keeps its seal."""
-    assert Activations(problem="x").seconds is None
-    assert "activations.seconds" not in hidden_states.repeat([observation("bf16")], "decode", Expectations(())).figures
+    assert HiddenStatesTaken(problem="x").seconds is None
+    assert "hidden_states.seconds" not in hidden_states.repeat([observation("bf16")], "decode", Expectations(())).figures
     whole = observation("bf16").header
-    old = whole.model_copy(update={"activations": Activations(problem="x", seconds=0.0)})
+    old = whole.model_copy(update={"hidden_states": HiddenStatesTaken(problem="x", seconds=0.0)})
     assert '"seconds":0.0' in old.model_dump_json()
     assert old.digest() == type(old).model_validate_json(old.model_dump_json(by_alias=True)).digest()
 

@@ -15,7 +15,7 @@ pytest_plugins = ["pytester"]
 ASKED = MATRIX.replace('[models.beta]\ntitle = "two formats, one hardware"', '[models.beta]\ntitle = "two"\nactivations = true')
 
 
-BF16 = "test_activations[beta/bf16/cpu-here-{}]"
+BF16 = "test_hidden_states[beta/bf16/cpu-here-{}]"
 
 
 def test_cells_of_models_that_ask_are_judged(suite: Suite, pytester: pytest.Pytester) -> None:
@@ -23,8 +23,8 @@ def test_cells_of_models_that_ask_are_judged(suite: Suite, pytester: pytest.Pyte
     run = suite("-k", "cpu-here and (bf16 or beta)", matrix=ASKED)
 
     assert 0 == run.code, run.output
-    names = {name for name in run.cases if name.startswith("test_activations")}
-    assert {f"test_activations[beta/{one}/cpu-here-{phase}]" for one in ("bf16", "ct") for phase in PHASES} == names
+    names = {name for name in run.cases if name.startswith("test_hidden_states")}
+    assert {f"test_hidden_states[beta/{one}/cpu-here-{phase}]" for one in ("bf16", "ct") for phase in PHASES} == names
     assert {"BIT_EXACT"} == {run.cases[name].verdict for name in names}
     assert "3" == run.cases[BF16.format("decode")].properties["runs"]
     assert "layers" in run.output
@@ -36,7 +36,7 @@ def test_without_them_nothing_is_taken(suite: Suite) -> None:
     run = suite("-k", "beta", "--no-hidden-states", "--record", "r", matrix=ASKED)
 
     assert 0 == run.code, run.output
-    assert not [name for name in run.cases if name.startswith("test_activations")]
+    assert not [name for name in run.cases if name.startswith("test_hidden_states")]
 
 
 def test_noise_fails_its_case_and_survives_a_recording(suite: Suite) -> None:
@@ -67,8 +67,8 @@ def test_figures_of_the_logits_are_not_those_of_hidden_states(suite: Suite, beha
 def test_declared_noise_is_a_strict_xfail(suite: Suite) -> None:
     """Satisfied by the divergence; without it the case fails."""
     declared = ASKED + expect("bf16", "noisy", "decode")
-    noisy = suite("-k", "beta/bf16 and activations", matrix=declared + setting("bf16", "hidden_noise"))
-    silent = suite("-k", "beta/bf16 and activations", matrix=declared)
+    noisy = suite("-k", "beta/bf16 and hidden_states", matrix=declared + setting("bf16", "hidden_noise"))
+    silent = suite("-k", "beta/bf16 and hidden_states", matrix=declared)
 
     assert ("xfail", 0) == (noisy.cases[BF16.format("decode")].outcome, noisy.code)
     assert {BF16.format("decode"): "BIT_EXACT"} == silent.failures()

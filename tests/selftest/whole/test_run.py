@@ -138,12 +138,12 @@ def test_no_other_verdict_satisfies_noisy(suite: Suite) -> None:
 
 @pytest.mark.parametrize(("behaviour", "verdict"), [("refuse", "UNSUPPORTED"), ("honest", "INVALID")])
 def test_declared_unsupported(suite: Suite, behaviour: str, verdict: str) -> None:
-    """A refusal that the matrix declares passes test_hardware; an engine that takes the format fails it."""
+    """A refusal that the matrix declares passes test_refusal; an engine that takes the format fails it."""
     matrix = MATRIX + setting("awq", behaviour) + expect("awq", "unsupported")
 
     run = suite("-k", TWO, matrix=matrix)
 
-    case = run.cases[f"test_hardware[{AWQ}]"]
+    case = run.cases[f"test_refusal[{AWQ}]"]
     assert verdict == case.verdict
     assert ("passed" if behaviour == "refuse" else "failure") == case.outcome
     assert {"skipped"} == {run.cases[name].outcome for name in of(AWQ)}

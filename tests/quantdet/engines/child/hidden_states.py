@@ -22,7 +22,7 @@ from quantdet.engines.plan import Plan
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics import fingerprints as projection
 from quantdet.metrics.bits import distinct
-from quantdet.observations.header import Activations
+from quantdet.observations.header import HiddenStatesTaken
 from quantdet.observations.hidden_states import WIDTH, HiddenStates
 
 BUDGET_S = 5.0
@@ -56,7 +56,7 @@ def _is_list(module: Any) -> bool:
     return any(base.__name__ == "ModuleList" for base in type(module).__mro__)
 
 
-class ActivationTap:
+class HiddenStateTap:
     """Records one request at a time: `start`, the request, `finish`.
 
     outcomes: of each request, by phase, digests (layers + 1, positions, WIDTH), the last of them those of the logits;
@@ -163,7 +163,7 @@ class Recorded:
         self._model, self._plan = model, plan
         self._wanted = plan.hidden_states
         self._verifies = plan.identity.get("role") == "verify"
-        self._tap: ActivationTap | None = None
+        self._tap: HiddenStateTap | None = None
         self._problem = ""
         self._seconds = 0.0
         if self._wanted and self._verifies:
@@ -196,12 +196,12 @@ class Recorded:
             return None
         tap = self._tap
         if tap is None:
-            return HiddenStates(Activations(problem=self._problem))
+            return HiddenStates(HiddenStatesTaken(problem=self._problem))
         tap.remove()
         repeats = len(tap.outcomes) // prompts
         found = [_collapsed(tap.outcomes[p * repeats : (p + 1) * repeats]) for p in range(prompts if repeats else 0)]
         projected = {"projection": projection.NAME, "projected": tap.kept} if tap.fingerprints else {}
-        header = Activations(
+        header = HiddenStatesTaken(
             layers=tuple(name for name, _ in tap.modules), stream=tap.stream, width=tap.width, repeats=repeats,
             runs=tuple(runs for runs, _ in found), seconds=self._seconds, **projected,
         )  # fmt: skip
@@ -214,7 +214,7 @@ class Recorded:
             self._tap.start()
 
     def finish(self, prompt_length: int, decode: NDArray[Any], prefill: NDArray[Any]) -> None:
-        """The request is over; see `ActivationTap.finish`."""
+        """The request is over; see `HiddenStateTap.finish`."""
         if self._tap is None:
             return
         try:
@@ -230,7 +230,7 @@ class Recorded:
 
     def _watch(self, *, projecting: bool) -> None:
         try:
-            self._tap = ActivationTap(self._model)
+            self._tap = HiddenStateTap(self._model)
         except CaptureError as error:
             self._problem = str(error)
             return

@@ -92,7 +92,7 @@ def judge(
     figures = {**_figures(recorded, gaps, seen), "beside": _beside(recorded, verified[seen.base])}
     second = hidden_states.judge(recorded, verified, seen.base, mine, sequences, seen.decode)
     figures |= second.figures
-    record = {**_record(claim, recorded, weights, mine, gaps, seen), "activations": second.record}
+    record = {**_record(claim, recorded, weights, mine, gaps, seen), "hidden_states": second.record}
     end = second.sentence + (f" (beside the hardware: {figures['beside']})" if figures["beside"] else "")
     apart = _apart(verified, recorded, sequences)
     verdict, why, detail = _verdict(seen, mine, others, share, apart)

@@ -25,7 +25,7 @@ from quantdet.metrics.signal_noise import Distances
 from quantdet.observations.claims import Sequences, sequence
 from quantdet.observations.observation import Observation
 
-NONE = "claim carries no activations"
+NONE = "claim carries no hidden states"
 _SEED = 20260101
 
 
@@ -48,7 +48,7 @@ class Corroboration:
     """The second signal: `sentence` for the message (empty where the claim has none), figures, and what reports need."""
 
     sentence: str = ""
-    figures: dict[str, object] = field(default_factory=lambda: {"activations": NONE})
+    figures: dict[str, object] = field(default_factory=lambda: {"hidden_states": NONE})
     record: dict[str, object] | None = None
 
 
@@ -121,20 +121,20 @@ def judge(
     else:
         word = "tell more" if found.word == "supported" else "tell less"
     figures: dict[str, object] = {
-        "activations": f"{word}: {how}",
-        "activations.identified": f"{found.nearest.own}/{prompts} [{low:.4f}, {high:.4f}]",
-        **{f"distance.activations.{name}": f"{float(one.mean()):.6g}" for name, one in distances.items()},
+        "hidden_states": f"{word}: {how}",
+        "hidden_states.identified": f"{found.nearest.own}/{prompts} [{low:.4f}, {high:.4f}]",
+        **{f"distance.hidden_states.{name}": f"{float(one.mean()):.6g}" for name, one in distances.items()},
     }
     record: dict[str, object] = {
         "word": word, "signal": found.word, "closest": found.closest, "snr": found.snr, "snr_logprobs": logprobs.snr,
         "closest_logprobs": logprobs.closest, "own": found.nearest.own, "prompts": prompts, "low": low, "high": high,
         "distances": {name: float(one.mean()) for name, one in distances.items()},
     }  # fmt: skip
-    return Corroboration(f"; activations {word}: {how}", figures, record)
+    return Corroboration(f"; hidden states {word}: {how}", figures, record)
 
 
 def _silent(why: str) -> Corroboration:
-    return Corroboration(f"; activations say nothing: {why}", {"activations": f"nothing: {why}"})
+    return Corroboration(f"; hidden states say nothing: {why}", {"hidden_states": f"nothing: {why}"})
 
 
 def _times(value: float | None) -> str:

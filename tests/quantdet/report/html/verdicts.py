@@ -19,9 +19,9 @@ SYMBOLS = {
 }  # fmt: skip
 _GOOD = ("BIT_EXACT", "CONFIRMED", "DISTINCT", "DETECTABLE")
 _NONE = ("UNSUPPORTED", "UNAVAILABLE")
-_CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_hardware", "test_activations")
+_CELL_TESTS = ("test_repeat", "test_restart", "test_distinct", "test_kernel", "test_refusal", "test_hidden_states")
 _APART = ("test_versions", "test_reexecution", "test_question")
-LAYERS = "hidden states"  # the column of test_activations, both phases
+LAYERS = "hidden states"  # the column of test_hidden_states, both phases
 _DROPPED = ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM")  # no news, much room
 
 
@@ -118,7 +118,7 @@ def tables(cases: Sequence[Case]) -> list[Table]:
         for case in group:
             name = case["test"].removeprefix("test_")
             phase = case["properties"]["case.phase"]
-            name = {"repeat": phase, "activations": f"activations {phase}"}.get(name, name)
+            name = {"repeat": phase, "hidden_states": f"hidden_states {phase}"}.get(name, name)
             cells.setdefault((case["properties"]["case.format"], place(case)), {})[name] = case
         places = list(dict.fromkeys(where for _, where in cells))
         formats = list(dict.fromkeys(format_ for format_, _ in cells))

@@ -41,7 +41,7 @@ MARKERS = (
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session, controls: Controls) -> None:
-    """Give `cell` (and `phase`) their values; `test_hardware` gets the cells that the matrix declares unsupported."""
+    """Give `cell` (and `phase`) their values; `test_refusal` gets the cells that the matrix declares unsupported."""
     if {"claim", "judge"} <= set(metafunc.fixturenames):
         claims = session.references.claims(verifiers(session))
         metafunc.parametrize("claim", claims, ids=[claim.id for claim in claims])

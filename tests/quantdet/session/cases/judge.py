@@ -48,7 +48,7 @@ class Judge:
             judgement = replace(judgement, cause=self._cause(cell))
         self._say(self._controlled(cell, judgement), observations)
 
-    def activations(self, cell: Cell, phase: Phase) -> None:
+    def hidden_states(self, cell: Cell, phase: Phase) -> None:
         """Same request, same hidden states in every layer, within one engine lifetime."""
         observations = self._measured(cell)
         judgement = hidden_states.repeat(observations, phase, self.session.expectations(cell))

@@ -8,6 +8,7 @@ import pytest
 
 from quantdet.judging.reexecution import claim
 from quantdet.judging.reexecution.claim import Gap, gap
+from quantdet.judging.results import Missing
 from quantdet.judging.verdicts import Judgement, Verdict, Violation
 from quantdet.matrix.cell import PHASES
 from quantdet.observations.claims import Claim, Sequences, sequence
@@ -107,7 +108,7 @@ def test_another_claims_longer_rows_change_nothing() -> None:
 def judge(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`attribution.judge` on made-up distances: one list per verifying format, a value per prompt."""
 
-    def judged(distances: dict[str, Any], failed: dict[str, str] | None = None, apart: float = 100.0) -> Judgement:
+    def judged(distances: dict[str, Any], failed: dict[str, Missing] | None = None, apart: float = 100.0) -> Judgement:
         def given(recorded: Observation, one: Observation, sequences: Any, phase: str) -> Gap:
             values = np.asarray(distances[one.header.format], np.float64)
             return Gap(values, values)
@@ -190,7 +191,7 @@ def test_a_claim_is_held_against_its_own_format(judge: Any) -> None:
 
 def test_without_its_numbers_here_nothing_is_said(judge: Any) -> None:
     """ERROR with the reason where they should have run; without other numbers there is nothing to tell it from."""
-    none = judge({"x": OWN}, failed={"own": "ERROR died"})
+    none = judge({"x": OWN}, failed={"own": Missing(Verdict.ERROR, "died")})
     alone = judge({"own": OWN, "twin": OWN})
 
     assert (Verdict.ERROR, False) == (none.verdict, none.expected)
@@ -198,10 +199,12 @@ def test_without_its_numbers_here_nothing_is_said(judge: Any) -> None:
     assert (Verdict.UNDERPOWERED, False) == (alone.verdict, alone.expected)
 
 
-@pytest.mark.parametrize(("reason", "expected"), [("TIMEOUT late", False), ("UNAVAILABLE no weights", True)])
-def test_a_verifier_that_is_missing(judge: Any, reason: str, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("verdict", "reason", "expected"), [(Verdict.TIMEOUT, "late", False), (Verdict.UNAVAILABLE, "no weights", True)]
+)
+def test_a_verifier_that_is_missing(judge: Any, verdict: Verdict, reason: str, expected: bool) -> None:
     """One that should have run makes the answer an ERROR; one that is not here is named."""
-    found = judge({"own": OWN, "x": OWN + 1}, failed={"y": reason})
+    found = judge({"own": OWN, "x": OWN + 1}, failed={"y": Missing(verdict, reason)})
 
     assert (Verdict.DETECTABLE if expected else Verdict.ERROR, expected) == (found.verdict, found.expected)
     assert "did not run: y" in found.message

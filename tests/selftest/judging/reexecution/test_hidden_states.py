@@ -160,22 +160,22 @@ def test_two_signals(logprobs: dict[str, Any], claimed: str, word: str) -> None:
     """What both say is one word; what they do not is said, whichever of them contradicts the claim."""
     found = judged({"own": "a", "x": "x"}, logprobs, claimed)
 
-    assert f"; activations {word}: " in found.sentence
-    assert str(found.figures["activations"]).startswith(f"{word}: ")
+    assert f"; hidden states {word}: " in found.sentence
+    assert str(found.figures["hidden_states"]).startswith(f"{word}: ")
     assert found.record is not None
     assert word == found.record["word"]
 
 
 def test_hidden_states_that_tell_nothing_tell_less() -> None:
     """Where logprobs decide and they cannot, that is no disagreement."""
-    assert "; activations tell less: undecided" in judged({"own": "a", "x": "a"}, FAR).sentence
+    assert "; hidden states tell less: undecided" in judged({"own": "a", "x": "a"}, FAR).sentence
 
 
 def test_figures_beside_those_of_the_logprobs() -> None:
     """Nearest prompts with interval, and both ratios."""
     found = judged({"own": "b", "x": "x"}, FAR, "a")
 
-    assert {"distance.activations.own", "distance.activations.x", "activations.identified"} <= found.figures.keys()
+    assert {"distance.hidden_states.own", "distance.hidden_states.x", "hidden_states.identified"} <= found.figures.keys()
     assert "(of logprobs 2, x)" in found.sentence
 
 
@@ -184,7 +184,7 @@ def test_a_claim_without_fingerprints_says_so_in_a_figure() -> None:
     whole = replace(recorded(), hidden=None)
     found = hidden_states.judge(whole, {"own": whole}, "own", ["own"], Sequences.of([whole]), FAR)
 
-    assert ("", {"activations": "claim carries no activations"}) == (found.sentence, found.figures)
+    assert ("", {"hidden_states": "claim carries no hidden states"}) == (found.sentence, found.figures)
 
 
 def test_fingerprints_that_cannot_be_compared_say_nothing() -> None:
@@ -196,7 +196,7 @@ def test_fingerprints_that_cannot_be_compared_say_nothing() -> None:
 
     for there in (wide, none):
         found = hidden_states.judge(whole, {"own": there}, "own", ["own"], sequences, FAR)
-        assert "activations say nothing" in found.sentence
+        assert "hidden states say nothing" in found.sentence
         assert None is found.record
 
 
@@ -228,7 +228,7 @@ def recordings(suite: Suite, pytester: pytest.Pytester) -> Path:
 
 
 def said(run: Run) -> dict[str, str]:
-    return {name: case.properties.get("activations", "") for name, case in run.ran().items() if "reexecution" in name}
+    return {name: case.properties.get("hidden_states", "") for name, case in run.ran().items() if "reexecution" in name}
 
 
 def test_a_claim_and_its_hidden_states_go_together(suite: Suite, recordings: Path) -> None:

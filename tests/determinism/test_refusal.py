@@ -7,6 +7,6 @@ from quantdet.session.cases.judge import Judge
 
 
 @pytest.mark.declared_unsupported
-def test_hardware(cell: Cell, judge: Judge) -> None:
+def test_refusal(cell: Cell, judge: Judge) -> None:
     """The engine refuses the format, with a message."""
     judge.refused(cell)

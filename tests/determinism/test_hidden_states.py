@@ -7,6 +7,6 @@ from quantdet.session.cases.judge import Judge
 
 
 @pytest.mark.hidden_states
-def test_activations(cell: Cell, phase: Phase, judge: Judge) -> None:
+def test_hidden_states(cell: Cell, phase: Phase, judge: Judge) -> None:
     """Repeats have bit-identical hidden states in every layer, at every position."""
-    judge.activations(cell, phase)
+    judge.hidden_states(cell, phase)
