@@ -29,6 +29,7 @@ RECIPES = [
 ]  # fmt: skip
 PYTESTS_OWN = {"--junitxml"}
 MUTATIONS = {"--part"}  # of tests/mutation
+RENAMED = {"--no-activations": "--no-hidden-states"}  # told by the name that it is about to get
 SHELLS = ("sh", "bash", "console", "shell")
 
 
@@ -187,6 +188,16 @@ class Parser:
 
     def addoption(self, name: str, **_: object) -> None:
         self.names.add(name)
+
+
+def test_each_option_has_its_row() -> None:
+    """The table of options has all that the suite declares."""
+    parser = Parser()
+    options.add(parser)  # type: ignore[arg-type]
+    table = raw("tests/determinism/running.md").partition("## Options\n")[2].partition("\n## ")[0]
+    told = {option for row in re.findall(r"^\|([^|]*)\|", table, re.M) for option in re.findall(r"`(--[a-z-]+)", row)}
+
+    assert {RENAMED.get(name, name) for name in parser.names} <= told
 
 
 @pytest.mark.parametrize("place", [*PAGES, *RECIPES])
