@@ -1,4 +1,4 @@
-"""The support table: what it says, and that README.md has the one that the matrix gives."""
+"""The support table: what it says, and that its page has the one that the matrix gives."""
 
 from pathlib import Path
 
@@ -27,9 +27,9 @@ def test_says_what_is_expected_of_each_format_on_each_hardware(tmp_path: Path) -
     assert ("noisy", "refused") == (found["awq"]["cpu-here"], found["int8"]["cpu-here"])
 
 
-def test_readme_has_the_table_of_the_matrix() -> None:
+def test_the_page_has_the_table_of_the_matrix() -> None:
     """`(cd tests && python -m quantdet.report.support)` writes it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = support.PAGE.read_text(encoding="utf-8")
 
     assert support.replaced(text, support.section(load(ROOT / "quant_matrix.toml"))) == text
 

@@ -1,4 +1,4 @@
-"""Commands that people copy, from the documentation and the CI files: options, paths, extras and artefacts exist."""
+"""The CI files: artefacts that are kept, versions and hardware that are demanded, and what a GPU runner selects."""
 
 import os
 import re
@@ -10,89 +10,16 @@ from pathlib import Path
 import pytest
 
 from quantdet.matrix import load
-from quantdet.session import options
 from selftest.fakes.matrix import ROOT
 
-PLACES = [
-    "README.md", "CONTRIBUTING.md", "fixtures/recordings/README.md", ".ci/README.md", ".ci/run", ".ci/run-gpu",
-    ".ci/gitlab-ci.yml", ".ci/Jenkinsfile", ".ci/buildkite.yml", ".github/workflows/cpu.yml", ".github/workflows/gpu.yml",
-]  # fmt: skip
 # Where a GPU's cells are measured, and where nothing but the two scripts is called.
 GPU_RECIPES = [".github/workflows/gpu.yml", ".ci/gitlab-ci.yml", ".ci/Jenkinsfile", ".ci/buildkite.yml"]
 RECIPES = [".github/workflows/cpu.yml", *GPU_RECIPES]
-PYTESTS_OWN = {"--junitxml"}
-MUTATIONS = {"--part"}  # of tests/mutation
 
 
 def text(place: str) -> str:
     """A file, continued lines joined."""
     return (ROOT / place).read_text(encoding="utf-8").replace("\\\n", " ")
-
-
-def commands(place: str) -> list[str]:
-    """What follows `pytest` wherever it is called: in a shell's line, up to its end or a quote that closes it."""
-    return re.findall(r"(?:^|[\s`'/\"&])pytest\"?((?: +(?:\"[^\"]*\"|'[^']*'|[^\s`';&]+))+)", text(place), re.M)
-
-
-class Parser:
-    """Takes what `options.add` declares."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def getgroup(self, *_: str) -> "Parser":
-        return self
-
-    def addoption(self, name: str, **_: object) -> None:
-        self.names.add(name)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_options_exist(place: str) -> None:
-    """Each `--option` of each call of pytest is the suite's, or one of the few of pytest that the texts use."""
-    parser = Parser()
-    options.add(parser)  # type: ignore[arg-type]
-    given = {option for command in commands(place) for option in re.findall(r"(?<!\S)--[a-z][a-z-]+", command)}
-
-    assert given <= parser.names | PYTESTS_OWN | MUTATIONS
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_paths_and_hardware_exist(place: str) -> None:
-    """What a call of pytest reads is in the repository; hardware is a row of the matrix."""
-    table = load.load(ROOT / "quant_matrix.toml")
-    for command in commands(place):
-        for path in re.findall(r"(?<![\w./$])(?:tests|fixtures)/[\w./-]*\w", command):
-            assert (ROOT / path).exists(), command
-        for row in re.findall(r"--(?:require-)?hardware[ =]([a-z][\w-]*)", command):
-            assert row in table.hardware, command
-
-
-def test_something_was_found() -> None:
-    """These tests are about something: every place calls pytest, but for recipes, which call the two scripts."""
-    assert {place for place in PLACES if not commands(place)} <= set(RECIPES)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_files_and_extras_exist(place: str) -> None:
-    """Constraints, scripts and extras that an install command names."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for group in re.findall(r"'\.\[([\w,]+)\]'", text(place)):
-        assert set(group.split(",")) <= extras.keys()
-    for path in re.findall(r"\.ci/[\w.-]*\w", text(place)):
-        assert (ROOT / path).exists()
-
-
-def test_links_lead_somewhere() -> None:
-    """Relative links of the documentation, and anchors within a page."""
-    for place in (place for place in PLACES if place.endswith(".md")):
-        headings = re.findall(r"^#+ (.*)$", text(place), re.M)
-        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        for target in re.findall(r"\]\(([^)\s]+)\)", text(place)):
-            if target.startswith("#"):
-                assert target[1:] in anchors, (place, target)
-            elif "://" not in target:
-                assert (Path(ROOT, place).parent / target.partition("#")[0]).exists(), (place, target)
 
 
 def test_ci_uploads_what_its_run_writes() -> None:
