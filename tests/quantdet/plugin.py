@@ -19,6 +19,7 @@ from quantdet.session.cases import collect, workers
 from quantdet.session.cases.judge import Judge
 from quantdet.session.controls import CONTROLS, Controls
 from quantdet.session.machine import machine
+from quantdet.session.replay import Replay
 from quantdet.session.session import SESSION, Session
 from quantdet.untrusted import plain
 
@@ -77,9 +78,9 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # fmt: skip
     except ObservationError as error:
         raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None
-    recorded = session.replay.hardware() if session.replay is not None else []
-    if session.replay is not None and chosen.hardware not in (None, *recorded):
-        raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {', '.join(recorded)}")
+    if isinstance(session.evidence, Replay) and chosen.hardware not in (None, *session.evidence.hardware()):
+        have = ", ".join(session.evidence.hardware())
+        raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {have}")
     session.measuring.on_start = progress.announcer(config)
     config.stash[SESSION] = session
     config.stash[CONTROLS] = Controls(session)

@@ -111,9 +111,8 @@ def write(session: "Session", cell: Cell, bundle: Bundle, place: Path, revision:
 def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision: str) -> None:
     evidence = differences.involved(bundle.observations, bundle.lifetimes)
     plan: Plan | None = None
-    if not evidence and session.replay is None:
-        asked = session.measuring.prepare(cell)
-        plan = asked if isinstance(asked, Plan) else None
+    if not evidence:
+        plan = session.evidence.plan(cell)
     request = None
     vllm = session.matrix.engine_of(cell) == "vllm"  # the script drives it
     if evidence:
@@ -123,7 +122,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
         if vllm and not evidence[0].reported:
             request = repro.Request.observed(evidence, prompt, bundle.lifetimes)
     else:
-        environment = session.environment_on(cell) if session.replay is None else session.replay.environment()
+        environment = session.evidence.environment(cell.hardware_id)
         identity = dict(plan.identity) if plan is not None else {}
         request = repro.Request.planned(plan) if vllm and plan is not None else None
     about = readme.About(
@@ -131,7 +130,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
         executed=evidence[0].header.executed if evidence else None,
         requested=session.matrix.formats[cell.format_id].kernel, diagnosis=bundle.diagnosis,
         divergences=differences.found(evidence, bundle.lifetimes) if bundle.diagnosis is not None else (),
-        replayed=session.replay is not None, request=request,
+        replayed=session.evidence.replayed, request=request,
         observations=tuple(f"observations/{'/'.join(one.path.parts[-5:])}" for one in evidence if one.path is not None),
     )  # fmt: skip
     for one in evidence:
@@ -158,7 +157,7 @@ def _fill(session: "Session", cell: Cell, bundle: Bundle, folder: Path, revision
 def _weights(session: "Session", cell: Cell, identity: Mapping[str, Any], folder: Path) -> weights.Weights:
     model, sha256 = session.matrix.models[cell.model_id], str(identity.get("checkpoint_sha256", ""))
     why = "not in the bundle"
-    if session.replay is not None and (model.synthetic is None or _bytes(model.synthetic) > _QUICK_BYTES):
+    if session.evidence.replayed and (model.synthetic is None or _bytes(model.synthetic) > _QUICK_BYTES):
         why = "not in the bundle, which was written from a recording"
     else:
         try:

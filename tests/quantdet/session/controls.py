@@ -58,7 +58,7 @@ class Controls:
         return list(found.values())
 
     def _will_do(self, cell: Cell, name: Name) -> bool:
-        if self.session.replay is not None and name == "bit_flip":
+        if self.session.evidence.replayed and name == "bit_flip":
             # A recorded one is whole by itself: the cell that it was seeded in may not have been measured beside it.
             exact = not any(self.session.expectations(cell).noise(cell, phase) for phase in PHASES)
             return exact and isinstance(self.session.control(cell, "control"), Measured)
@@ -73,7 +73,7 @@ class Controls:
         if any(rows) or (name == "one_integer" and not format_.weights.startswith("int")):
             return False
         kind = "integer" if name == "one_integer" else "control"
-        return self.session.replay is None or isinstance(self.session.control(cell, kind), Measured)
+        return not self.session.evidence.replayed or isinstance(self.session.control(cell, kind), Measured)
 
     def status(self, cell: Cell) -> Status:
         """Whether the controls of this cell's engine, on its hardware, fired; measures them on the first call.
@@ -91,10 +91,10 @@ class Controls:
         noise_caught, noise = self._noise(cell)
         here = self._first("bit_flip", cell)
         if here is None:
-            text = "no bit flip recorded" if self.session.replay is not None else "no cell to turn a bit over in"
+            text = "no bit flip recorded" if self.session.evidence.replayed else "no cell to turn a bit over in"
             return Status(None, text, noise)
         result = self.session.control(here, "control")
-        if not isinstance(result, Measured) and self.session.replay is None:
+        if not isinstance(result, Measured) and not self.session.evidence.replayed:
             # The cell itself has been measured: its weights are here and its engine runs.
             own = self.session.control(cell, "control")
             here, result = (cell, own) if isinstance(own, Measured) else (here, result)
@@ -121,7 +121,7 @@ class Controls:
             formats = [row.when.format for row in rows if any(matches_any(one, row.when.format) for one in mine)]
             names = ", ".join(f if isinstance(f, str) else "/".join(f) for f in dict.fromkeys(formats)) or "none in the matrix"
             eligible = [one for one in self.session.cells() if self._here(one, cell) and self._known_noise(one)]
-            if eligible and self.session.replay is not None:
+            if eligible and self.session.evidence.replayed:
                 return None, f"known noise not recorded ({', '.join(dict.fromkeys(one.format_id for one in eligible))})"
             return None, f"no kernel known to be noisy is eligible here ({names})"
         result = self.session.result(noisy)

@@ -31,7 +31,7 @@ def _why_not(session: Session, records: Records, cell: Cell) -> str:
     wanted = session.options.hardware
     if wanted is not None and cell.hardware_id != wanted:
         return f"not asked for: --hardware {wanted}"
-    cells = [cell] if session.replay is None else session.replay.expand([cell])
+    cells = session.evidence.expand([cell]) or [cell]
     if records.cut and any(one in session.selected for one in cells):
         return "selected, not reached: the run was cut short"
     reasons = [session.gate(one) for one in cells]

@@ -19,14 +19,7 @@ def verifiers(claim: Claim, session: Session) -> list[Cell]:
     """The formats of the claim's model that run on the verifying hardware, in vLLM: claims are made by it."""
     formats = session.matrix.formats
     cells = [Cell(claim.model_id, name, claim.hardware_id) for name in formats if formats[name].engine == "vllm"]
-    if session.replay is not None:
-        return [cell for cell in cells if session.replay.has_verified(cell)]
-    known = set(session.matrix.cells())
-    return [
-        cell
-        for cell in cells
-        if cell in known and session.gate(cell) is None and session.expectations(cell).unsupported(cell) is None
-    ]
+    return [cell for cell in cells if session.evidence.verifies(cell)]
 
 
 def numbers(format_: Format) -> str:

@@ -15,18 +15,21 @@ from packaging.version import InvalidVersion, Version
 from quantdet.judging.results import Lack, Measured, Missing, Refusal, Result
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.cell import OTHER_ENGINES, Cell
+from quantdet.matrix.matrix import Matrix
 from quantdet.observations import store
-from quantdet.observations.claims import ROLE
+from quantdet.observations.claims import ROLE, Sequences
 from quantdet.observations.comparable import different
 from quantdet.observations.observation import Observation, ObservationError, vllm_of
 
 
 class Replay:
-    """The observations below folders; one that lies in several of them is one observation.
+    """The observations below folders (see `evidence.Evidence`); one that lies in several of them is one observation.
 
     Raises:
         ObservationError: a damaged observation, one of a vLLM whose version is none, or none at all.
     """
+
+    replayed = True
 
     def __init__(self, *folders: Path) -> None:
         self.folders = folders
@@ -70,6 +73,29 @@ class Replay:
         """The vLLM versions that a hardware row was recorded with, oldest first."""
         return self._versions.get(hardware_id, [])
 
+    def here(self, hardware_id: str) -> bool:
+        return False
+
+    def vllm(self, cell: Cell) -> str | None:
+        return next(iter(self.versions(cell.hardware_id)), None)
+
+    def measured_with(self, matrix: Matrix) -> Mapping[str, list[str]]:
+        """Of the hardware rows that the matrix has."""
+        found: dict[str, list[str]] = {}
+        for row in self.hardware():
+            if row in matrix.hardware:
+                found.setdefault(matrix.hardware[row].kind, []).extend(self.versions(row))
+        return found
+
+    def pinned(self, cell: Cell) -> bool:
+        return True
+
+    def peer(self, cell: Cell) -> Result | None:
+        return self.result(cell)
+
+    def plan(self, cell: Cell) -> None:
+        """Nothing is planned."""
+
     def _version(self, observation: Observation) -> str:
         """The recorded vLLM version that an observation stands beside."""
         version, known = vllm_of(observation), self.versions(observation.header.hardware)
@@ -110,9 +136,9 @@ class Replay:
             dict.fromkeys(one.header.hardware for one in (*self._verified, *(o for v in self._cells.values() for o in v)))
         )
 
-    def lifetimes(self, cell: Cell) -> int:
-        """How many engine lifetimes of `cell` were recorded."""
-        return len({one.header.lifetime for one in self._cells.get(cell, ()) if not one.header.inject})
+    def lifetimes(self, cell: Cell, asked: int) -> int:
+        """Those that were recorded, if they are more."""
+        return max(asked, len({one.header.lifetime for one in self._cells.get(cell, ()) if not one.header.inject}))
 
     def hidden_states(self, cell: Cell) -> bool:
         """Whether hidden states of `cell` were recorded."""
@@ -132,18 +158,18 @@ class Replay:
         """Hardware rows on which claims were re-executed."""
         return list(dict.fromkeys(observation.header.hardware for observation in self._verified))
 
-    def has_verified(self, cell: Cell) -> bool:
+    def verifies(self, cell: Cell) -> bool:
         """Whether claims were re-executed by `cell`."""
         return any(observation.header.cell == cell for observation in self._verified)
 
-    def verified(self, cell: Cell, workload_sha256: str) -> Result:
+    def verified(self, cell: Cell, dtype: str, sequences: Sequences) -> Result:
         """The re-execution of exactly these sequences by `cell`."""
         for observation in self._verified:
-            if observation.header.cell == cell and observation.header.workload_sha256 == workload_sha256:
+            if observation.header.cell == cell and observation.header.workload_sha256 == sequences.workload.sha256:
                 return Measured((observation,), reused=True)
         return Missing(Verdict.UNAVAILABLE, Lack("replay", "a re-execution of these claims", f"none in {self.where}"))
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self, hardware_id: str | None = None) -> dict[str, Any]:
         """What the observations' environments have in common; `several` where they differ."""
         environments = [one.header.environment for observations in self._cells.values() for one in observations]
         variables = [facts.get("variables", {}) for facts in environments]

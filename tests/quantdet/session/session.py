@@ -3,25 +3,21 @@
 Tests ask for results and judge them; this module remembers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 
-from quantdet import checkpoints
 from quantdet.engines.clock import Clock
-from quantdet.engines.plan import Plan
 from quantdet.judging import restart
 from quantdet.judging.pairs import pair
-from quantdet.judging.results import Measured, Missing, Refusal, Result
-from quantdet.judging.verdicts import Pair, Verdict
+from quantdet.judging.results import Measured, Result
+from quantdet.judging.verdicts import Pair
 from quantdet.matrix.cell import Cell
 from quantdet.observations.claims import Sequences
 from quantdet.observations.observation import Observation
-from quantdet.session import plans
-from quantdet.session.lost import Lost
+from quantdet.session.live import Live
 from quantdet.session.measuring import Measuring
+from quantdet.session.replay import Replay
 from quantdet.session.scope import Scope
 
 
@@ -38,7 +34,7 @@ class Session(Scope):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.measuring = Measuring(self)
-        self.lost = Lost(self.store.root, self.run)
+        self.evidence = Replay(*self.options.replay) if self.options.replay else Live(self, self.measuring)
 
     @property
     def clock(self) -> Clock:
@@ -48,45 +44,8 @@ class Session(Scope):
     def result(self, cell: Cell) -> Result:
         """The cell's result; measured on the first call."""
         if cell not in self._results:
-            self._results[cell] = _safely(self._measure, cell) if self.replay is None else self.replay.result(cell)
+            self._results[cell] = self.evidence.result(cell)
         return self._results[cell]
-
-    def _measure(self, cell: Cell) -> Result:
-        reason = self.gate(cell)
-        if reason is not None:
-            return Missing(Verdict.UNAVAILABLE, reason)
-        plan = self.measuring.prepare(cell)
-        if isinstance(plan, Missing):
-            return plan
-        lifetimes = self.lifetimes(cell)
-        observations: list[Observation] = []
-        reused = True
-        for lifetime in range(lifetimes):
-            if lifetime and lifetime == lifetimes - 1 and self.matrix.hardware[cell.hardware_id].kind == "cuda":
-                plan = plans.cold(plan, self.matrix)
-            outcome, was_there = self._lifetime(cell, plan, lifetime)
-            if not isinstance(outcome, Observation):
-                return outcome
-            if outcome.header.kind == "refusal":
-                self.measuring.record([outcome])
-                return Refusal(outcome.header.refusal, outcome)
-            observations.append(outcome)
-            reused = reused and was_there
-        self.clock.cells += 1
-        self.clock.reused += reused
-        self.measuring.record(observations)
-        return Measured(tuple(observations), reused)
-
-    def _lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
-        """`Measuring.lifetime`, unless the cell's engine has refused or died in this run already: once is enough to know."""
-        dtype = str(plan.identity.get("dtype", ""))
-        with self.lost.turn(cell, dtype) as loss:
-            if loss is not None:
-                return loss, False
-            outcome, was_there = self.measuring.lifetime(cell, plan, lifetime)
-            if not isinstance(outcome, Observation):
-                self.lost.remember(cell, dtype, str(plan.identity.get("role", "measure")), outcome)
-            return outcome, was_there
 
     def peers(self, cell: Cell) -> dict[Cell, Observation]:
         """Every other format of the model on the same hardware that this run measures, or the store already holds."""
@@ -96,13 +55,10 @@ class Session(Scope):
                 continue
             if self.gate(other) is not None or self.expectations(other).unsupported(other) is not None:
                 continue
-            if other in self.selected or self.replay is not None:
-                result = self.result(other)
-                if isinstance(result, Measured):
-                    found[other] = result.observations[0]
-            elif (known := self.measuring.stored(other)) is not None:
-                self.measuring.record([known])  # what a verdict rests on belongs to the recording
-                found[other] = known
+            known = other in self.selected or self.evidence.replayed
+            result = self.result(other) if known else self.evidence.peer(other)
+            if isinstance(result, Measured):
+                found[other] = result.observations[0]
         return found
 
     def spread(self, cell: Cell) -> float | None:
@@ -139,19 +95,8 @@ class Session(Scope):
         """
         if (cell, dtype) not in self._verified:
             sequences = self.sequences(cell.model_id, dtype)
-            if self.replay is not None:
-                self._verified[cell, dtype] = self.replay.verified(cell, sequences.workload.sha256)
-            else:
-                self._verified[cell, dtype] = _safely(self._verify, cell, dtype, sequences)
+            self._verified[cell, dtype] = self.evidence.verified(cell, dtype, sequences)
         return self._verified[cell, dtype]
-
-    def _verify(self, cell: Cell, dtype: str, sequences: Sequences) -> Result:
-        plan = self.measuring.prepare(cell, sequences.workload)
-        if isinstance(plan, Missing):
-            return plan
-        dtype = self.matrix.verifying_dtype(cell, dtype)
-        plan = plans.verifying(plan, dtype, sequences.top_k, hidden_states=sequences.hidden_states)
-        return self._once(cell, plan)
 
     def control(self, cell: Cell, kind: str) -> Result:
         """A lifetime of `cell` with a seeded defect, measured on the first call.
@@ -160,37 +105,8 @@ class Session(Scope):
         of which one integer is another by 1.
         """
         if (cell, kind) not in self._controls:
-            replay = self.replay
-            self._controls[cell, kind] = _safely(self._control, cell, kind) if replay is None else replay.control(cell, kind)
+            self._controls[cell, kind] = self.evidence.control(cell, kind)
         return self._controls[cell, kind]
-
-    def _control(self, cell: Cell, kind: str) -> Result:
-        plan = self.measuring.prepare(cell)
-        if isinstance(plan, Missing):
-            return plan
-        try:
-            plan = plans.controlling(plan, kind, self.options.checkpoints)
-        except (checkpoints.Unavailable, OSError, ValueError) as error:
-            return Missing(Verdict.UNAVAILABLE, f"control: {error}")
-        return self._once(cell, plan)
-
-    def _once(self, cell: Cell, plan: Plan) -> Result:
-        """One engine lifetime of `plan`."""
-        outcome, was_there = self._lifetime(cell, plan, 0)
-        if not isinstance(outcome, Observation):
-            return outcome
-        if outcome.header.kind == "refusal":
-            return Refusal(outcome.header.refusal, outcome)
-        self.measuring.record([outcome])
-        return Measured((outcome,), was_there)
-
-
-def _safely(measure: Callable[..., Result], *args: Any) -> Result:
-    """A full disk, or a store that cannot be written, costs the cell and is said."""
-    try:
-        return measure(*args)
-    except OSError as error:
-        return Missing(Verdict.ERROR, f"{type(error).__name__}: {error}")
 
 
 SESSION = pytest.StashKey[Session]()

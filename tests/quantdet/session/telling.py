@@ -27,7 +27,7 @@ def run_of(config: pytest.Config) -> Run:
         here=session.machine.rows(matrix),
         asked=asked.hardware or "",
         replay=asked.replay,
-        evidence=asked.replay or (asked.store,),
+        evidence=session.evidence.folders,
         machine=_machine(session),
         environment=session.measured_environment(),
         newer=session.newer(),

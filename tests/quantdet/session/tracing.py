@@ -29,7 +29,7 @@ def trace(session: "Session", cell: Cell, prompt: str, lifetimes: int = 1) -> tu
 
     `lifetimes`: 2 where noise shows between lifetimes only; their repeats then follow each other in one trace.
     """
-    if session.replay is not None:
+    if session.evidence.replayed:
         return None, first_layer.impossible("a replay starts no engine")
     if session.matrix.formats[cell.format_id].mode != "eager":
         return None, first_layer.impossible("the cell is compiled, and compiled code calls no hooks")

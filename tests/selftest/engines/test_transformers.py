@@ -352,8 +352,8 @@ def test_the_engine_forks_from_a_server_of_its_own(tmp_path: Path) -> None:
 
 def test_claims_are_verified_by_the_engine_that_made_them(tmp_path: Path) -> None:
     """The formats of another engine have the same numbers, and are left out."""
-    replayed = SimpleNamespace(has_verified=lambda cell: True)
-    session: Any = SimpleNamespace(matrix=matrix(tmp_path, BOTH), replay=replayed)
+    replayed = SimpleNamespace(verifies=lambda cell: True)
+    session: Any = SimpleNamespace(matrix=matrix(tmp_path, BOTH), evidence=replayed)
     claim: Any = SimpleNamespace(model_id="alpha", hardware_id="cpu-here")
 
     assert ["bf16", "gptq", "ct", "awq", "int8"] == [cell.format_id for cell in reexecution.verifiers(claim, session)]

@@ -47,8 +47,7 @@ class Known:
         path.write_text(MATRIX + (expect("awq", "noisy") if noise is not None else ""), encoding="utf-8")
         self.matrix = load(path)
         self.options = SimpleNamespace(no_controls=False, **options)
-        self.replay = None
-        self.controls: dict[Any, Any] = {}
+        self.evidence = SimpleNamespace(replayed=False)
         self.calls: list[str] = []
         self._flip, self._noise = flip, noise
 

@@ -394,7 +394,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
             verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
-        replay=SimpleNamespace(has_verified=lambda cell: True), expectations=lambda cell: Expectations(()),
+        evidence=SimpleNamespace(verifies=lambda cell: True), expectations=lambda cell: Expectations(()),
         verified=lambda cell, claimed: Missing(Verdict.ERROR, "re-executes nothing"), sequences=lambda model, claimed: None,
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ import pytest
 from quantdet.judging.results import Measured, Missing
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.cell import Cell
+from quantdet.matrix.workload import Workload
+from quantdet.observations.claims import Sequences
 from quantdet.observations.observation import Observation, ObservationError, write
 from quantdet.report.html import PAGE
 from quantdet.session.replay import Replay
@@ -168,6 +170,11 @@ def test_one_edited_recording_refuses_the_folder(tmp_path: Path) -> None:
         Replay(tmp_path)
 
 
+def asked(sha256: str) -> Sequences:
+    """Sequences that are known by the hash of their workload alone."""
+    return Sequences(Workload("reexecution", sha256, ()), {}, 2)
+
+
 def test_re_executions_are_for_the_claims_they_were_made_of(tmp_path: Path) -> None:
     """They are no measurement of the cell, and others' sequences are not those that were asked for."""
     put(tmp_path, "v", observation(role="verify", workload_sha256="5" * 64))
@@ -175,8 +182,8 @@ def test_re_executions_are_for_the_claims_they_were_made_of(tmp_path: Path) -> N
 
     replay = Replay(tmp_path)
 
-    assert isinstance(replay.verified(CELL, "5" * 64), Measured)
-    assert isinstance(replay.verified(CELL, "6" * 64), Missing)
+    assert isinstance(replay.verified(CELL, "float16", asked("5" * 64)), Measured)
+    assert isinstance(replay.verified(CELL, "float16", asked("6" * 64)), Missing)
     assert isinstance(replay.result(CELL), Missing)
 
 

@@ -73,14 +73,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session, controls: Controls)
 
 def verifiers(session: Session) -> list[str]:
     """Hardware rows on which claims are re-executed: what vLLM runs on here, or what a replay holds."""
-    if session.replay is not None:
-        rows = [row for row in session.replay.verifiers() if row in session.matrix.hardware]
-    else:
-        matrix = session.matrix
-        rows = [row for row in session.machine.rows(matrix) if matrix.hardware[row].kind == session.software.flavour]
-        rows = rows or list(session.machine.rows(matrix))[:1]
-        wanted = session.options.hardware
-        rows += [wanted] if wanted is not None and matrix.hardware[wanted].limits else []
+    rows = [row for row in session.evidence.verifiers() if row in session.matrix.hardware]
     return [row for row in rows if session.options.hardware in (None, row)]
 
 
@@ -158,7 +151,7 @@ def gate(items: Iterable[pytest.Item], session: Session) -> None:
         if reason is not None and session.options.require_hardware == cell.hardware_id:
             item.stash[REQUIRED] = f"{Verdict.UNAVAILABLE} {reason}"
         elif reason is not None:
-            if session.replay is not None or not session.here(cell.hardware_id):
+            if not session.here(cell.hardware_id):
                 lacks = f"needs {reason.need}, have {reason.have}" if isinstance(reason, Lack) else str(reason)
                 item.stash[elsewhere.ELSEWHERE] = elsewhere.Elsewhere(cell.hardware_id, lacks)
             skip(item, Verdict.UNAVAILABLE, reason)

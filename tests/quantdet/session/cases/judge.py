@@ -133,9 +133,8 @@ class Judge:
 
     def versions(self, cell: Cell) -> None:
         """The same logits from every vLLM version that was recorded, where the same kernels ran."""
-        assert self.session.replay is not None
         known: list[Observation] = []
-        for version in self.session.replay.versions(cell.hardware_id):
+        for version in self.session.evidence.versions(cell.hardware_id):
             result = self.session.result(replace(cell, vllm=version))
             known += result.observations[:1] if isinstance(result, Measured) else ()
         if len(known) < 2:
