@@ -110,8 +110,8 @@ class EngineCall(Row):
     env: Environment = {}
 
 
-class Engine(EngineCall):
-    """vLLM's: a pin adds to them.
+class EngineFacts(Row):
+    """What is so in vLLM, whoever uses it.
 
     `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
@@ -125,6 +125,11 @@ class Engine(EngineCall):
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     measured: dict[Kind, tuple[MeasuredVersion, ...]] = {}
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+
+
+class Engine(EngineCall, EngineFacts):
+    """vLLM's: what every lifetime of it gets (a pin adds to that), and what is so in vLLM."""
+
     max_text_tokens: PositiveInt = 1024
 
 
@@ -175,15 +180,20 @@ class Kernel(Row):
     moe_classes: tuple[str, ...] = ()
 
 
+# By hardware glob (the first that matches), a kernel, or a kernel for each range of vLLM versions; several where it depends on
+# what is installed beside vLLM.
+Picks = dict[str, str | dict[Specifier, str | tuple[str, ...]]]
+
+
 class Format(Row):
     """A quantization format: checkpoint layout x kernel, in an execution mode.
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
-    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions; several where it depends on what is
-    installed beside vLLM. `packages`: distributions, all needed.
-    `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
-    `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
-    `tensor_parallel_size`: instead of the model's, in vLLM.
+    `picks`: what `kernel = "auto"` has to be given. `packages`: distributions, all needed. `modules`: one of them has to be
+    there. `quantizes`: every projection, or those of the routed experts alone. `engine`: what loads and runs it; versions in
+    `picks` and pins are vLLM's alone. `tensor_parallel_size`: instead of the model's, in vLLM.
+
+    A file may name a table of `[picks]` in place of one, and another format (`like`) whose keys count where it gives none.
     """
 
     title: str
@@ -193,7 +203,7 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: dict[str, str | dict[Specifier, str | tuple[str, ...]]] = {}
+    picks: Picks = {}
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
