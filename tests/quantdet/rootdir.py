@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 # Options with a path as their value (`quantdet.session.options`).
-PATH_OPTIONS = ("--matrix", "--store", "--replay", "--record", "--reference", "--report")
+PATH_OPTIONS = ("--matrix", "--expect", "--store", "--replay", "--record", "--reference", "--report")
 
 
 def joined(args: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ class Expected(Row):
     """A file of somebody's own expectations (`--expect`): nothing but `[[expect]]` rows, as a matrix has them."""
 
     schema_: Literal[1] = Field(1, alias="schema")
-    expect: tuple[Expect, ...] = Field(min_length=1)
+    expect: tuple[Expect, ...]
 
 
 def load(path: Path, expect: Sequence[Path] = ()) -> Matrix:

@@ -14,8 +14,8 @@ _FEW = 2
 # Not among them: what only chooses cases or workers, what only writes (--record, --report), and --fresh, since the store
 # holds what the verdict was about.
 VALUES = (
-    "--matrix", "--store", "--replay", "--reference", "--hardware", "--require-hardware", "--repeats", "--max-flip-rate",
-    "--lifetimes",
+    "--matrix", "--expect", "--store", "--replay", "--reference", "--hardware", "--require-hardware", "--repeats",
+    "--max-flip-rate", "--lifetimes",
 )  # fmt: skip
 FLAGS = ("--ignore-native", "--no-controls", "--no-activations", "--allow-download")
 

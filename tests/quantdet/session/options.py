@@ -36,6 +36,7 @@ class Options:
     no_controls: bool = False
     no_activations: bool = False
     max_flip_rate: float | None = None
+    expect: tuple[Path, ...] = ()
     report: Path | None = None
 
 
@@ -43,6 +44,10 @@ def add(parser: pytest.Parser) -> None:
     """Declare the options."""
     group = parser.getgroup("quantdet", "determinism of quantized LLM inference")
     group.addoption("--matrix", metavar="PATH", help="Matrix file (default: quant_matrix.toml of the suite)")
+    group.addoption(
+        "--expect", metavar="FILE", action="append",
+        help="[[expect]] rows of your own, which count before the matrix's. May be given again: the first row that fits counts",
+    )  # fmt: skip
     group.addoption("--hardware", metavar="ID", help="Collect only the cells of this hardware row")
     group.addoption("--require-hardware", metavar="ID", help="Collect only this row; what it lacks is an error, not a skip")
     group.addoption(
@@ -142,6 +147,9 @@ def parse(config: pytest.Config) -> Options:
         no_controls=config.getoption("--no-controls"),
         no_activations=config.getoption("--no-activations"),
         max_flip_rate=rate,
+        expect=tuple(
+            dict.fromkeys(Path(config.invocation_params.dir, f).resolve() for f in config.getoption("--expect") or ())
+        ),
         report=report,
     )
 

@@ -28,7 +28,7 @@ def test_every_path_option_is_known() -> None:
             self.paths: set[str] = set()
 
         def addoption(self, name: str, **kwargs: object) -> None:
-            if kwargs.get("metavar") in ("DIR", "PATH"):
+            if kwargs.get("metavar") in ("DIR", "PATH", "FILE"):
                 self.paths.add(name)
 
     class Parser(Group):
@@ -38,7 +38,7 @@ def test_every_path_option_is_known() -> None:
     parser = Parser()
     options.add(parser)  # type: ignore[arg-type]
 
-    assert {"--matrix", "--store"} <= parser.paths <= set(rootdir.PATH_OPTIONS)
+    assert {"--matrix", "--expect", "--store"} <= parser.paths <= set(rootdir.PATH_OPTIONS)
 
 
 def test_other_projects_are_left_alone(tmp_path: Path) -> None:
