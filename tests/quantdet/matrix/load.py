@@ -84,7 +84,7 @@ def _validated(raw: dict[str, Any], below: dict[str, Any]) -> tuple[Matrix | Non
         wrong += mistakes.values(one for one in found if beneath.is_own(raw, one["loc"]))
         return None, [*wrong, *mistakes.references(raw, below)]
     except like.TooMuch as error:
-        return None, [*wrong, str(error)]
+        return None, [str(error)]
     wrong += mistakes.references(raw, below)
     if not wrong:
         inline = {
