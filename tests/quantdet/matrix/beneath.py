@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 from quantdet.matrix import mistakes, pins
 from quantdet.matrix.document import Document, MatrixError, read, rows, table
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import EngineFacts, Kernel, Picks, Row
+from quantdet.matrix.rows import EngineFacts, Kernel, Picks
+from quantdet.matrix.values import Row
 from quantdet.untrusted import flaw
 
 SHIPPED = Path(__file__).with_name("vllm.toml")

@@ -11,9 +11,9 @@ from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import Cell, EngineName, Phase
-from quantdet.matrix.rows import Row, Specifier
 from quantdet.matrix.selectors import When
 from quantdet.matrix.shapes import Fires, Layers, PositiveInt
+from quantdet.matrix.values import Row, Specifier
 
 
 def _regex(text: str) -> str:

@@ -10,7 +10,7 @@ from quantdet.matrix import beneath, like, mistakes, pins
 from quantdet.matrix.document import Document, MatrixError, read
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.matrix import Matrix
-from quantdet.matrix.rows import Row
+from quantdet.matrix.values import Row
 
 __all__ = ["MatrixError", "load"]
 

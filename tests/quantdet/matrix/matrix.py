@@ -9,9 +9,10 @@ from quantdet.matrix import pins
 from quantdet.matrix.cell import Cell, EngineName, matches_any
 from quantdet.matrix.expectations import Expect, Expectations
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Picks, Row, RunLengths
+from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Picks, RunLengths
 from quantdet.matrix.selectors import Question, Setting
 from quantdet.matrix.shapes import Layers, layers_of
+from quantdet.matrix.values import Row
 
 
 class Matrix(Row):

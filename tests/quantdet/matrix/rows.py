@@ -1,14 +1,13 @@
 """Rows of the matrix file: one frozen pydantic model per TOML table. Unknown keys are mistakes."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import EngineName
 from quantdet.matrix.shapes import PositiveInt
 from quantdet.matrix.shapes import Synthetic as Synthetic
+from quantdet.matrix.values import Args, Environment, MeasuredVersion, Row, Specifier
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -42,45 +41,10 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
 ONLINE: frozenset[Layout] = frozenset({"torchao"})
 
 
-def _specifier(text: str) -> str:
-    try:
-        SpecifierSet(text)
-    except InvalidSpecifier:
-        raise ValueError(f"{text!r} is not a version specifier, for example '>=0.26,<0.33'") from None
-    return text
-
-
-def _version(text: str) -> str:
-    try:
-        Version(text)
-    except InvalidVersion:
-        raise ValueError(f"{text!r} is not a version, for example '0.33.0'") from None
-    return text
-
-
-Specifier = Annotated[str, AfterValidator(_specifier)]
-MeasuredVersion = Annotated[str, AfterValidator(_version)]
-Scalar = str | int | float | bool
-
-
 def _inside(text: str) -> str:
     if not text or any(part in ("", ".", "..") for part in text.split("/")):
         raise ValueError(f"{text!r} is no path inside of the distribution")
     return text
-
-
-def _safe(args: dict[str, Any]) -> dict[str, Any]:
-    if any("trust_remote_code" in table for table in (args, *args.values()) if isinstance(table, dict)):
-        raise ValueError("'trust_remote_code' is not given: nothing runs the code of a checkpoint")
-    return args
-
-
-Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
-Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
-
-
-class Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunLengths(Row):

@@ -216,7 +216,7 @@ MATRICES: dict[str, str] = {
     "mx-pip": model('package = { distribution = "--index-url=http://x", version = "1", file = "m.gguf" }'),
     "mx-package-path": model('package = { distribution = "x", version = "1", file = "../../m.gguf" }'),
     "mx-like-many": MATRIX
-    + "\n[formats.big]\npicks = {"
+    + "\n[formats.big]\nkernel = 'auto'\npicks = {"
     + ", ".join(f"p{i} = 'auto'" for i in range(20_000))
     + "}\n"
     + "".join(f"[formats.f{i}]\nlike = 'big'\n" for i in range(5_000)),
