@@ -121,7 +121,7 @@ class Expectations:
     rows: tuple[Expect, ...]
     layers: Callable[[Cell], Layers | None] = _unknown
     engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
-    unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `schema.Engine`
+    unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `rows.EngineFacts`
     family: Callable[[str], str] = str  # the kernel of the matrix that shows a class name
     words: Mapping[str, str] = field(default_factory=dict)  # by format, what the matrix calls its numbers
 

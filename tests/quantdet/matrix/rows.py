@@ -70,8 +70,8 @@ class ModelRun(Row):
 class EngineCall(Row):
     """Arguments and environment that every lifetime of an engine gets; a `[[setting]]` adds to them."""
 
-    args: Args = {}
-    env: Environment = {}
+    args: Args = Field(default_factory=dict)
+    env: Environment = Field(default_factory=dict)
 
 
 class EngineFacts(Row):
@@ -87,7 +87,7 @@ class EngineFacts(Row):
 
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
-    measured: dict[Kind, tuple[MeasuredVersion, ...]] = {}
+    measured: dict[Kind, tuple[MeasuredVersion, ...]] = Field(default_factory=dict)
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
 
 
@@ -111,7 +111,7 @@ class Hardware(Row):
     isa: tuple[str, ...] = ()
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
     gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
-    limits: Environment = {}
+    limits: Environment = Field(default_factory=dict)
     hides: tuple[Literal["amx_tile", "avx512_bf16", "avx512"], ...] = ()
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: Picks = {}
+    picks: Picks = Field(default_factory=dict)
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
