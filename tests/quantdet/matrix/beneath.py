@@ -10,6 +10,7 @@ Rows of the matrix come first: its kernels and picks replace those of the same n
 and a key of its `[engine]` replaces the file's.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ def read_for(matrix: Document) -> Document | None:
     if not isinstance(named, str) or not named:
         raise MatrixError(matrix.path, [f"kernels_from: needs {_OWN!r}, the suite's own kernels, or the path of a file"])
     path = matrix.path.parent / named
-    if not path.exists():
+    if not os.path.exists(path):  # False for a name that no file can have, too
         raise MatrixError(matrix.path, [f"kernels_from: no such file: {path} ({_OWN!r} are the suite's own kernels)"])
     return read(path, regular=True)
 

@@ -22,7 +22,7 @@ class Formats:
     Attributes:
         written: the rows as the file has them.
         rows: the rows as they count.
-        mistakes: names that lead nowhere or in a circle, and more than `MOST` values that are taken over.
+        mistakes: names in `like` that lead nowhere or in a circle.
     """
 
     written: dict[str, Any]

@@ -177,6 +177,7 @@ def test_mistakes_of_both_files_are_told_at_once(tmp_path: Path) -> None:
         ("3", "1 mistake\n  kernels_from: needs 'vllm'"),
         ('""', "1 mistake\n  kernels_from: needs 'vllm'"),
         ('"."', "not a regular file"),
+        ('"' + "x" * 5000 + '"', "1 mistake\n  kernels_from: no such file: "),
     ],
 )
 def test_a_file_that_is_not_there(tmp_path: Path, named: str, words: str) -> None:

@@ -48,17 +48,22 @@ def test_a_line_in_the_table_of_formats_is_a_format(tmp_path: Path) -> None:
     assert ("B", "fake8") == (matrix.formats["b"].title, matrix.formats["b"].kernel)
 
 
-def test_picks_go_with_auto(tmp_path: Path) -> None:
+def test_picks_go_with_auto() -> None:
     """A row that names a kernel of its own has none; one that does not has those of the other, or its own."""
-    rows = (
-        '\n[formats.pinned]\nlike = "awq"\ntitle = "x"\nkernel = "unquantized"\n'
-        '[formats.alike]\nlike = "awq"\ntitle = "x"\n'
-        '[formats.apart]\nlike = "awq"\ntitle = "x"\npicks = { "sm90" = "fake4" }\n'
-    )
+    base = {"kernel": "auto", "picks": {"cpu-*": "fake4"}}
+    rows = {
+        "awq": base,
+        "pinned": {"like": "awq", "kernel": "fake4"},
+        "alike": {"like": "awq"},
+        "apart": {"like": "awq", "picks": {"sm90": "fake4"}},
+    }
 
-    found = loaded(tmp_path, rows).formats
+    found = like.formats(rows, {}).rows
 
-    assert [{}, {"cpu-*": "fake4"}, {"sm90": "fake4"}] == [found[name].picks for name in ("pinned", "alike", "apart")]
+    assert {
+        "awq": base, "pinned": {"kernel": "fake4"}, "alike": base, "apart": {"kernel": "auto", "picks": {"sm90": "fake4"}},
+    } == found  # fmt: skip
+    assert base == {"kernel": "auto", "picks": {"cpu-*": "fake4"}}
 
 
 def test_picks_by_name_are_picks(tmp_path: Path) -> None:
