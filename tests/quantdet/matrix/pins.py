@@ -10,9 +10,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
-from quantdet.matrix.rows import Format, Layout, Picks, Weights
+from quantdet.matrix.rows import Args, Format, Layout, Picks, Weights
 from quantdet.matrix.shapes import Layers
-from quantdet.matrix.values import Args, Environment, Row, Specifier
+from quantdet.matrix.values import Environment, Row, Specifier
 
 # Where a cell's quantized numbers come from: a checkpoint, or the engine itself, out of plain weights.
 Source = Literal["any", "checkpoint", "online"]

@@ -1,13 +1,13 @@
 """Rows of the matrix file: one frozen pydantic model per TOML table. Unknown keys are mistakes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import EngineName
 from quantdet.matrix.shapes import PositiveInt
 from quantdet.matrix.shapes import Synthetic as Synthetic
-from quantdet.matrix.values import Args, Environment, MeasuredVersion, Row, Specifier
+from quantdet.matrix.values import Environment, MeasuredVersion, Row, Specifier
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -45,6 +45,18 @@ def _inside(text: str) -> str:
     if not text or any(part in ("", ".", "..") for part in text.split("/")):
         raise ValueError(f"{text!r} is no path inside of the distribution")
     return text
+
+
+Scalar = str | int | float | bool
+
+
+def _safe(args: dict[str, Any]) -> dict[str, Any]:
+    if any("trust_remote_code" in table for table in (args, *args.values()) if isinstance(table, dict)):
+        raise ValueError("'trust_remote_code' is not given: nothing runs the code of a checkpoint")
+    return args
+
+
+Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
 
 
 class RunLengths(Row):

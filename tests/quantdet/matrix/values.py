@@ -1,6 +1,6 @@
 """What rows of the matrix are made of: the base of their models, and values that are checked wherever they stand."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -25,16 +25,6 @@ def _version(text: str) -> str:
 
 Specifier = Annotated[str, AfterValidator(_specifier)]
 MeasuredVersion = Annotated[str, AfterValidator(_version)]
-Scalar = str | int | float | bool
-
-
-def _safe(args: dict[str, Any]) -> dict[str, Any]:
-    if any("trust_remote_code" in table for table in (args, *args.values()) if isinstance(table, dict)):
-        raise ValueError("'trust_remote_code' is not given: nothing runs the code of a checkpoint")
-    return args
-
-
-Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
 Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
 
 

@@ -136,6 +136,7 @@ def test_a_run_goes_by_ones_own_expectations(suite: Suite, tmp_path: Path) -> No
     for run in (passing, replayed):
         said = {case.properties["expectation"] for case in run.ran().values()}
         assert {"may_be_noisy: for the test [the test]"} == said
+        assert "matrix quant_matrix.toml, e0.toml; " in run.words
 
 
 def test_the_rerun_command_has_the_files(suite: Suite, tmp_path: Path) -> None:
