@@ -1,4 +1,4 @@
-"""The same request in one engine process gives the same hidden states (eager cells of models with `activations`)."""
+"""The same request in one engine process gives the same hidden states (eager cells of models with `hidden_states`)."""
 
 import pytest
 

@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     workers.refuse_reruns(config)
     chosen = options.parse(config)
     try:
-        table = load.load(chosen.matrix)
+        table = load.load(chosen.matrix, chosen.expect)
     except load.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
     unusable = plans.unusable(table, _PROMPTS)

@@ -11,9 +11,9 @@ from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import Cell, EngineName, Phase
-from quantdet.matrix.rows import Row, Specifier
 from quantdet.matrix.selectors import When
 from quantdet.matrix.shapes import Fires, Layers, PositiveInt
+from quantdet.matrix.values import Row, Specifier
 
 
 def _regex(text: str) -> str:
@@ -31,6 +31,9 @@ PAIRED = ("identical_to", "may_be_identical_to", "distinct_from")
 class Expect(Row):
     """A declared departure from the default: accepted, bit-exact, IDENTICAL to formats that are the same numerics and no other.
 
+    `default`: no departure, whatever the rows behind it say of the cell (with a phase: of its noise there). For files of
+    somebody's own, whose rows come first.
+
     `identical_to`, `distinct_from`: another answer than `numerics.sameness` derives; `may_be_identical_to`: either passes.
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
@@ -47,7 +50,7 @@ class Expect(Row):
     when: When = When()
     outcome: Literal[
         "noisy", "may_be_noisy", "identical_to", "may_be_identical_to", "distinct_from", "unsupported", "may_drift",
-        "may_recompile",
+        "may_recompile", "default",
     ]  # fmt: skip
     reason: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
@@ -118,7 +121,7 @@ class Expectations:
     rows: tuple[Expect, ...]
     layers: Callable[[Cell], Layers | None] = _unknown
     engines: Mapping[str, EngineName] = field(default_factory=dict)  # by format; one that is not there: vLLM
-    unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `schema.Engine`
+    unseen: tuple[str, ...] = ()  # environment variables that change what a kernel computes, see `rows.EngineFacts`
     family: Callable[[str], str] = str  # the kernel of the matrix that shows a class name
     words: Mapping[str, str] = field(default_factory=dict)  # by format, what the matrix calls its numbers
 
@@ -144,6 +147,8 @@ class Expectations:
         Such a row is a departure: what is not declared is derived from the numbers and the executed kernels.
         """
         for row in self.rows:
+            if row.outcome == "default" and row.when.phase is None and (self._about(row, a) or self._about(row, b)):
+                return None
             if row.outcome in PAIRED:
                 for one, other in ((a, b), (b, a)):
                     if self._about(row, one) and any(fnmatchcase(other.format_id, glob) for glob in row.formats):
@@ -154,8 +159,10 @@ class Expectations:
 
     def _first(self, cell: Cell, phase: Phase | None, *outcomes: str) -> Expect | None:
         layers = self.layers(cell)
-        rows = (row for row in self.rows if row.outcome in outcomes and self._about(row, cell, phase))
-        return next((found for row in rows if (found := resolved(row, layers)) is not None), None)
+        rows = (row for row in self.rows if row.outcome in (*outcomes, "default") and self._about(row, cell, phase))
+        mine = (row for row in rows if row.outcome != "default" or row.when.phase in (None, phase))
+        first = next((found for row in mine if (found := resolved(row, layers)) is not None), None)
+        return None if first is None or first.outcome == "default" else first
 
     def _about(self, row: Expect, cell: Cell, phase: Phase | None = None) -> bool:
         return row.about(cell, phase, self.engines.get(cell.format_id, "vllm"))

@@ -1,80 +1,120 @@
-"""The matrix file: TOML in, a checked `Matrix` out, or every mistake at once (`MatrixError`)."""
+"""The files of a matrix: TOML in, a checked `Matrix` out, or every mistake at once (`MatrixError`)."""
 
-import re
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from quantdet.matrix import mistakes, pins
+from quantdet.matrix import beneath, like, mistakes, pins
+from quantdet.matrix.document import Document, MatrixError, read
+from quantdet.matrix.expectations import Expect
 from quantdet.matrix.matrix import Matrix
-from quantdet.untrusted import flaw, plain
+from quantdet.matrix.values import Row
 
-MAX_BYTES = 1 << 20
-_LONGEST = 500  # characters of one mistake
-# tomllib's memory grows with the square of a dotted key's parts: 200 KB of them take 40 GiB.
-_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
+__all__ = ["MatrixError", "load"]
 
 
-class MatrixError(Exception):
-    """The matrix file cannot be used; `str()` lists every mistake, one a line, by TOML path."""
+class Expected(Row):
+    """A file of somebody's own expectations (`--expect`): nothing but `[[expect]]` rows, as a matrix has them."""
 
-    def __init__(self, path: Path | str, mistakes: list[str]) -> None:
-        self.mistakes = mistakes = [plain(mistake)[:_LONGEST] for mistake in mistakes]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        super().__init__("\n".join([f"{path}: {count}", *(f"  {mistake}" for mistake in mistakes)]))
+    schema_: Literal[1] = Field(1, alias="schema")
+    expect: tuple[Expect, ...]
 
 
-def load(path: Path) -> Matrix:
-    """Read and check a matrix file.
+def load(path: Path, expect: Sequence[Path] = ()) -> Matrix:
+    """Read and check a matrix file, with what belongs beneath it.
+
+    Args:
+        path: the matrix.
+        expect: files with more `[[expect]]` rows; they come before the matrix's, in this order, so that theirs count.
 
     Raises:
-        MatrixError: the file is missing, not TOML, or wrong; all mistakes at once.
+        MatrixError: a file is missing, not TOML, or wrong; all mistakes of all files at once.
     """
+    matrix, raw, wrong = None, None, []
     try:
-        text = _text(path)
-        raw = tomllib.loads(text)
-    except FileNotFoundError:
-        raise MatrixError(path, ["no such file"]) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MatrixError(path, [f"not readable as TOML: {error}"]) from None
-    try:
-        return _checked(path, raw)
+        file = read(path)
+        raw = file.raw
+        matrix = _checked(file)
     except MatrixError as error:
-        raise MatrixError(path, [mistakes.told(mistake, raw, text) for mistake in error.mistakes]) from None
-
-
-def _checked(path: Path, raw: dict[str, Any]) -> Matrix:
-    found = flaw(raw)
-    wrong = mistakes.ids(raw)
-    if found is not None:
-        raise MatrixError(path, wrong or [f"{found[0]}: {found[1]}"])
-    try:
-        matrix = Matrix.model_validate(raw)
-    except ValidationError as error:
-        wrong += mistakes.values(error)
-        wrong += mistakes.references(raw)
-        raise MatrixError(path, wrong) from None
-    wrong += mistakes.references(raw)
-    if not wrong:
-        wrong += [
-            *mistakes.undividable(matrix),
-            *mistakes.stale_rows(matrix),
-            *pins.conflicts(matrix.pin),
-            *pins.pick_conflicts(matrix.formats),
-        ]
+        wrong.append(error)
+    more: list[Expect] = []
+    for one in expect:
+        try:
+            more += _expected(read(one), raw, matrix)
+        except MatrixError as error:
+            wrong.append(error)
     if wrong:
-        raise MatrixError(path, wrong)
+        raise wrong[0].beside(*wrong[1:])
+    assert matrix is not None
+    return matrix.model_copy(update={"expect": (*more, *matrix.expect)}) if more else matrix
+
+
+def _checked(file: Document) -> Matrix:
+    beneath.without_flaw(file)
+    below = beneath.read_for(file)
+    wrong = []
+    try:
+        if below is not None:
+            beneath.check(below)
+    except MatrixError as error:
+        wrong.append(error)
+    matrix, found = _validated(file.raw, {} if below is None else below.raw)
+    if found:
+        told = [mistakes.told(mistake, file.raw, file.text) for mistake in found]
+        raise MatrixError(file.path, told, *wrong)
+    if wrong:
+        raise wrong[0]
+    assert matrix is not None
     return matrix
 
 
-def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        payload = file.read(MAX_BYTES + 1)
-    if len(payload) > MAX_BYTES:
-        raise ValueError(f"larger than {MAX_BYTES} bytes")
-    text = payload.decode("utf-8")
-    if _LONG_KEY.search(text):
-        raise ValueError("a dotted key of more than 32 parts")
-    return text
+def _validated(raw: dict[str, Any], below: dict[str, Any]) -> tuple[Matrix | None, list[str]]:
+    """The matrix, if it is one, and the mistakes of its own file."""
+    wrong, whole, formats = mistakes.ids(raw), beneath.merged(raw, below), None
+    try:
+        if isinstance(raw.get("formats"), dict):
+            formats = like.formats(raw["formats"], whole["picks"] if isinstance(whole.get("picks"), dict) else {})
+            whole["formats"] = formats.rows
+            wrong += formats.mistakes
+        matrix = Matrix.model_validate(whole)
+    except ValidationError as error:
+        found = error.errors() if formats is None else formats.own(error.errors())
+        wrong += mistakes.values(one for one in found if beneath.is_own(raw, one["loc"]))
+        return None, [*wrong, *mistakes.references(raw, below)]
+    except like.TooMuch as error:
+        return None, [str(error)]
+    wrong += mistakes.references(raw, below)
+    if not wrong:
+        inline = {
+            f"formats.{name}.picks": matrix.formats[name].picks for name in raw["formats"] if _inline(raw["formats"][name])
+        }
+        own = {f"picks.{name}": matrix.picks[name] for name in raw.get("picks", {})}
+        wrong += [
+            *mistakes.undividable(matrix),
+            *mistakes.stale_rows(matrix),
+            *pins.conflicts(matrix.pin[: len(raw.get("pin", []))]),
+            *pins.pick_conflicts({**own, **inline}),
+        ]
+    return matrix, wrong
+
+
+def _inline(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("picks"), dict)
+
+
+def _expected(file: Document, raw: dict[str, Any] | None, matrix: Matrix | None) -> tuple[Expect, ...]:
+    """The rows of a file of expectations. `raw`, `matrix`: what they are about; None where that is no matrix."""
+    beneath.without_flaw(file)
+    wrong = [] if raw is None else mistakes.row_references(file.rows("expect"), "expect", raw)
+    found: tuple[Expect, ...] = ()
+    try:
+        found = Expected.model_validate(file.raw).expect
+    except ValidationError as error:
+        wrong = [*mistakes.values(error.errors()), *wrong]
+    if matrix is not None and not wrong:
+        wrong += mistakes.without_cell(matrix, "expect", found)
+    if wrong:
+        raise MatrixError(file.path, [mistakes.told(mistake, file.raw, file.text) for mistake in wrong])
+    return found

@@ -1,7 +1,4 @@
-"""The matrix file: TOML in, validated `Matrix` and its cells out.
-
-Every mistake in the file is collected and reported at once, each with its TOML path (`MatrixError`).
-"""
+"""The matrix: its tables as one value, and what they say of each cell. How files become one: `load`."""
 
 from collections.abc import Collection, Iterator
 from typing import Literal
@@ -12,15 +9,21 @@ from quantdet.matrix import pins
 from quantdet.matrix.cell import Cell, EngineName, matches_any
 from quantdet.matrix.expectations import Expect, Expectations
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Row, RunLengths
+from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Picks, RunLengths
 from quantdet.matrix.selectors import Question, Setting
 from quantdet.matrix.shapes import Layers, layers_of
+from quantdet.matrix.values import Row
 
 
 class Matrix(Row):
-    """The whole file."""
+    """The whole matrix: a file with what is read off vLLM's source beneath it. The keys of a file are those of this class.
+
+    `kernels_from` and `picks` have had their effect on kernels, pins and formats when this is made.
+    """
 
     schema_: Literal[1] = Field(alias="schema")
+    kernels_from: str | None = Field(None, exclude=True)
+    picks: dict[str, Picks] = Field(default_factory=dict, exclude=True)
     run: RunLengths = RunLengths()
     engine: Engine = Engine()
     transformers: EngineCall = EngineCall()

@@ -1,14 +1,13 @@
 """What can be wrong with a matrix file, each mistake as `TOML.PATH: what is wrong`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from quantdet.matrix import shapes
 from quantdet.matrix.cell import ID_PATTERN, Cell, EngineName
+from quantdet.matrix.document import rows, table
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.selectors import Setting
 
@@ -16,85 +15,115 @@ if TYPE_CHECKING:
     from quantdet.matrix.matrix import Matrix
 
 
-def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    value = raw.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _rows(raw: dict[str, Any], name: str) -> list[Any]:
-    value = raw.get(name)
-    return value if isinstance(value, list) else []
-
-
 def ids(raw: dict[str, Any]) -> list[str]:
     """Names of rows that could not be used in node ids, `-k`, and file names."""
     return [
-        f"{table}.{key if key.isprintable() else repr(key)}: id must be lower-case letters, digits, '.', '_', '-' "
+        f"{name}.{key if key.isprintable() else repr(key)}: id must be lower-case letters, digits, '.', '_', '-' "
         "(1 to 64, no mark at either end)"
-        for table in ("hardware", "formats", "models", "kernels", "questions")
-        for key in _table(raw, table)
+        for name in ("hardware", "formats", "models", "kernels", "picks", "questions")
+        for key in table(raw, name)
         if not ID_PATTERN.fullmatch(key)
     ]
 
 
-def references(raw: dict[str, Any]) -> list[str]:
-    """Names that lead nowhere. Works on the raw tables so that it adds to pydantic's list, whatever that found."""
-    kernels, formats, hardware = _table(raw, "kernels"), _table(raw, "formats"), _table(raw, "hardware")
-    models = _table(raw, "models")
-    found: list[str] = []
+class _Names:
+    """Names and globs that lead nowhere, collected."""
 
-    def unknown(path: str, kind: str, name: object, table: dict[str, Any]) -> None:
-        if isinstance(name, str) and name not in table:
-            found.append(f"{path}: no {kind} {name!r} in this matrix")
+    def __init__(self) -> None:
+        self.found: list[str] = []
 
-    def stale(path: str, kind: str, globs: object, table: dict[str, Any]) -> None:
+    def unknown(self, path: str, kind: str, name: object, known: dict[str, Any]) -> None:
+        if isinstance(name, str) and name not in known:
+            self.found.append(f"{path}: no {kind} {name!r} in this matrix")
+
+    def stale(self, path: str, kind: str, globs: object, known: dict[str, Any]) -> None:
         for glob in [globs] if isinstance(globs, str) else globs if isinstance(globs, list) else []:
-            if isinstance(glob, str) and not any(fnmatchcase(name, glob) for name in table):
-                found.append(f"{path}: {glob!r} matches no {kind} in this matrix")
+            if isinstance(glob, str) and not any(fnmatchcase(name, glob) for name in known):
+                self.found.append(f"{path}: {glob!r} matches no {kind} in this matrix")
 
+    def picks(self, path: str, picks: object, kernels: dict[str, Any], hardware: dict[str, Any] | None) -> None:
+        for glob, kernel in picks.items() if isinstance(picks, dict) else ():
+            if hardware is not None:
+                self.stale(path, "hardware", glob, hardware)
+            for named in kernel.values() if isinstance(kernel, dict) else [kernel]:
+                for one in named if isinstance(named, list) else [named]:
+                    self.unknown(f"{path}.{glob}", "kernel", one, kernels)
+
+
+def _of(raw: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of `[name.ROW]` that are tables, by their paths."""
+    return ((f"{name}.{key}", row) for key, row in table(raw, name).items() if isinstance(row, dict))
+
+
+def kernel_references(raw: dict[str, Any], kernels: dict[str, Any], hardware: dict[str, Any] | None) -> list[str]:
+    """Names that lead nowhere in the tables that tell of vLLM: kernels, picks, pins.
+
+    Args:
+        raw: the file as parsed.
+        kernels: every kernel that is known, of this file and of the one beneath it.
+        hardware: rows that globs have to match; None: a file beneath matrices, each of which has the hardware that it has.
+    """
+    names = _Names()
     if "auto" not in kernels:
-        found.append("kernels.auto: missing; kernel = 'auto' means vLLM's own choice")
-    for name, row in kernels.items():
+        names.found.append(
+            "kernels.auto: missing; kernel = 'auto' means vLLM's own choice (kernels_from = 'vllm' adds the suite's kernels)"
+        )
+    for path, row in _of(raw, "kernels"):
+        if hardware is not None:
+            names.stale(f"{path}.hardware", "hardware", row.get("hardware"), hardware)
+        if path != "kernels.auto" and not row.get("classes"):
+            names.found.append(f"{path}.classes: missing; a pinned kernel needs the class names it shows")
+    for path, row in _of(raw, "picks"):
+        names.picks(path, row, kernels, hardware)
+    for index, row in enumerate(rows(raw, "pin")):
         if isinstance(row, dict):
-            stale(f"kernels.{name}.hardware", "hardware", row.get("hardware"), hardware)
-            if name != "auto" and not row.get("classes"):
-                found.append(f"kernels.{name}.classes: missing; a pinned kernel needs the class names it shows")
-    for name, row in formats.items():
+            names.unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
+    return names.found
+
+
+def references(raw: dict[str, Any], beneath: dict[str, Any]) -> list[str]:
+    """Names that lead nowhere. Works on the raw tables so that it adds to pydantic's list, whatever that found.
+
+    `beneath`: the file of kernels, whose names count too.
+    """
+    kernels, picks = ({**table(beneath, name), **table(raw, name)} for name in ("kernels", "picks"))
+    formats, hardware, models = (table(raw, name) for name in ("formats", "hardware", "models"))
+    names = _Names()
+    for path, row in _of(raw, "formats"):
+        names.unknown(f"{path}.kernel", "kernel", row.get("kernel"), kernels)
+        names.stale(f"{path}.hardware", "hardware", row.get("hardware"), hardware)
+        names.unknown(f"{path}.picks", "picks", row.get("picks"), picks)
+        names.picks(f"{path}.picks", row.get("picks"), kernels, hardware)
+    for path, row in _of(raw, "models"):
+        names.stale(f"{path}.formats", "format", row.get("formats"), formats)
+        claims = row.get("claims")
+        if isinstance(claims, dict):
+            names.stale(f"{path}.claims.formats", "format", claims.get("formats"), formats)
+        names.stale(f"{path}.hardware", "hardware", row.get("hardware"), hardware)
+        like = models.get(str(row.get("layers_as")))
+        if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
+            names.found.append(f"{path}.layers_as: has to name a synthetic model, in a model that is not synthetic")
+    for path, row in _of(raw, "questions"):
+        names.stale(f"{path}.formats", "format", row.get("formats"), formats)
+        names.stale(f"{path}.model", "model", row.get("model"), models)
+    return [
+        *kernel_references(raw, kernels, hardware),
+        *names.found,
+        *(mistake for name in ("expect", "setting") for mistake in row_references(rows(raw, name), name, raw)),
+    ]
+
+
+def row_references(listed: list[Any], name: str, matrix: dict[str, Any]) -> list[str]:
+    """Globs of `[[expect]]` or `[[setting]]` rows that match nothing in the tables of `matrix`."""
+    names = _Names()
+    for index, row in enumerate(listed):
         if isinstance(row, dict):
-            unknown(f"formats.{name}.kernel", "kernel", row.get("kernel"), kernels)
-            stale(f"formats.{name}.hardware", "hardware", row.get("hardware"), hardware)
-            picks = row.get("picks")
-            for glob, kernel in picks.items() if isinstance(picks, dict) else ():
-                stale(f"formats.{name}.picks", "hardware", glob, hardware)
-                for named in kernel.values() if isinstance(kernel, dict) else [kernel]:
-                    for one in named if isinstance(named, list) else [named]:
-                        unknown(f"formats.{name}.picks.{glob}", "kernel", one, kernels)
-    for name, row in models.items():
-        if isinstance(row, dict):
-            stale(f"models.{name}.formats", "format", row.get("formats"), formats)
-            claims = row.get("claims")
-            if isinstance(claims, dict):
-                stale(f"models.{name}.claims.formats", "format", claims.get("formats"), formats)
-            stale(f"models.{name}.hardware", "hardware", row.get("hardware"), hardware)
-            like = models.get(str(row.get("layers_as", name)))
-            if "layers_as" in row and not (isinstance(like, dict) and "synthetic" in like and "synthetic" not in row):
-                found.append(f"models.{name}.layers_as: has to name a synthetic model, in a model that is not synthetic")
-    for name, row in _table(raw, "questions").items():
-        if isinstance(row, dict):
-            stale(f"questions.{name}.formats", "format", row.get("formats"), formats)
-            stale(f"questions.{name}.model", "model", row.get("model"), models)
-    for index, row in enumerate(_rows(raw, "pin")):
-        if isinstance(row, dict):
-            unknown(f"pin.{index}.kernel", "kernel", row.get("kernel"), kernels)
-    for name in ("expect", "setting"):
-        for index, row in enumerate(_rows(raw, name)):
-            if isinstance(row, dict):
-                stale(f"{name}.{index}.formats", "format", row.get("formats"), formats)
-                when = row.get("when")
-                for key, table in ("model", models), ("format", formats), ("hardware", hardware):
-                    if isinstance(when, dict):
-                        stale(f"{name}.{index}.when.{key}", key, when.get(key), table)
-    return found
+            names.stale(f"{name}.{index}.formats", "format", row.get("formats"), table(matrix, "formats"))
+            when = row.get("when")
+            for key, known in ("model", "models"), ("format", "formats"), ("hardware", "hardware"):
+                if isinstance(when, dict):
+                    names.stale(f"{name}.{index}.when.{key}", key, when.get(key), table(matrix, known))
+    return names.found
 
 
 def undividable(matrix: "Matrix") -> list[str]:
@@ -109,22 +138,29 @@ def undividable(matrix: "Matrix") -> list[str]:
 
 def stale_rows(matrix: "Matrix") -> list[str]:
     """Formats that a model cannot have, and rows that hold for no cell."""
-    cells = list(matrix.cells())
-    found = [
-        f"models.{name}.formats: {format_id!r} is a format of models with experts"
-        for name, model in matrix.models.items()
-        for format_id in model.formats
-        if format_id in matrix.formats and matrix.of_experts(matrix.formats[format_id])
-        if not matrix.has_format(model, format_id)
+    return [
+        *(
+            f"models.{name}.formats: {format_id!r} is a format of models with experts"
+            for name, model in matrix.models.items()
+            for format_id in model.formats
+            if format_id in matrix.formats and matrix.of_experts(matrix.formats[format_id])
+            if not matrix.has_format(model, format_id)
+        ),
+        *without_cell(matrix, "setting", matrix.setting),
+        *without_cell(matrix, "expect", matrix.expect),
     ]
-    for name in ("setting", "expect"):
-        for index, row in enumerate(getattr(matrix, name)):
-            mine = [cell for cell in cells if _about(row, cell, matrix.engine_of(cell))]
-            if not mine:
-                found.append(f"{name}.{index}: matches no cell of this matrix")
-            elif name == "expect" and not any(row.can_hold(matrix.layers_in(cell)) for cell in mine):
-                word = "fires in no layer" if row.fires else "fires in some layer"
-                found.append(f"{name}.{index}: {word} of every model that it matches")
+
+
+def without_cell(matrix: "Matrix", name: str, listed: Sequence[Setting | Expect]) -> list[str]:
+    """Rows `[[name]]` that hold for no cell of `matrix`."""
+    found, cells = [], list(matrix.cells())
+    for index, row in enumerate(listed):
+        mine = [cell for cell in cells if _about(row, cell, matrix.engine_of(cell))]
+        if not mine:
+            found.append(f"{name}.{index}: matches no cell of this matrix")
+        elif isinstance(row, Expect) and not any(row.can_hold(matrix.layers_in(cell)) for cell in mine):
+            word = "fires in no layer" if row.fires else "fires in some layer"
+            found.append(f"{name}.{index}: {word} of every model that it matches")
     return found
 
 
@@ -132,9 +168,9 @@ def _about(row: Setting | Expect, cell: Cell, engine: EngineName) -> bool:
     return row.about(cell, None, engine) if isinstance(row, Expect) else row.when.matches(cell, engine=engine)
 
 
-def values(error: ValidationError) -> list[str]:
-    """What pydantic found: values that do not fit their key, unknown keys, missing ones."""
-    return [f"{_toml_path(one['loc'])}: {_message(one)}" for one in error.errors()]
+def values(errors: Iterable[Any]) -> list[str]:
+    """What pydantic found (`ValidationError.errors()`): values that do not fit their key, unknown keys, missing ones."""
+    return [f"{_toml_path(one['loc'])}: {_message(one)}" for one in errors]
 
 
 def _toml_path(loc: tuple[int | str, ...]) -> str:
@@ -159,7 +195,7 @@ _WORDS = {"pin": ("kernel", "layout", "source", "vllm"), "setting": ("when",), "
 _LONGEST_ROW = 120
 
 
-def told(mistake: str, raw: Mapping[str, Any], text: str) -> str:
+def told(mistake: str, raw: dict[str, Any], text: str) -> str:
     """`mistake` with the rows that its paths count from 0 (`expect.0.when`) named after it.
 
     Args:
@@ -168,16 +204,15 @@ def told(mistake: str, raw: Mapping[str, Any], text: str) -> str:
         text: the file, for line numbers; where its `[[NAME]]` headers are not as many as the rows there are none.
     """
     found = dict.fromkeys((match[1], int(match[2])) for match in _PATH.finditer(mistake))
-    rows = [_named_row(name, index, raw, text) for name, index in found]
-    return f"{mistake} ({'; '.join(rows)})" if rows else mistake
+    named = [_named_row(name, index, raw, text) for name, index in found]
+    return f"{mistake} ({'; '.join(named)})" if named else mistake
 
 
-def _named_row(name: str, index: int, raw: Mapping[str, Any], text: str) -> str:
-    rows = raw.get(name)
-    rows = rows if isinstance(rows, list) else []
+def _named_row(name: str, index: int, raw: dict[str, Any], text: str) -> str:
+    listed = rows(raw, name)
     lines = [number for number, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[\[\s*{name}\s*\]\]", line)]
-    where = f", line {lines[index]}" if len(lines) == len(rows) > index else ""
-    row = rows[index] if index < len(rows) else None
+    where = f", line {lines[index]}" if len(lines) == len(listed) > index else ""
+    row = listed[index] if index < len(listed) else None
     words = [f"{key} = {_as_toml(row[key])}" for key in _WORDS[name] if key in row] if isinstance(row, dict) else []
     said = ", ".join(words)
     said = f": {said[:_LONGEST_ROW]}{'...' if len(said) > _LONGEST_ROW else ''}" if said else ""

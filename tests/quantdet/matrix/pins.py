@@ -10,8 +10,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
-from quantdet.matrix.rows import Args, Environment, Format, Layout, Row, Specifier, Weights
+from quantdet.matrix.rows import Args, Format, Layout, Picks, Weights
 from quantdet.matrix.shapes import Layers
+from quantdet.matrix.values import Environment, Row, Specifier
 
 # Where a cell's quantized numbers come from: a checkpoint, or the engine itself, out of plain weights.
 Source = Literal["any", "checkpoint", "online"]
@@ -121,11 +122,11 @@ def conflicts(pins: tuple[Pin, ...]) -> Iterator[str]:
             yield f"pin.{j}: differs from pin.{i} about the same kernel, layout and weights in vLLM {both[-1]}"
 
 
-def pick_conflicts(formats: Mapping[str, Format]) -> Iterator[str]:
-    """Version ranges of one pick that overlap: mistakes of the matrix."""
-    for name, format_ in formats.items():
-        for glob, pick in format_.picks.items():
+def pick_conflicts(tables: Mapping[str, Picks]) -> Iterator[str]:
+    """Version ranges of one pick that overlap: mistakes of the matrix. `tables`: picks by their TOML path."""
+    for path, picks in tables.items():
+        for glob, pick in picks.items():
             for one, other in combinations([] if isinstance(pick, str) else pick, 2):
                 both = [v for v in probes([one, other]) if holds(one, v) and holds(other, v)]
                 if both:
-                    yield f"formats.{name}.picks.{glob}: {one!r} and {other!r} both hold for vLLM {both[-1]}"
+                    yield f"{path}.{glob}: {one!r} and {other!r} both hold for vLLM {both[-1]}"

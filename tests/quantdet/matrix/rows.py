@@ -2,13 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from quantdet.matrix.cell import EngineName
 from quantdet.matrix.shapes import PositiveInt
 from quantdet.matrix.shapes import Synthetic as Synthetic
+from quantdet.matrix.values import Environment, MeasuredVersion, Row, Specifier
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -42,31 +41,13 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
 ONLINE: frozenset[Layout] = frozenset({"torchao"})
 
 
-def _specifier(text: str) -> str:
-    try:
-        SpecifierSet(text)
-    except InvalidSpecifier:
-        raise ValueError(f"{text!r} is not a version specifier, for example '>=0.26,<0.33'") from None
-    return text
-
-
-def _version(text: str) -> str:
-    try:
-        Version(text)
-    except InvalidVersion:
-        raise ValueError(f"{text!r} is not a version, for example '0.33.0'") from None
-    return text
-
-
-Specifier = Annotated[str, AfterValidator(_specifier)]
-MeasuredVersion = Annotated[str, AfterValidator(_version)]
-Scalar = str | int | float | bool
-
-
 def _inside(text: str) -> str:
     if not text or any(part in ("", ".", "..") for part in text.split("/")):
         raise ValueError(f"{text!r} is no path inside of the distribution")
     return text
+
+
+Scalar = str | int | float | bool
 
 
 def _safe(args: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +57,6 @@ def _safe(args: dict[str, Any]) -> dict[str, Any]:
 
 
 Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
-Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
-
-
-class Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunLengths(Row):
@@ -106,12 +82,12 @@ class ModelRun(Row):
 class EngineCall(Row):
     """Arguments and environment that every lifetime of an engine gets; a `[[setting]]` adds to them."""
 
-    args: Args = {}
-    env: Environment = {}
+    args: Args = Field(default_factory=dict)
+    env: Environment = Field(default_factory=dict)
 
 
-class Engine(EngineCall):
-    """vLLM's: a pin adds to them.
+class EngineFacts(Row):
+    """What is so in vLLM, whoever uses it.
 
     `env_at_start`: variables that vLLM reads when an engine starts, not at import, so that a process forked from the
     preloaded server may still set them; a cell that sets any other one gets a fresh interpreter. `caches`: variables that
@@ -123,8 +99,13 @@ class Engine(EngineCall):
 
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
-    measured: dict[Kind, tuple[MeasuredVersion, ...]] = {}
+    measured: dict[Kind, tuple[MeasuredVersion, ...]] = Field(default_factory=dict)
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+
+
+class Engine(EngineCall, EngineFacts):
+    """vLLM's: what every lifetime of it gets (a pin adds to that), and what is so in vLLM."""
+
     max_text_tokens: PositiveInt = 1024
 
 
@@ -142,7 +123,7 @@ class Hardware(Row):
     isa: tuple[str, ...] = ()
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
     gfx: Annotated[str, Field(pattern=r"^gfx[0-9a-f]+$")] | None = None
-    limits: Environment = {}
+    limits: Environment = Field(default_factory=dict)
     hides: tuple[Literal["amx_tile", "avx512_bf16", "avx512"], ...] = ()
 
     @model_validator(mode="after")
@@ -175,15 +156,20 @@ class Kernel(Row):
     moe_classes: tuple[str, ...] = ()
 
 
+# By hardware glob (the first that matches), a kernel, or a kernel for each range of vLLM versions; several where it depends on
+# what is installed beside vLLM.
+Picks = dict[str, str | dict[Specifier, str | tuple[str, ...]]]
+
+
 class Format(Row):
     """A quantization format: checkpoint layout x kernel, in an execution mode.
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
-    `picks`: by hardware glob, a kernel, or a kernel for each range of vLLM versions; several where it depends on what is
-    installed beside vLLM. `packages`: distributions, all needed.
-    `modules`: one of them has to be there. `quantizes`: every projection, or those of the routed experts alone.
-    `engine`: what loads and runs it; versions in `picks` and pins are vLLM's alone.
-    `tensor_parallel_size`: instead of the model's, in vLLM.
+    `picks`: what `kernel = "auto"` has to be given. `packages`: distributions, all needed. `modules`: one of them has to be
+    there. `quantizes`: every projection, or those of the routed experts alone. `engine`: what loads and runs it; versions in
+    `picks` and pins are vLLM's alone. `tensor_parallel_size`: instead of the model's, in vLLM.
+
+    A file may name a table of `[picks]` in place of one, and another format (`like`) whose keys count where it gives none.
     """
 
     title: str
@@ -193,7 +179,7 @@ class Format(Row):
     kernel: str
     dtype: Dtype | dict[Literal["cpu", "cuda", "rocm", "default"], Dtype]
     activations: Activations = "none"
-    picks: dict[str, str | dict[Specifier, str | tuple[str, ...]]] = {}
+    picks: Picks = Field(default_factory=dict)
     native: Literal["fp8", "fp4"] | None = None
     packages: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -269,7 +255,7 @@ class Model(Row):
     `tensor_parallel_size`: over how many GPUs, or processes of a CPU, each layer is divided; a format may say otherwise.
     `hub`: by layout, a repository `ORG/NAME`, or `ORG/NAME@REVISION` (a commit, a tag or a branch; without one, main).
     `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
-    `activations`: whether hidden states are compared too, in eager cells.
+    `hidden_states`: whether they are compared too, in eager cells (in older matrices the key is `activations`).
     """
 
     title: str
@@ -280,7 +266,7 @@ class Model(Row):
     memory_gib: Annotated[float, Field(gt=0)] = 4
     tensor_parallel_size: TensorParallelSize = 1
     slow: bool = False
-    activations: bool = False
+    hidden_states: bool = Field(False, validation_alias=AliasChoices("hidden_states", "activations"))
     run: ModelRun = ModelRun()
     claims: Claims | None = None
     synthetic: Synthetic | None = None

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from quantdet.matrix.cell import Cell, EngineName, Phase, matches_any
-from quantdet.matrix.rows import Args, Dtype, Environment, Row
+from quantdet.matrix.rows import Args, Dtype
+from quantdet.matrix.values import Environment, Row
 
 
 class When(Row):

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from quantdet.matrix.values import Row
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Dimension = Annotated[int, Field(gt=0, le=1 << 20)]
-
-
-class _Row(BaseModel):  # as schema.Row, which is made of these
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Architecture = Literal["qwen2", "qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
@@ -31,7 +29,7 @@ _NEEDS: dict[Architecture, tuple[str, ...]] = {
 _MAY: dict[Architecture, tuple[str, ...]] = {"deepseek_v2": ("q_lora_rank",), "deepseek_v3": ("q_lora_rank",)}
 
 
-class Synthetic(_Row):
+class Synthetic(Row):
     """Architecture of a model with generated weights; dimensions are in elements.
 
     Attention is grouped-query (`kv_heads`, `head_dim`) or multi-head latent (MLA: `kv_lora_rank`, `q_lora_rank` where
@@ -152,7 +150,7 @@ def _projections(inner: int, hidden: int, prefix: str = "") -> Layers:
     return LinearLayer(f"{prefix}gate_up_proj", 2 * inner, hidden), LinearLayer(f"{prefix}down_proj", hidden, inner)
 
 
-class Fires(_Row):
+class Fires(Row):
     """When a kernel's noise can show in a layer: every key that is given has to hold for [N, K].
 
     Two keys are about layers of experts; without either the condition is about the other layers. `tokens_per_expert_at_most`:

@@ -19,7 +19,7 @@ def lines(session: Session) -> list[str]:
         f"quantdet {__version__}: hardware {', '.join(rows) or 'none of the matrix'}; "
         f"cpu {machine.cpu_name}; gpu {gpus or 'none'}; memory {machine.memory_gib:.0f} GiB",
         f"quantdet: {', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"matrix {session.options.matrix.name}; "
+        f"matrix {', '.join(path.name for path in (session.options.matrix, *session.options.expect))}; "
         + (
             f"replay {', '.join(map(str, session.options.replay))}"
             if session.options.replay

@@ -66,7 +66,7 @@ class Live:
     def hidden_states(self, cell: Cell) -> bool:
         matrix = self.scope.matrix
         eager = matrix.formats[cell.format_id].mode == "eager"
-        return eager and matrix.models[cell.model_id].activations and not self.scope.options.no_hidden_states
+        return eager and matrix.models[cell.model_id].hidden_states and not self.scope.options.no_hidden_states
 
     def pinned(self, cell: Cell) -> bool:
         matrix = self.scope.matrix

@@ -30,6 +30,11 @@ class Option:
 
 OPTIONS = (
     Option("--matrix", "path", "Matrix file (default: quant_matrix.toml of the suite)", "PATH"),
+    Option(
+        "--expect", "path",
+        "[[expect]] rows of your own, which count before the matrix's. May be given again: the first row that fits counts",
+        "FILE", many=True,
+    ),
     Option("--hardware", "text", "Collect only the cells of this hardware row", "ID"),
     Option("--require-hardware", "text", "Collect only this row; what it lacks is an error, not a skip", "ID"),
     Option(

@@ -37,6 +37,7 @@ class Options:
     no_controls: bool = False
     no_hidden_states: bool = False
     max_flip_rate: float | None = None
+    expect: tuple[Path, ...] = ()
     report: Path | None = None
 
 
@@ -137,6 +138,9 @@ def parse(config: pytest.Config) -> Options:
         no_controls=config.getoption("--no-controls"),
         no_hidden_states=config.getoption("--no-hidden-states"),
         max_flip_rate=rate,
+        expect=tuple(
+            dict.fromkeys(Path(config.invocation_params.dir, f).resolve() for f in config.getoption("--expect") or ())
+        ),
         report=report,
     )
 

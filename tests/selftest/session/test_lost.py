@@ -40,7 +40,7 @@ def counted(starts: Path) -> str:
 def test_an_engine_is_lost_once(suite: Suite, tmp_path: Path, behaviour: str, verdict: str) -> None:
     """Repeats, kernel, distinct, hidden states, controls: every case of the cell fails of the one start."""
     starts = tmp_path / "starts"
-    matrix = MATRIX.replace('formats = ["*"]\n', 'formats = ["*"]\nactivations = true\n', 1)
+    matrix = MATRIX.replace('formats = ["*"]\n', 'formats = ["*"]\nhidden_states = true\n', 1)
 
     run = suite("-k", "alpha and cpu-here", matrix=matrix + setting("int8", behaviour) + counted(starts))
 

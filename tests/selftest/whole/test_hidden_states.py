@@ -12,7 +12,9 @@ from selftest.fakes.matrix import MATRIX, expect, setting
 
 pytest_plugins = ["pytester"]
 
-ASKED = MATRIX.replace('[models.beta]\ntitle = "two formats, one hardware"', '[models.beta]\ntitle = "two"\nactivations = true')
+ASKED = MATRIX.replace(
+    '[models.beta]\ntitle = "two formats, one hardware"', '[models.beta]\ntitle = "two"\nhidden_states = true'
+)
 
 
 BF16 = "test_hidden_states[beta/bf16/cpu-here-{}]"

@@ -259,6 +259,12 @@ MATRICES: dict[str, str] = {
     "mx-environment": MATRIX + SETTING.format('env = { "A=B" = "x" }'),
     "mx-pip": model('package = { distribution = "--index-url=http://x", version = "1", file = "m.gguf" }'),
     "mx-package-path": model('package = { distribution = "x", version = "1", file = "../../m.gguf" }'),
+    "mx-like-many": MATRIX
+    + "\n[formats.big]\nkernel = 'auto'\npicks = {"
+    + ", ".join(f"p{i} = 'auto'" for i in range(20_000))
+    + "}\n"
+    + "".join(f"[formats.f{i}]\nlike = 'big'\n" for i in range(5_000)),
+    "mx-like-circle": MATRIX + "".join(f"\n[formats.f{i}]\ntitle = 'f'\nlike = 'f{(i + 1) % 5_000}'\n" for i in range(5_000)),
     "mx-hub-path": model('hub = { plain = "../../x" }'),
     "mx-hub-revision": model('hub = { plain = "o/x@../../y" }'),
 }
@@ -276,6 +282,53 @@ def test_a_hostile_matrix(tmp_path: Path, id_: str) -> None:
     shows(id_, "exit 4", str(caught.value))
     assert str(caught.value).replace("\n", "").isprintable()
     assert len(str(caught.value)) < 5000
+
+
+FROM = 'schema = 1\nkernels_from = "kernels.toml"\n'
+PIN = 'schema = 1\n[kernels.auto]\nhardware = ["*"]\n[[pin]]\nkernel = "auto"\nlayout = ["ct"]\n'
+ROW = '[[expect]]\nwhen = {{ format = "awq" }}\noutcome = "noisy"\nsource = "s"\nreason = {}\n'
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content, encoding="utf-8")
+
+
+# Files that a matrix or a person names beside a matrix: `kernels.toml` of `kernels_from`, `expect.toml` of `--expect`.
+BESIDE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "kf-device": ("kernels", lambda path: path.symlink_to("/dev/zero")),
+    "kf-pipe": ("kernels", os.mkfifo),
+    "kf-huge": ("kernels", lambda path: (path.touch(), os.truncate(path, 1 << 40))),
+    "kf-dotted": ("kernels", text(".".join(["a"] * 100_000) + " = 1")),
+    "kf-deep": ("kernels", text(PIN + "args = { a = " + "[" * 100_000)),
+    "kf-bits": ("kernels", text(PIN + "k_not_multiple_of = 0x" + "f" * 50_000)),
+    "kf-control": ("kernels", text(PIN + 'unsupported = "no\\u001b[2J"')),
+    "kf-code": ("kernels", text(PIN + "args = { trust_remote_code = true }")),
+    "ex-endless": ("expect", lambda path: path.symlink_to("/dev/zero")),
+    "ex-dotted": ("expect", text(".".join(["a"] * 100_000) + " = 1")),
+    "ex-digits": ("expect", text(ROW.format("9" * 5000))),
+    "ex-control": ("expect", text(ROW.format('"no\\u001b[2J"'))),
+    "ex-bidi": ("expect", text(ROW.format('"\\u202e"'))),
+}
+
+
+@pytest.mark.parametrize("id_", here("test_a_hostile_file_beside_a_matrix"))
+def test_a_hostile_file_beside_a_matrix(tmp_path: Path, id_: str) -> None:
+    """The same bounds as for a matrix, and the file's own name."""
+    kind, make = BESIDE[id_]
+    path, matrix = tmp_path / f"{kind}.toml", tmp_path / "m.toml"
+    make(path)
+    matrix.write_text(
+        (FROM if kind == "kernels" else "") + MATRIX.removeprefix("schema = 1\n" * (kind == "kernels")), encoding="utf-8"
+    )
+
+    with pytest.raises(load.MatrixError) as caught:
+        load.load(matrix, [path] if kind == "expect" else [])
+
+    told = str(caught.value)
+    shows(id_, "exit 4", told)
+    assert f"{path}: 1 mistake\n" in told
+    assert told.replace("\n", "").isprintable()
+    assert len(told) < 5000
 
 
 @pytest.mark.parametrize("id_", here("test_a_matrix_without_end"))

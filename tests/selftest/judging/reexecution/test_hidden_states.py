@@ -215,7 +215,7 @@ def test_verifiers_are_asked_where_claims_have_them() -> None:
 
 CLAIMING = MATRIX.replace(
     'memory_gib = 1\nformats = ["*"]\n',
-    'memory_gib = 1\nformats = ["gptq", "ct", "awq"]\nactivations = true\n'
+    'memory_gib = 1\nformats = ["gptq", "ct", "awq"]\nhidden_states = true\n'
     'claims = { workload = "claims-v1", decode_tokens = 6, top_k = 4 }\n',
 )
 
