@@ -1,6 +1,7 @@
 """Pairs of formats on the same forced token ids: identical, distinct, or not to be told apart from repeat noise."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,7 @@ from quantdet.judging.verdicts import Pair, Verdict
 from quantdet.matrix.cell import Phase
 from quantdet.metrics import permutation
 from quantdet.metrics.distances import Distance, decode_distance, distance, published_topk
-from quantdet.observations.observation import Block, Observation, Output, prefill_gaps
+from quantdet.observations.observation import Block, Observation, Output, PromptRecord, prefill_gaps
 
 # A format is called DISTINCT when it is so from every other one, which needs no correction for their number
 # (intersection-union test, Berger 1982); the report corrects over the run.
@@ -31,57 +32,69 @@ def pair(a: Observation, b: Observation) -> Pair:
     """
     if a.reported:
         return reported.pair(a, b)
-    differing = positions = steps = decode_differs = 0
-    cross: list[NDArray[np.float64]] = []
-    prefill: list[Distance] = []
-    decode: list[Distance] = []
-    published: list[tuple[float, float]] = []
-    prefill_published: list[tuple[float, float]] = []
+    single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+    seen = [_prompt_pair(one, other) for one, other in zip(a.prompts, b.prompts, strict=True)]
+    within = 0.0 if single else max(a.prefill_spread, b.prefill_spread)
     p: float | None = None
     p_smallest: float | None = None
-    single = all(len(_variants(o, p, "prefill")) == 1 for o in (a, b) for p in range(len(o.prompts)))
-    decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
-    within = max(a.prefill_spread, b.prefill_spread) if not single else 0.0
-    for one, other in zip(a.prompts, b.prompts, strict=True):
-        x, y = one.run(0), other.run(0)
-        content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
-        differing += int((x.prefill.digests != y.prefill.digests).any(axis=1).sum())
-        positions += len(x.prefill.digests)
-        prefill.append(_forced(x, y, content))
-        prefill_published.append((_published(x.prefill, y.prefill, content), _published(y.prefill, x.prefill, content)))
-        common, gap, value = decode_distance(
-            x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
-            y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
-        )  # fmt: skip
-        steps += common
-        decode.append(gap)
-        parted = not np.array_equal(x.output_ids, y.output_ids)
-        published.append((value, math.inf if parted else _published(y.decode, x.decode)))
-        decode_differs += int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum())
-        if not single:
-            cross.append(prefill_gaps(one, other))
     if single:
-        if differing or (decode_single and decode_differs):
-            verdict = Verdict.DISTINCT
-        else:
-            verdict = Verdict.IDENTICAL if _decode_meets(a, b) else Verdict.INDISTINCT
+        decode_single = all(len(_variants(o, p, "decode")) == 1 for o in (a, b) for p in range(len(o.prompts)))
+        differs = any(one.differing for one in seen) or (decode_single and any(one.decode_differs for one in seen))
+        verdict = Verdict.DISTINCT if differs else Verdict.IDENTICAL if _decode_meets(a, b) else Verdict.INDISTINCT
     else:
+        cross = [prefill_gaps(one, other) for one, other in zip(a.prompts, b.prompts, strict=True)]
         p, p_smallest = found = _permuted(a, b, np.mean(cross, axis=0))
         apart = float(np.mean([gaps.min() for gaps in cross])) > within
         verdict = Verdict.DISTINCT if apart and found[0] <= ALPHA else Verdict.INDISTINCT
-    weights = [gap.positions for gap in prefill]
+
+    def mean(gaps: list[Distance]) -> float:
+        return float(np.average([gap.l2 for gap in gaps], weights=[gap.positions for gap in gaps]))
+
     return Pair(
-        a.header.format, b.header.format, verdict,
-        l2=float(np.average([gap.l2 for gap in prefill], weights=weights)),
-        max_abs=max(gap.max_abs for gap in prefill), differing=differing, positions=positions,
-        decode_steps=steps,
-        decode_l2=float(np.average([gap.l2 for gap in decode], weights=[gap.positions for gap in decode])),
-        decode_published=float(np.mean([forth for forth, _ in published])),
-        decode_published_back=float(np.mean([back for _, back in published])),
+        a.header.format, b.header.format, verdict, l2=mean([one.prefill for one in seen]),
+        max_abs=max(one.prefill.max_abs for one in seen), differing=sum(one.differing for one in seen),
+        positions=sum(one.positions for one in seen), decode_steps=sum(one.steps for one in seen),
+        decode_l2=mean([one.decode for one in seen]),
+        decode_published=float(np.mean([one.decode_published[0] for one in seen])),
+        decode_published_back=float(np.mean([one.decode_published[1] for one in seen])),
         within=within if min(a.header.repeats, b.header.repeats) > 1 else None,
-        prefill_published=float(np.mean([forth for forth, _ in prefill_published])),
-        prefill_published_back=float(np.mean([back for _, back in prefill_published])), p=p, p_smallest=p_smallest,
+        prefill_published=float(np.mean([one.prefill_published[0] for one in seen])),
+        prefill_published_back=float(np.mean([one.prefill_published[1] for one in seen])), p=p, p_smallest=p_smallest,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _PromptPair:
+    """One prompt of two formats, first repeats: what differs, and how far, in nats; published distances there and back."""
+
+    differing: int
+    positions: int
+    steps: int
+    decode_differs: int
+    prefill: Distance
+    decode: Distance
+    prefill_published: tuple[float, float]
+    decode_published: tuple[float, float]
+
+
+def _prompt_pair(one: PromptRecord, other: PromptRecord) -> _PromptPair:
+    x, y = one.run(0), other.run(0)
+    content = np.arange(len(x.prefill.digests)) + 1 >= one.header.content_start
+    common, gap, value = decode_distance(
+        x.output_ids, x.decode.topk_ids, x.decode.topk_logprobs,
+        y.output_ids, y.decode.topk_ids, y.decode.topk_logprobs,
+    )  # fmt: skip
+    parted = not np.array_equal(x.output_ids, y.output_ids)
+    return _PromptPair(
+        differing=int((x.prefill.digests != y.prefill.digests).any(axis=1).sum()),
+        positions=len(x.prefill.digests),
+        steps=common,
+        decode_differs=int((x.decode.digests[:common] != y.decode.digests[:common]).any(axis=1).sum()),
+        prefill=_forced(x, y, content),
+        decode=gap,
+        prefill_published=(_published(x.prefill, y.prefill, content), _published(y.prefill, x.prefill, content)),
+        decode_published=(value, math.inf if parted else _published(y.decode, x.decode)),
+    )
 
 
 def _permuted(a: Observation, b: Observation, cross: NDArray[np.float64]) -> tuple[float, float]:

@@ -185,14 +185,19 @@ def prompt_record(
         for o in range(max(prompt.runs) + 1)
     )
     if reported is None:
-        for o, output in enumerate(outputs):
-            phases: tuple[tuple[Phase, NDArray[np.int32]], ...] = (("decode", output.output_ids), ("prefill", ids[1:]))
-            for phase, chosen in phases:
-                row = _inconsistent(output.block(phase), chosen)
-                if row is not None:
-                    why = f"position {row}: not the logprob that the top-k gives for this token"
-                    raise ObservationError(f"{path}: {p}.{o}.{phase}.chosen: {why}")
+        _check_chosen(f"{path}: {p}", ids, outputs)
     return PromptRecord(prompt, ids, outputs, reported)
+
+
+def _check_chosen(where: str, ids: NDArray[np.int32], outputs: tuple[Output, ...]) -> None:
+    """The chosen token's logprob is the one that the top-k gives for it."""
+    for o, output in enumerate(outputs):
+        phases: tuple[tuple[Phase, NDArray[np.int32]], ...] = (("decode", output.output_ids), ("prefill", ids[1:]))
+        for phase, chosen in phases:
+            row = _inconsistent(output.block(phase), chosen)
+            if row is not None:
+                why = f"position {row}: not the logprob that the top-k gives for this token"
+                raise ObservationError(f"{where}.{o}.{phase}.chosen: {why}")
 
 
 def _check_rows(where: str, block: Block) -> None:

@@ -16,6 +16,7 @@ from quantdet import checkpoints
 from quantdet.checkpoints.unchanged import changed
 from quantdet.engines.clock import Clock
 from quantdet.engines.plan import Plan
+from quantdet.engines.process import outcome as outcomes
 from quantdet.engines.process import process, scratch
 from quantdet.engines.process.interrupts import held
 from quantdet.judging.results import Missing, Refusal
@@ -102,25 +103,25 @@ class Measuring:
             identity = plan.identity
             what = changed(Path(plan.checkpoint), identity["checkpoint_sha256"], identity["checkpoint_files_sha256"])
             if what is not None:
-                outcome = process.Invalid(f"the checkpoint changed while it was measured: {what}", log, 0.0)
-            if not isinstance(outcome, process.Completed):  # what a failed engine left is not taken for measured
+                outcome = outcomes.Invalid(f"the checkpoint changed while it was measured: {what}", log, 0.0)
+            if not isinstance(outcome, outcomes.Completed):  # what a failed engine left is not taken for measured
                 (folder / HEADER_FILE).unlink(missing_ok=True)
-            if isinstance(outcome, process.Refused) and scope.expectations(cell).unsupported(cell) is not None:
+            if isinstance(outcome, outcomes.Refused) and scope.expectations(cell).unsupported(cell) is not None:
                 # Kept only where the matrix expects it: another refusal may be gone the next time.
                 header = {**plan.identity, "schema": SCHEMA, "kind": "refusal", "refusal": outcome.message}
                 write(folder, Header.model_validate(header), ())
-        if not isinstance(outcome, process.Completed):
+        if not isinstance(outcome, outcomes.Completed):
             self.clock.measured(None)
         match outcome:
-            case process.Refused() if scope.expectations(cell).unsupported(cell) is None:
+            case outcomes.Refused() if scope.expectations(cell).unsupported(cell) is None:
                 return Refusal(outcome.message), False
-            case process.Lacking():
+            case outcomes.Lacking():
                 return Missing(Verdict.UNAVAILABLE, f"engine: {outcome.message}", str(log)), False
-            case process.TimedOut():
+            case outcomes.TimedOut():
                 return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
-            case process.Invalid():
+            case outcomes.Invalid():
                 return Missing(Verdict.INVALID, outcome.message, str(log)), False
-            case process.Crashed():
+            case outcomes.Crashed():
                 return Missing(Verdict.ERROR, outcome.message, str(log)), False
         found = scope.store.find(cell, place, key)
         if found is None:

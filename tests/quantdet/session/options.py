@@ -78,10 +78,52 @@ def parse(config: pytest.Config) -> Options:
         pytest.UsageError: a value makes no sense; exit code 4.
     """
 
-    def path(name: str) -> Path | None:
-        value = config.getoption(name)
-        return None if value is None else Path(config.invocation_params.dir, value).resolve()
+    _check_numbers(config)
+    _check_together(config)
+    replay, reference = _folders(config, "--replay"), _folders(config, "--reference")
+    expect = tuple(dict.fromkeys(_path(config, file) for file in config.getoption("--expect") or ()))
+    matrix, store, record, report = (
+        None if (value := config.getoption(name)) is None else _path(config, value)
+        for name in ("--matrix", "--store", "--record", "--report")
+    )
+    if record is not None and store is not None and (record == store or record in store.parents):
+        raise pytest.UsageError(f"--record and --store: {record} cannot be both")
+    for name, folder in ("--store", store), ("--report", report):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise pytest.UsageError(f"{name}: {folder} is not a folder")
+    if report is not None and not config.getoption("collectonly"):
+        _writable(report)
+    recordings = config.rootpath / "fixtures" / "recordings"
+    kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
+    cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
+    taken = {
+        option.attribute: config.getoption(option.name)
+        for option in OPTIONS
+        if option.kind != "path" and option.name != "--hardware"
+    }
+    return Options(
+        matrix=matrix or config.rootpath / "quant_matrix.toml", store=store or cache / "store",
+        checkpoints=cache / "checkpoints", hardware=config.getoption("--hardware") or config.getoption("--require-hardware"),
+        replay=replay, record=record, reference=reference or ((recordings,) if recordings.is_dir() else ()), expect=expect,
+        report=report, inject=os.environ.get("QUANTDET_INJECT", ""), **taken,
+    )  # fmt: skip
 
+
+def _path(config: pytest.Config, value: str) -> Path:
+    return Path(config.invocation_params.dir, value).resolve()
+
+
+def _folders(config: pytest.Config, name: str) -> tuple[Path, ...]:
+    """The folders of an option that may be given again, each once."""
+    found = tuple(dict.fromkeys(_path(config, value) for value in config.getoption(name) or ()))
+    for folder in found:
+        if not folder.is_dir():
+            raise pytest.UsageError(f"{name}: no such folder: {folder}")
+    return found
+
+
+def _check_numbers(config: pytest.Config) -> None:
+    """Values that make no sense by themselves."""
     for name in ("--repeats", "--lifetimes"):
         value = config.getoption(name)
         least = 2 if name == "--repeats" else 1
@@ -90,59 +132,18 @@ def parse(config: pytest.Config) -> Options:
     rate = config.getoption("--max-flip-rate")
     if rate is not None and not 0.001 <= rate < 1:
         raise pytest.UsageError(f"--max-flip-rate: needs 0.001 to 1 (1 excluded), is {rate:g}")
-    if rate is not None and config.getoption("--repeats") is not None:
+
+
+def _check_together(config: pytest.Config) -> None:
+    """Options that exclude each other."""
+    if config.getoption("--max-flip-rate") is not None and config.getoption("--repeats") is not None:
         raise pytest.UsageError("--max-flip-rate decides the number of repeats: --repeats does not go with it")
-    given = [Path(config.invocation_params.dir, folder).resolve() for folder in config.getoption("--replay") or ()]
-    replay = tuple(dict.fromkeys(given))
-    for folder in replay:
-        if not folder.is_dir():
-            raise pytest.UsageError(f"--replay: no such folder: {folder}")
     for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats"):
-        if replay and config.getoption(other):
+        if config.getoption("--replay") and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
-    record, kept_in = path("--record"), path("--store")
-    if record is not None and kept_in is not None and (record == kept_in or record in kept_in.parents):
-        raise pytest.UsageError(f"--record and --store: {record} cannot be both")
-    reference = [Path(config.invocation_params.dir, folder).resolve() for folder in config.getoption("--reference") or ()]
-    for folder in reference:
-        if not folder.is_dir():
-            raise pytest.UsageError(f"--reference: no such folder: {folder}")
-    recordings = config.rootpath / "fixtures" / "recordings"
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")
-    if kept_in is not None and kept_in.exists() and not kept_in.is_dir():
-        raise pytest.UsageError(f"--store: {kept_in} is not a folder")
-    report = path("--report")
-    if report is not None and report.exists() and not report.is_dir():
-        raise pytest.UsageError(f"--report: {report} is not a folder")
-    if report is not None and not config.getoption("collectonly"):
-        _writable(report)
-    kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
-    cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
-    return Options(
-        matrix=path("--matrix") or config.rootpath / "quant_matrix.toml",
-        store=path("--store") or cache / "store",
-        checkpoints=cache / "checkpoints",
-        hardware=hardware or required,
-        require_hardware=required,
-        repeats=config.getoption("--repeats"),
-        lifetimes=config.getoption("--lifetimes"),
-        replay=replay,
-        record=path("--record"),
-        reference=tuple(reference) or ((recordings,) if recordings.is_dir() else ()),
-        allow_download=config.getoption("--allow-download"),
-        ignore_native=config.getoption("--ignore-native"),
-        fresh=config.getoption("--fresh"),
-        inject=os.environ.get("QUANTDET_INJECT", ""),
-        no_controls=config.getoption("--no-controls"),
-        no_hidden_states=config.getoption("--no-hidden-states"),
-        max_flip_rate=rate,
-        expect=tuple(
-            dict.fromkeys(Path(config.invocation_params.dir, f).resolve() for f in config.getoption("--expect") or ())
-        ),
-        report=report,
-    )
 
 
 def _writable(report: Path) -> None:

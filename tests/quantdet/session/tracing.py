@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantdet.engines.plan import Plan
+from quantdet.engines.process import outcome as outcomes
 from quantdet.engines.process import process
 from quantdet.judging import first_layer
 from quantdet.judging.first_layer import Diagnosis
@@ -68,7 +69,7 @@ def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diag
         with session.measuring.announced(cell, plan.identity["lifetime"], traces.ROLE):
             outcome = process.run(session.engine_for(cell), plan, folder, log, limit)
         written = folder / traces.TRACE_FILE
-        found = traces.read(written) if isinstance(outcome, process.Completed) else None
+        found = traces.read(written) if isinstance(outcome, outcomes.Completed) else None
         if found is None:
             return first_layer.impossible(_why(outcome, log))
         written.replace(kept)
@@ -77,10 +78,10 @@ def _run(session: "Session", cell: Cell, plan: Plan, kept: Path) -> Trace | Diag
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _why(outcome: process.Outcome, log: Path) -> str:
+def _why(outcome: outcomes.Outcome, log: Path) -> str:
     match outcome:
-        case process.TimedOut():
+        case outcomes.TimedOut():
             return f"the diagnosis took longer than {outcome.limit_s:g} s, log: {log}"
-        case process.Completed():
+        case outcomes.Completed():
             return f"the engine left no whole trace, log: {log}"
     return f"the engine failed: {outcome.message.partition(chr(10))[0]}, log: {log}"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from quantdet.engines.plan import Plan, PlannedPrompt
-from quantdet.engines.process.process import Completed, Crashed, EngineSpec, Invalid, Refused, TimedOut, run
+from quantdet.engines.process.outcome import Completed, Crashed, Invalid, Refused, TimedOut
+from quantdet.engines.process.process import EngineSpec, run
 from quantdet.observations.observation import read
 from selftest.fakes.engine import FAKE, SPAWNED, alive
 from selftest.fakes.matrix import TESTS

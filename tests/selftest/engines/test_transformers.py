@@ -15,7 +15,7 @@ import pytest
 
 from quantdet.engines.child import lifetime
 from quantdet.engines.plan import Plan
-from quantdet.engines.process import process
+from quantdet.engines.process import outcome, process
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.load import MatrixError, load
 from quantdet.observations.observation import write
@@ -342,7 +342,7 @@ def test_the_engine_forks_from_a_server_of_its_own(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         pids = tmp_path / f"{name}.pids"
         asked = replace(plan(), args={"behaviour": "parent", "pids": str(pids)})
-        assert isinstance(process.run(spec, asked, tmp_path / name, tmp_path / "log", 60), process.Completed)
+        assert isinstance(process.run(spec, asked, tmp_path / name, tmp_path / "log", 60), outcome.Completed)
         servers.append(pids.read_text().split()[1])
 
     assert servers[0] != servers[1] == servers[2]

@@ -25,6 +25,7 @@ from typing import Any
 from quantdet.engines.plan import EngineLacks, EngineRefused, InvalidMeasurement, NeedsSpawn, Plan
 from quantdet.engines.process import ended, reaper, scratch
 from quantdet.engines.process.interrupts import Held, held
+from quantdet.engines.process.outcome import Completed, Crashed, Invalid, Lacking, Outcome, Refused, TimedOut
 from quantdet.untrusted import plain
 
 _TESTS = Path(__file__).resolve().parents[3]
@@ -53,57 +54,6 @@ TRANSFORMERS = EngineSpec(
 )
 
 _servers: dict[str, multiprocessing.forkserver.ForkServer] = {}
-
-
-@dataclass(frozen=True)
-class Completed:
-    """The observation is in the directory that was given."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Refused:
-    """The engine refused the cell; `message` is its own."""
-
-    message: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """Something that the engine needs for the cell is not here; `message` is its own."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Crashed:
-    """The child ended without a completion record, or with an unexpected exception."""
-
-    message: str
-    log: Path
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """A precondition of the measurement did not hold in the engine."""
-
-    message: str
-    log: Path
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TimedOut:
-    """The time limit was reached and the process group was killed."""
-
-    limit_s: float
-    log: Path
-
-
-Outcome = Completed | Refused | Lacking | Invalid | Crashed | TimedOut
 
 
 def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: float) -> Outcome:
@@ -154,11 +104,14 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
                 reaper.forget(child.pid)
             ours.close()
             lifeline_ours.close()
-    message = plain(record.get("message", ""))
-    match record["status"]:
-        case "needs spawn":
-            again = replace(plan, spawn=True)
-            return run(spec, again, directory, log, time_limit_s - seconds)
+    if record["status"] == "needs spawn":
+        return run(spec, replace(plan, spawn=True), directory, log, time_limit_s - seconds)
+    return _outcome(record["status"], plain(record.get("message", "")), log, seconds)
+
+
+def _outcome(status: str, message: str, log: Path, seconds: float) -> Outcome:
+    """What a completion record says."""
+    match status:
         case "completed":
             return Completed(seconds)
         case "refused":
