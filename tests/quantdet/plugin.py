@@ -10,18 +10,14 @@ from typing import Any
 import pytest
 
 from quantdet.engines.process import interrupts, process
-from quantdet.matrix import load
-from quantdet.observations.observation import ObservationError
 from quantdet.report import cut, elsewhere, html, junit, markdown, progress, record, terminal, unexpected
 from quantdet.report.run import RUN
-from quantdet.session import header, options, plans, telling
+from quantdet.session import header, options, starting, telling
 from quantdet.session.cases import collect, workers
 from quantdet.session.cases.judge import Judge
 from quantdet.session.controls import CONTROLS, Controls
 from quantdet.session.machine import machine
-from quantdet.session.replay import Replay
-from quantdet.session.session import SESSION, Session
-from quantdet.untrusted import plain
+from quantdet.session.session import SESSION
 
 _PROMPTS = Path(__file__).resolve().parents[2] / "fixtures" / "prompts"
 
@@ -41,46 +37,25 @@ class Hooks:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """The hooks of `Hooks`."""
     pluginmanager.add_hookspecs(Hooks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of `session/option_table.py`."""
     options.add(parser)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    """Options, matrix, machine and evidence become a session; whatever is wrong with them is a usage error."""
     for line in collect.MARKERS:
         config.addinivalue_line("markers", line)
     if config.option.help or config.option.version:
         return
     config.add_cleanup(interrupts.install())
     workers.refuse_reruns(config)
-    chosen = options.parse(config)
-    try:
-        table = load.load(chosen.matrix, chosen.expect)
-    except load.MatrixError as error:
-        raise pytest.UsageError(str(error)) from None
-    unusable = plans.unusable(table, _PROMPTS)
-    if unusable:
-        raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
-    for name in ("require_hardware", "hardware"):
-        value = getattr(chosen, name)
-        if value is not None and value not in table.hardware:
-            raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
-    found = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
-    try:
-        session = Session(
-            chosen, table, machine=found[0], software=found[1],
-            engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
-            prompts=_PROMPTS, inject=options.injection(chosen.inject, list(table.cells())),
-            run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
-        )  # fmt: skip
-    except ObservationError as error:
-        raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None
-    if isinstance(session.evidence, Replay) and chosen.hardware not in (None, *session.evidence.hardware()):
-        have = ", ".join(session.evidence.hardware())
-        raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {have}")
+    session = starting.session_of(config, _PROMPTS)
     session.measuring.on_start = progress.announcer(config)
     config.stash[SESSION] = session
     config.stash[CONTROLS] = Controls(session)
@@ -88,24 +63,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
+    """The machine, the versions, and every variable that could change a kernel."""
     return header.lines(config.stash[SESSION])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests get their cells, claims and questions."""
     collect.parametrize(metafunc, metafunc.config.stash[SESSION], metafunc.config.stash[CONTROLS])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Marks before `-k` and `-m` deselect; what is left is skipped, or gets its properties, and its order."""
     session = config.stash[SESSION]
     config.hook.pytest_deselected(items=collect.prune(items))
     collect.mark(items, session)
     yield  # -k and -m deselect here
-    collect.gate(items, session)
+    collect.settle(items, session)
     collect.order(items, session)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """--require-hardware: what would be skipped there is an error."""
     reason = item.stash.get(collect.REQUIRED, None)
     if reason is not None:
         pytest.fail(f"{reason} (--require-hardware)", pytrace=False)
@@ -119,17 +98,20 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Percentages are of the cases that are shown."""
     with elsewhere.uncounted(session):
         return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Cases of hardware that is not here run unannounced."""
     return elsewhere.protocol(item, nextitem)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """The case's record rides on its report."""
     report = yield
     elsewhere.attach(item, report)
     return record.attach(item, call, report)
@@ -137,16 +119,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Cases of hardware that is not here have no letter."""
     return elsewhere.status(report, config)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
+    """The records listen to reports from now on."""
     session.config.pluginmanager.register(session.config.stash[record.RECORDS], "quantdet-records")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What the run is goes to the reports: JUnit properties, page, job summary."""
     cut.finish(session)
     if not hasattr(session.config, "workerinput"):
         session.config.stash[RUN] = telling.run_of(session.config)
@@ -160,6 +145,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Generator[None, None, None]:
+    """The suite's tables; pytest's own summaries without what has been judged."""
     with unexpected.apart(terminalreporter):
         yield
         terminal.summary(terminalreporter, config)
@@ -170,19 +156,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Gen
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
+    """A worker's clock is added to the controller's."""
     workers.add_clock(node.config, node)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one model and hardware stay on one worker."""
     return workers.scheduler(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Each worker has a GPU of its own."""
     workers.pin(config, specs)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto`: one worker for each GPU."""
     return workers.count(config)

@@ -135,7 +135,7 @@ def mark(items: Iterable[pytest.Item], session: Session) -> None:
             item.add_marker("slow")
 
 
-def gate(items: Iterable[pytest.Item], session: Session) -> None:
+def settle(items: Iterable[pytest.Item], session: Session) -> None:
     """Skips, strict expectations and case properties; remembers the cells that are going to be measured."""
     selected: set[Cell] = set()
     claimed: list[Claim] = []

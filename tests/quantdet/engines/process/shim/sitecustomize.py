@@ -3,13 +3,14 @@
 vLLM inspects a model's class in a fresh interpreter, which knows nothing of what its parent masked.
 """
 
-import contextlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
 
-with contextlib.suppress(ImportError):  # PYTHONPATH brings it, unless a process that vLLM starts has another one
+# PYTHONPATH brings the suite, unless a process that vLLM starts has another one. Where it is there, an import that fails is a
+# defect: Python then says "Error in sitecustomize" and goes on.
+if importlib.util.find_spec("quantdet") is not None:
     from quantdet.engines.child import packages
 
     packages.hide(packages.broken())

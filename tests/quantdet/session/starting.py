@@ -1,0 +1,47 @@
+"""The session of a pytest run, made of its options, its matrix and this machine."""
+
+from pathlib import Path
+
+import pytest
+
+from quantdet.engines.process import process
+from quantdet.matrix import load
+from quantdet.observations.observation import ObservationError
+from quantdet.session import options, plans
+from quantdet.session.machine import machine
+from quantdet.session.replay import Replay
+from quantdet.session.session import Session
+from quantdet.untrusted import plain
+
+
+def session_of(config: pytest.Config, prompts: Path) -> Session:
+    """The session; `prompts` is the folder of workloads.
+
+    Raises:
+        pytest.UsageError: options, matrix or recordings that cannot be used; exit code 4.
+    """
+    chosen = options.parse(config)
+    try:
+        table = load.load(chosen.matrix, chosen.expect)
+    except load.MatrixError as error:
+        raise pytest.UsageError(str(error)) from None
+    if unusable := plans.unusable(table, prompts):
+        raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
+    for name in ("require_hardware", "hardware"):
+        value = getattr(chosen, name)
+        if value is not None and value not in table.hardware:
+            raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
+    found = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
+    try:
+        session = Session(
+            chosen, table, machine=found[0], software=found[1],
+            engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
+            prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())),
+            run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
+        )  # fmt: skip
+    except ObservationError as error:
+        raise pytest.UsageError(plain(f"--replay or --reference: {error}")) from None
+    if isinstance(session.evidence, Replay) and chosen.hardware not in (None, *session.evidence.hardware()):
+        have = ", ".join(session.evidence.hardware())
+        raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {have}")
+    return session
