@@ -38,9 +38,9 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
     flips = len(seen) - max(Counter(seen).values())
     bound = bounds.flip_rate_upper(flips, len(seen))
     rows = dict.fromkeys(describe(row, "") for row in (*noise.values(), recompiles) if row is not None)
-    gaps = [gap(observations[0], other) for other in observations[1:]]
-    l2 = max(one.l2 for one in gaps)
-    max_abs = max(one.max_abs for one in gaps)
+    distances = [apart(observations[0], other) for other in observations[1:]]
+    l2 = max(one.l2 for one in distances)
+    max_abs = max(one.max_abs for one in distances)
     far = recompiles is not None and recompiles.max_l2 is not None and l2 > recompiles.max_l2
     figures: dict[str, object] = {
         "expectation": "; ".join(rows) or "bit-exact across lifetimes",
@@ -75,7 +75,7 @@ def _exact_rows(observation: Observation, phase: Phase, row: Expect | None) -> b
     return b"".join(prompt.run(0).block(phase).digests.tobytes() for prompt in exact)
 
 
-def gap(a: Observation, b: Observation) -> Distance:
+def apart(a: Observation, b: Observation) -> Distance:
     """Distance of repeat 0 of two lifetimes over the forced positions: mean L2 and largest difference, nats."""
     found = []
     for one, other in zip(a.prompts, b.prompts, strict=True):

@@ -24,7 +24,7 @@ class TracedModule(Part):
     kernel: str = ""
 
 
-class Gap(Part):
+class RowDifference(Part):
     """How the outputs of one row differ from those of repeat 0: unequal elements of all, largest |difference|."""
 
     repeat: int = Field(gt=0)
@@ -45,7 +45,7 @@ class Trace(Part):
     prompt: str
     modules: tuple[TracedModule, ...]
     repeats: tuple[tuple[Row, ...], ...]
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[RowDifference, ...] = ()
 
 
 def read(path: Path) -> Trace | None:

@@ -70,7 +70,7 @@ class Session(Scope):
         if not isinstance(result, Measured):
             return None
         first, *others = result.observations
-        return max((restart.gap(first, other).l2 for other in others), default=None)
+        return max((restart.apart(first, other).l2 for other in others), default=None)
 
     def compare(self, a: Observation, b: Observation) -> Pair:
         """The pair of two observations of this run, computed once for both directions."""

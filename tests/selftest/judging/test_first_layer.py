@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantdet.judging import first_layer
 from quantdet.judging.first_layer import compare
 from quantdet.observations import trace as traces
-from quantdet.observations.trace import Gap
+from quantdet.observations.trace import RowDifference
 from selftest.fakes.layers import NAMES, digest, rows, trace
 from selftest.fakes.matrix import ROOT
 
@@ -103,7 +103,7 @@ def test_a_trace_of_one_repeat_or_none_shows_nothing() -> None:
 def test_the_sentence_has_the_figures() -> None:
     """Layer, class, kernel, step, repeats, size; and which layers others begin with."""
     early, late = rows(defects=((1, "layers.0.qkv"),)), rows(defects=((2, "layers.1.down"),))
-    gap = Gap(repeat=2, row=6, differing=3, elements=512, max_abs=0.001953125)
+    gap = RowDifference(repeat=2, row=6, differing=3, elements=512, max_abs=0.001953125)
 
     result = compare(trace(CLEAN, late, early, late, gaps=(gap,)))
 

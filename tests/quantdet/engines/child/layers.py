@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantdet.engines.child import executed_vllm
-from quantdet.observations.trace import Gap, Row, Trace, TracedModule
+from quantdet.observations.trace import Row, RowDifference, Trace, TracedModule
 
 # Outputs of repeat 0 that are kept to say how a later repeat differs: decode and short prefills, not every long prompt.
 _KEEP_ONE = 4 << 20
@@ -27,7 +27,7 @@ class LayerTap:
     def __init__(self, model: Any) -> None:
         self.modules: list[TracedModule] = []
         self.repeats: list[tuple[Row, ...]] = []
-        self.gaps: list[Gap] = []
+        self.gaps: list[RowDifference] = []
         self._rows: list[Row] | None = None
         self._open: list[tuple[int, str]] = []
         self._call = -1
@@ -150,7 +150,7 @@ def digest(value: Any) -> str:
     return found.hexdigest()[:32]
 
 
-def _gap(repeat: int, row: int, ours: list[Any], theirs: list[Any]) -> Gap:
+def _gap(repeat: int, row: int, ours: list[Any], theirs: list[Any]) -> RowDifference:
     differing = elements = 0
     largest = 0.0
     for one, other in zip(ours, theirs, strict=True):
@@ -161,10 +161,10 @@ def _gap(repeat: int, row: int, ours: list[Any], theirs: list[Any]) -> Gap:
             differing += int(unequal.sum())
             apart = (one.double() - other.detach().to("cpu").double()).abs().max().item()
             largest = max(largest, apart) if math.isfinite(apart) else largest
-    return Gap(repeat=repeat, row=row, differing=differing, elements=max(elements, 1), max_abs=largest)
+    return RowDifference(repeat=repeat, row=row, differing=differing, elements=max(elements, 1), max_abs=largest)
 
 
-class Noise:
+class SeededNoise:
     """The seeded defect `noise`: one ulp more in every output of one linear layer, in decode step 1 of an armed request.
 
     The layer is the last one of the first half, so that other layers inherit what it does. Every output: of a single one,

@@ -67,7 +67,7 @@ class Loaded(Protocol):
     def tokenizer(self) -> Any:
         """Of the checkpoint; asked for where a prompt is text."""
 
-    def noise(self) -> "Noise":
+    def noise(self) -> "SeededNoise":
         """The seeded defect `noise`, not armed yet."""
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
@@ -77,8 +77,8 @@ class Loaded(Protocol):
         """`n_tokens` greedy tokens after `ids`, nothing captured: see `quantdet.engines.child.speed.Generate`."""
 
 
-class Noise(Protocol):
-    """A seeded defect in one layer: see `quantdet.engines.child.layers.Noise`."""
+class SeededNoise(Protocol):
+    """A seeded defect in one layer: see `quantdet.engines.child.layers.SeededNoise`."""
 
     def arm(self, on: bool, /) -> None:
         """Whether the next request has the defect."""

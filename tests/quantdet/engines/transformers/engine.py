@@ -130,8 +130,8 @@ class _Loaded:
             self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint, local_files_only=True)
         return self._tokenizer
 
-    def noise(self) -> layers.Noise:
-        return layers.Noise(self.model)
+    def noise(self) -> layers.SeededNoise:
+        return layers.SeededNoise(self.model)
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
         import torch

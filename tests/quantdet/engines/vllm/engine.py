@@ -131,8 +131,8 @@ class _Loaded:
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
 
-    def noise(self) -> lifetime.Noise:
-        return layers.Noise(self.model) if self._others is None else self._others
+    def noise(self) -> lifetime.SeededNoise:
+        return layers.SeededNoise(self.model) if self._others is None else self._others
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
         if self.tap is not None:

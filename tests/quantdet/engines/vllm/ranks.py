@@ -97,7 +97,7 @@ class OtherRanks:
         return error
 
     def arm(self, on: bool, /) -> None:
-        """See `quantdet.engines.child.lifetime.Noise`."""
+        """See `quantdet.engines.child.lifetime.SeededNoise`."""
         self._noisy = on
 
     def ask(self, ids: Sequence[int], tokens: int, logprobs: dict[str, int]) -> None:
