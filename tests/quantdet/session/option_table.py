@@ -28,50 +28,63 @@ class Option:
         return self.name.removeprefix("--").replace("-", "_")
 
 
+# `decides=False` of --fresh: the store holds what a verdict was about, and a rerun asks it.
 OPTIONS = (
-    Option("--matrix", "path", "Matrix file (default: quant_matrix.toml of the suite)", "PATH"),
-    Option(
-        "--expect", "path",
-        "[[expect]] rows of your own, which count before the matrix's. May be given again: the first row that fits counts",
-        "FILE", many=True,
-    ),
-    Option("--hardware", "text", "Collect only the cells of this hardware row", "ID"),
-    Option("--require-hardware", "text", "Collect only this row; what it lacks is an error, not a skip", "ID"),
-    Option(
-        "--ignore-native", "flag",
-        "Run formats whose number format this chip does not multiply natively, e.g. NVFP4 W4A4 on Hopper; what executes is "
-        "reported",
-    ),
-    Option("--repeats", "integer", "Calls of each request in an engine lifetime", "N"),
+    Option("--repeats", "integer", "Repeats of each request in an engine process.", "N"),
     Option(
         "--max-flip-rate", "number",
-        "Repeat until no flip bounds the flip rate by P at 95 % (0.05: 59 repeats, 0.01: 299), or until one is found", "P",
+        "As many repeats as bound the flip rate by P: 0.05 makes 59, 0.01 makes 299. Fewer where noise is found.",
+        "P",
     ),
-    Option("--lifetimes", "integer", "Engine lifetimes per cell; on CUDA the last one starts with cold caches", "N"),
-    Option("--no-controls", "flag", "Seed no defect; the report says that it is uncontrolled"),
-    Option("--no-hidden-states", "flag", "Take no hidden states, whatever the matrix says"),
-    Option("--store", "path", "Observations; finished cells found here are not measured again", "DIR"),
-    # The store holds what a verdict was about: a rerun asks it.
-    Option("--fresh", "flag", "Measure again what the store already has", decides=False),
+    Option(
+        "--lifetimes", "integer",
+        "Engine processes per cell; adds test_restart. On CUDA the last one starts with empty caches.",
+        "N",
+    ),
+    Option("--no-controls", "flag", "Plant no defect. The report says that the run is uncontrolled."),
+    Option("--no-hidden-states", "flag", "Take no hidden states, whatever the matrix says."),
+    Option("--hardware", "text", "Collect only the cells of this hardware row.", "ID"),
+    Option(
+        "--require-hardware", "text",
+        "The same, and whatever that row lacks is an error instead of a skip. A run that measured nothing fails.",
+        "ID",
+    ),
+    Option(
+        "--ignore-native", "flag",
+        "Also run formats whose numbers the chip cannot multiply, such as NVFP4 W4A4 on Hopper. The kernel that executes "
+        "is reported, also under --require-hardware.",
+    ),
+    Option("--store", "path", "Where observations are kept. The default is a folder in pytest's cache.", "DIR"),
+    Option("--fresh", "flag", "Measure again what the store already has.", decides=False),
+    Option("--record", "path", "Copy what was measured into a folder of recordings.", "DIR", decides=False),
     Option(
         "--replay", "path",
-        "Judge the observations in this folder; start no engine. May be given again: the folders are judged together", "DIR",
-        many=True,
+        "Judge the observations in a folder and start no engine. Several folders are judged together.",
+        "DIR", many=True,
     ),
-    Option("--record", "path", "Copy what was measured into this folder of recordings", "DIR", decides=False),
     Option(
         "--reference", "path",
-        "Recordings whose generated tokens are re-executed here (default: fixtures/recordings); may be given again", "DIR",
-        many=True,
+        "Recordings whose claims are re-executed here (default: fixtures/recordings). May be given several times.",
+        "DIR", many=True,
     ),
-    Option("--report", "path", "Write DIR/report.html, and a bug bundle for every NOISY or INVALID cell", "DIR", decides=False),
-    Option("--allow-download", "flag", "Fetch weights that are not here"),
+    Option(
+        "--report", "path",
+        "Write DIR/report.html, and a bug bundle for every NOISY or INVALID cell.",
+        "DIR", decides=False,
+    ),
+    Option("--matrix", "path", "Another matrix file.", "PATH"),
+    Option(
+        "--expect", "path",
+        "[[expect]] rows of your own, which count before those of the matrix. May be given several times: the first row "
+        "that fits counts.",
+        "FILE", many=True,
+    ),
+    Option("--allow-download", "flag", "Fetch weights that are not here."),
 )  # fmt: skip
 
 PATHS = tuple(option.name for option in OPTIONS if option.kind == "path")
 
 
 def markdown() -> str:
-    """The table for people: option, what it does."""
-    rows = [f"| `{' '.join(filter(None, (one.name, one.metavar)))}` | {one.help} |\n" for one in OPTIONS]
-    return "| option | what it does |\n|---|---|\n" + "".join(rows)
+    """The rows of the table for people (tests/determinism/running.md)."""
+    return "".join(f"| `{' '.join(filter(None, (one.name, one.metavar)))}` | {one.help} |\n" for one in OPTIONS)

@@ -13,7 +13,7 @@ from _pytest.mark.expression import Expression
 
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix import load
-from quantdet.session import options
+from quantdet.session import option_table, options
 from quantdet.session.cases.judge import PROPERTIES
 from selftest.fakes.matrix import ROOT, TESTS
 
@@ -197,6 +197,7 @@ def test_each_option_has_its_row() -> None:
     told = {option for row in re.findall(r"^\|([^|]*)\|", table, re.M) for option in re.findall(r"`(--[a-z-]+)", row)}
 
     assert parser.names <= told
+    assert option_table.markdown() in table
 
 
 @pytest.mark.parametrize("place", [*PAGES, *RECIPES])
