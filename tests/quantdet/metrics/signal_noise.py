@@ -115,8 +115,7 @@ def energy(cross: float, within_claimed: float, within_verified: float) -> float
     """Energy form 2 E|X - Y| - E|X - X'| - E|Y - Y'| of a cross distance, nats.
 
     Takes out what each side's own repeats differ by (a kernel with atomics is far from everything, itself included), so
-    that two recipes that are the same up to repeat noise come out at 0. Not the hardware: that is part of `cross`; see
-    `hardware_corrected`.
+    that two recipes that are the same up to repeat noise come out at 0. Not the hardware: that is part of `cross`.
 
     Args:
         cross: mean distance from claimed to re-executed runs.
@@ -127,16 +126,6 @@ def energy(cross: float, within_claimed: float, within_verified: float) -> float
         not); a sample may be below.
     """
     return 2 * cross - within_claimed - within_verified
-
-
-def hardware_corrected(d_ij: float, d_ii: float, d_jj: float) -> float:
-    """`D[i, j] - (D[i, i] + D[j, j]) / 2`: the part of a cross distance that is the format's, nats.
-
-    The diagonal is what the same format differs by between the two machines; half from either format is what the hardware
-    alone would make of the pair. Needs j to be claimed too. It keeps the direction of `D[i, j]`; the two diagonals it
-    subtracts are the same both ways, so a noisy verifier format is corrected only on average.
-    """
-    return d_ij - (d_ii + d_jj) / 2
 
 
 def _ratio(signal: float, noise: float) -> float | None:

@@ -290,8 +290,3 @@ class TestCorrections:
         assert signal_noise.energy(mean(x, generator.permutation(other_x)), within, within) == pytest.approx(0, abs=0.08)
         assert signal_noise.energy(mean(x, y), within, mean(y, other_y)) > 0.5
         assert 1.0 == signal_noise.energy(2.0, 1.0, 2.0)
-
-    def test_hardware_corrected_keeps_the_direction(self) -> None:
-        """Half of either diagonal, off this direction's distance; the way back is another figure."""
-        assert 0.5 == signal_noise.hardware_corrected(1.0, 0.25, 0.75)
-        assert signal_noise.hardware_corrected(0.118, 0.135, 0.135) < 0 < signal_noise.hardware_corrected(0.160, 0.135, 0.135)
