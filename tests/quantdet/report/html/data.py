@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantdet.report.case import Case
 from quantdet.report.record import place_of
 from quantdet.untrusted import plain
 
 CASES = "cases.jsonl"
-SCHEMA = 1
-Case = dict[str, Any]
+SCHEMA = 2  # of 1, figures were texts
 
 
 class DataError(ValueError):
@@ -34,7 +34,8 @@ class Data:
     broken: list[dict[str, str]] = field(default_factory=list)
 
     def lines(self) -> Iterable[str]:
-        kinds = (("run", [self.run]), ("case", self.cases), ("skipped", self.skipped), ("broken", self.broken))
+        cases = (case.to_json() for case in self.cases)
+        kinds = (("run", [self.run]), ("case", cases), ("skipped", self.skipped), ("broken", self.broken))
         for kind, rows in kinds:
             for row in rows:
                 yield json.dumps(_writable({"kind": kind, **row}), separators=(",", ":"), ensure_ascii=True)
@@ -48,15 +49,14 @@ def ordered(cases: Iterable[Case], order: dict[str, list[str]]) -> list[Case]:
         return (known.index(value) if value in known else len(known), value)
 
     def key(case: Case) -> tuple[Any, ...]:
-        p = case["properties"]
-        ranks = [rank(name, p.get(f"case.{name}", "")) for name in ("model", "hardware")]
         return (
-            *ranks,
-            p.get("case.vllm", ""),
-            rank("format", p.get("case.format", "")),
-            place_of(case["test"]),
-            case["test"],
-            case["nodeid"],
+            rank("model", case.model),
+            rank("hardware", case.hardware),
+            case.vllm,
+            rank("format", case.format),
+            place_of(case.test),
+            case.test,
+            case.nodeid,
         )
 
     return sorted(cases, key=key)
@@ -87,7 +87,11 @@ def read(path: Path) -> Data:
                 raise DataError(f"{path}: line {number}: no line of a {CASES}") from None
     if len(rows["run"]) != 1 or rows["run"][0].get("schema") != SCHEMA:
         raise DataError(f"{path}: needs one run of schema {SCHEMA}")
-    return Data(rows["run"][0], rows["case"], rows["skipped"], rows["broken"])
+    try:
+        cases = [Case.from_json(row) for row in rows["case"]]
+    except ValueError:
+        raise DataError(f"{path}: a line is no case of schema {SCHEMA}") from None
+    return Data(rows["run"][0], cases, rows["skipped"], rows["broken"])
 
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
