@@ -62,7 +62,7 @@ class Case:
 
     def number(self, name: str) -> float | None:
         value = self.figures.get(name)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return value if _is_number(value) else None
 
     def text(self, name: str) -> str:
         value = self.figures.get(name)
@@ -74,7 +74,7 @@ class Case:
 
     def parts(self, name: str) -> dict[str, float]:
         value = self.figures.get(name)
-        return {part: one for part, one in value.items() if isinstance(one, int | float)} if isinstance(value, dict) else {}
+        return {part: one for part, one in value.items() if _is_number(one)} if isinstance(value, dict) else {}
 
     # -------------------------------------------------------------------------------------------- what reports ask for most
 
@@ -111,7 +111,7 @@ class Case:
     def runs(self) -> int | None:
         """Repeats that were judged; of a re-execution, its prompts."""
         value = self.number("runs")
-        return None if value is None else int(value)
+        return value if isinstance(value, int) else None
 
     @property
     def flip_rate(self) -> float | None:
@@ -161,6 +161,10 @@ class Case:
 @cache
 def _adapter() -> TypeAdapter[Case]:
     return TypeAdapter(Case)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:
