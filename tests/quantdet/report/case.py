@@ -26,6 +26,18 @@ class Reason:
     detail: str
 
 
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a case was measured: of one model, on one hardware, and with which vLLM where a run has several versions."""
+
+    model: str
+    hardware: str
+    vllm: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.model} on {self.hardware}{f', vLLM {self.vllm}' if self.vllm else ''}"
+
+
 @dataclass(frozen=True)
 class Case:
     """What one test said of one cell, claim or question.
@@ -94,6 +106,10 @@ class Case:
     def vllm(self) -> str:
         """The version that a recording was made with, where a run has several; else empty."""
         return self.text("case.vllm")
+
+    @property
+    def place(self) -> Place:
+        return Place(self.model, self.hardware, self.vllm)
 
     @property
     def engine(self) -> str:

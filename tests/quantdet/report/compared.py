@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quantdet.judging.verdicts import Pair, Verdict
-from quantdet.report.case import Case
-from quantdet.report.tables import nats, place, unique_pairs
+from quantdet.report.case import Case, Place
+from quantdet.report.tables import nats, unique_pairs
 
 LIMIT = 8  # formats of a matrix on the screen
 _BACK = {"prefill_published": "prefill_published_back", "decode_published": "decode_published_back"}
@@ -53,7 +53,7 @@ class Spread:
 class Compared:
     """The compared formats of one model on one hardware (and vLLM version), and their pairs in both directions."""
 
-    where: str
+    where: Place
     formats: list[str]
     pairs: dict[tuple[str, str], Pair]
 
@@ -86,17 +86,17 @@ class Compared:
 
 def places(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Compared]:
     """The places of the records; formats in the matrix's order."""
-    found: dict[str, dict[tuple[str, str], Pair]] = {}
+    found: dict[Place, dict[tuple[str, str], Pair]] = {}
     cases = list(cases)
     for case in cases:
         if case.pairs:
-            found[place(case)] = {}
+            found[case.place] = {}
     for where, pair in unique_pairs(cases):
         found[where][pair.a, pair.b] = pair
     rank = {name: index for index, name in enumerate(order)}
     made = []
     for where, pairs in sorted(found.items()):  # tests arrive in any order from several workers
-        judged = {case.format for case in cases if case.pairs and place(case) == where}
+        judged = {case.format for case in cases if case.pairs and case.place == where}
         names = list(dict.fromkeys(name for ids in sorted(pairs) for name in ids))
         if len(names) > LIMIT >= len(judged) > 1:  # selected, as the text says that shows a matrix: without the others
             pairs = {ids: pair for ids, pair in pairs.items() if judged.issuperset(ids)}

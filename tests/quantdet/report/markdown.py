@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from quantdet.report import confidence, entries, hidden_states, junit, rerun
-from quantdet.report.case import Case
+from quantdet.report.case import Case, Place
 from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
-from quantdet.report.tables import place
 from quantdet.untrusted import in_markdown
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -65,16 +64,16 @@ def summary(records: Records, first: str, command: Callable[[Entry], str] = lamb
         lines += [line for one in unexpected[:_MOST_ENTRIES] for line in _entry(one, command(one))]
     if len(unexpected) > _MOST_ENTRIES:
         lines.append(f"- and {len(unexpected) - _MOST_ENTRIES} more")
-    places: dict[str, dict[str, dict[str, Case]]] = {}
+    places: dict[Place, dict[str, dict[str, Case]]] = {}
     for case in records.cases:
         if case.format and case.test in _TABLED:
             name = case.test.removeprefix("test_")
             column = {"repeat": case.phase, "hidden_states": f"hidden_states {case.phase}"}.get(name, name)
-            places.setdefault(place(case), {}).setdefault(case.format, {})[column] = case
+            places.setdefault(case.place, {}).setdefault(case.format, {})[column] = case
     for where, formats in places.items():
         hidden = any(map(hidden_states.cases_of, formats.values()))
         columns = ["format", "decode", "prefill", "kernel", "distinct", *(["hidden states"] if hidden else []), "n"]
-        lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += ["", f"### {in_markdown(str(where))}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
             words = {name: _word(cases.get(name) or cases.get("refusal")) for name in ("decode", "prefill", "distinct")}
             logits = hidden_states.others(cases)

@@ -112,8 +112,8 @@ def properties(places: Sequence[Compared]) -> list[tuple[str, str]]:
             for id_ in references(one)[:_TOLD]
         }
         if found:
-            by_reference[one.where] = {"formats": one.formats, **found}
+            by_reference[str(one.where)] = {"formats": one.formats, **found}
         if rows := tokens(one):
-            by_pair[one.where] = [dict(zip(("a", "b", "l2", "max", "tokens"), row, strict=True)) for row in rows]
+            by_pair[str(one.where)] = [dict(zip(("a", "b", "l2", "max", "tokens"), row, strict=True)) for row in rows]
     named = (("effects.references", by_reference), ("effects.tokens", by_pair))
     return [(name, one_line(value)) for name, value in named if value]

@@ -44,8 +44,8 @@ class Verification:
     columns: list[str]
 
     def distance(self, phase: str, metric: str, claimed: str, verified: str | None) -> float | None:
-        value = self.claims[claimed]["distances"].get(phase, {}).get(metric, {}).get(verified)
-        return None if value is None else float(value)
+        value: float | None = self.claims[claimed]["distances"].get(phase, {}).get(metric, {}).get(verified)
+        return value
 
     def own(self, claimed: str) -> str | None:
         """What the claim is verified as: its own format, or the nearest one with its numbers; None if none ran."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from quantdet.matrix.matrix import Matrix
 from quantdet.observations.header import Header
-from quantdet.report.case import Case
+from quantdet.report.case import Case, Place
 from quantdet.report.figures import rate, told_rate
-from quantdet.report.tables import fitted, place, prose
+from quantdet.report.tables import fitted, prose
 
 NAMES = ("decode", "prefill")
 NOTE = (
@@ -68,13 +68,13 @@ class Pace:
     n: Mapping[str, float]
 
 
-def paces(cases: Iterable[Case]) -> dict[str, dict[str, Pace]]:
+def paces(cases: Iterable[Case]) -> dict[Place, dict[str, Pace]]:
     """Model and hardware -> format -> figures, of the formats that have some."""
-    found: dict[str, dict[str, Case]] = {}
+    found: dict[Place, dict[str, Case]] = {}
     for case in cases:
         known = case.number("tokens_per_second.prefill") is not None
         if known and case.test not in ("test_versions", "test_reexecution"):
-            found.setdefault(place(case), {}).setdefault(case.format, case)
+            found.setdefault(case.place, {}).setdefault(case.format, case)
     return {where: {name: _pace(case, cells) for name, case in cells.items()} for where, cells in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the report's tables share: where a case was measured, pairs once, plain text of rich tables, matrices in blocks."""
+"""What the report's tables share: pairs once, plain text of rich tables, matrices in blocks."""
 
 import io
 import json
@@ -14,23 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from quantdet.judging.verdicts import Pair
-from quantdet.report.case import Case
+from quantdet.report.case import Case, Place
 
 _CELL = 9
 
 
-def place(case: Case) -> str:
-    """Model and hardware of a case, with the vLLM version where a run has several."""
-    return f"{case.model} on {case.hardware}{f', vLLM {case.vllm}' if case.vllm else ''}"
-
-
-def unique_pairs(cases: Iterable[Case]) -> list[tuple[str, Pair]]:
+def unique_pairs(cases: Iterable[Case]) -> list[tuple[Place, Pair]]:
     """Every pair once, closest first: (place, pair)."""
-    seen: dict[tuple[str, frozenset[str]], tuple[str, Pair]] = {}
+    seen: dict[tuple[Place, frozenset[str]], tuple[Place, Pair]] = {}
     for case in cases:
         for pair in case.pairs:
-            where = place(case)
-            seen.setdefault((where, frozenset((pair.a, pair.b))), (where, pair))
+            seen.setdefault((case.place, frozenset((pair.a, pair.b))), (case.place, pair))
     return sorted(seen.values(), key=lambda row: (row[1].l2, row[0], row[1].a, row[1].b))
 
 

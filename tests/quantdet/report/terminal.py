@@ -9,12 +9,12 @@ import pytest
 from quantdet.engines.child.stopwatch import PARTS
 from quantdet.engines.clock import Clock
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
-from quantdet.report.case import Case
+from quantdet.report.case import Case, Place
 from quantdet.report.elsewhere import Elsewhere
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
-from quantdet.report.tables import figure, fitted, place, prose, told
+from quantdet.report.tables import figure, fitted, prose, told
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
@@ -101,13 +101,13 @@ def engines(clock: Clock) -> str:
 
 def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
-    places: dict[str, dict[str, dict[str, Case]]] = {}
+    places: dict[Place, dict[str, dict[str, Case]]] = {}
     for case in records.cases:
         if case.test in _APART:
             continue
         name = case.test.removeprefix("test_")
         name += f" {case.phase}" if case.test in ("test_repeat", "test_hidden_states") else ""
-        places.setdefault(place(case), {}).setdefault(case.format, {})[name] = case
+        places.setdefault(case.place, {}).setdefault(case.format, {})[name] = case
     return [
         _matrix_table(where, {name: formats[name] for name in order if name in formats}, width)
         for where, formats in places.items()
@@ -116,10 +116,10 @@ def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
 
 def version_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: format -> the same raw logits in every recorded vLLM version or not, and what ran."""
-    places: dict[str, list[Case]] = {}
+    places: dict[Place, list[Case]] = {}
     for case in records.cases:
         if case.test == "test_versions":
-            places.setdefault(place(case), []).append(case)
+            places.setdefault(case.place, []).append(case)
     tables = []
     for where, cases in places.items():
         versions = max((case.names("versions") for case in cases), key=len)
@@ -135,7 +135,7 @@ def version_tables(records: Records, width: int) -> list[str]:
     return tables
 
 
-def _matrix_table(where: str, formats: dict[str, dict[str, Case]], width: int) -> str:
+def _matrix_table(where: Place, formats: dict[str, dict[str, Case]], width: int) -> str:
     restarts = any("restart" in cases for cases in formats.values())
     hidden = any(name.startswith("hidden_states") for cases in formats.values() for name in cases)
     rows = []
@@ -156,15 +156,15 @@ def _matrix_table(where: str, formats: dict[str, dict[str, Case]], width: int) -
         ))  # fmt: skip
     columns = ("format", "decode", "prefill", "kernel", "distinct", *(["restart"] if restarts else []))
     columns = (*columns, *(["layers"] if hidden else []), ">n", ">flips <")
-    return fitted(columns, rows, width, fold=("kernel", "format"), title=where)
+    return fitted(columns, rows, width, fold=("kernel", "format"), title=str(where))
 
 
 def time_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: where the time of each cell's (first) engine lifetime went, slowest first."""
-    places: dict[str, dict[str, dict[str, float]]] = {}
+    places: dict[Place, dict[str, dict[str, float]]] = {}
     for case in records.cases:
         if parts := {name: told(value) for name, value in case.parts("seconds").items()}:
-            places.setdefault(place(case), {})[case.format] = parts
+            places.setdefault(case.place, {})[case.format] = parts
     tables = []
     for where, cells in places.items():
         # A part that took no time in any cell is not worth a column.

@@ -196,7 +196,7 @@ def test_places_are_not_mixed() -> None:
     said = text(records)
     results = "\n".join(effects.comparison_results(records, 80))
 
-    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [one.where for one in compared.places(records)]
+    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [str(one.where) for one in compared.places(records)]
     assert "own L2: off-diagonal mean 3.00e+00" in said
     assert "own L2: off-diagonal mean 4.00e+00" in said
     assert "sm90 0.12.0" in " ".join(results.split())

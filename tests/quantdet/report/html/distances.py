@@ -73,7 +73,7 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
         several = [group for group in groups if len(group) > 1]
         made.append(
             Heat(
-                one.where,
+                str(one.where),
                 formats,
                 several,
                 maps,

@@ -7,11 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from quantdet.report import hidden_states, speed
-from quantdet.report.case import Case
+from quantdet.report.case import Case, Place
 from quantdet.report.figures import rate
 from quantdet.report.figures import text as figure_text
 from quantdet.report.html import svg
-from quantdet.report.tables import place as tables_place
 
 SYMBOLS = {
     "BIT_EXACT": "=", "NOISY": "~", "CONFIRMED": "\N{CHECK MARK}", "DISTINCT": "\N{NOT EQUAL TO}",
@@ -132,7 +131,7 @@ def tables(cases: Sequence[Case]) -> list[Table]:
     return made
 
 
-def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]]) -> Entry | None:
+def _entry(cases: dict[str, Case] | None, paces: dict[Place, dict[str, speed.Pace]]) -> Entry | None:
     if cases is None:
         return None
     tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
@@ -145,7 +144,7 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
     executed = next(filter(None, (case.executed for case in (*judged, *cases.values()))), "")
     bound = "" if some.flip_rate is None else f"{some.flip_rate:.3g}"
     runs = str(some.runs) if bound and some.runs is not None else ""
-    pace = paces.get(tables_place(some), {}).get(some.format)
+    pace = paces.get(some.place, {}).get(some.format)
     expected = dict.fromkeys(filter(None, (case.expectation for case in cases.values())))
     distinct = cases.get("distinct", some)
     figures = [
