@@ -16,7 +16,7 @@ from quantdet.judging.verdicts import Pair, Verdict
 
 
 @dataclass(frozen=True)
-class Reason:
+class SharedCause:
     """The cause that a case shares with others (`judging.verdicts.Cause`): its cell, first line, and what stands below."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -61,7 +61,7 @@ class Case:
     message: str
     expected: bool
     detail: str = ""
-    cause: Reason | None = None
+    cause: SharedCause | None = None
     among: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
     reexecution: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ import pytest
 from quantdet.judging.verdicts import Divergence, Judgement, Violation
 from quantdet.matrix.cell import Cell
 from quantdet.report import elsewhere
-from quantdet.report.case import Case, Reason
+from quantdet.report.case import Case, SharedCause
 from quantdet.report.elsewhere import Elsewhere
 
 # What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
@@ -98,7 +98,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         # A declared divergence is an xfail that was satisfied.
         expected=judgement.expected or (report.skipped and hasattr(report, "wasxfail")),
         detail=judgement.detail,
-        cause=None if cause is None else Reason(str(cause.cell), cause.first, cause.detail),
+        cause=None if cause is None else SharedCause(str(cause.cell), cause.first, cause.detail),
         among=tuple(sorted(judgement.among)),
         pairs=judgement.pairs,
         reexecution=judgement.reexecution,

@@ -11,13 +11,14 @@ import pytest
 
 from quantdet.judging.verdicts import Reference, Verdict
 from quantdet.report import figures, tables
-from quantdet.report.case import Case, Reason
+from quantdet.report.case import Case, SharedCause
 from quantdet.report.html.__main__ import main
 from selftest.fakes.cases import a_pair, case
 
 INF = float("inf")
 WHOLE = case(
-    "test_distinct", "NOISY", expected=False, detail="a\nb", among=("m/f/h", "m/g/h"), cause=Reason("m/g/h", "NOISY x", "log"),
+    "test_distinct", "NOISY", expected=False, detail="a\nb", among=("m/f/h", "m/g/h"),
+    cause=SharedCause("m/g/h", "NOISY x", "log"),
     pairs=(a_pair("f", "g", l2=INF, p=None, references=(Reference("r", 1.0, None, INF, 0.0, None, 2.5),)),),
     reexecution={"distances": {"decode": {"own_metric": {"f": INF}}}, "own": ["f"], "snr": None},
     evidence={"vllm": "1", "layers": [["linear", "x", "K", 4]]},

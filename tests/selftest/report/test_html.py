@@ -340,7 +340,16 @@ def test_a_missing_folder_among_several_ends_the_run(suite: Suite, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no json\n", '{"kind": "run", "schema": 99}\n', '{"kind": "case"}\n', '{"kind": "x"}\n', "[]\n"]
+    "text",
+    [
+        "",
+        "no json\n",
+        '{"kind": "run", "schema": 99}\n',
+        '{"kind": "case"}\n',
+        '{"kind": "x"}\n',
+        "[]\n",
+        '{"kind": "run", "schema": 2}\n{"kind": "case", "nodeid": 5}\n',
+    ],
 )
 def test_what_is_no_data_file_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rendering again names the file."""

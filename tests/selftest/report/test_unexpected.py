@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantdet.report import entries, markdown
-from quantdet.report.case import Case, Reason
+from quantdet.report.case import Case, SharedCause
 from selftest.fakes import cases as made
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, QUESTIONS, setting
@@ -219,7 +219,7 @@ def test_the_command_of_an_entry_gives_the_same_entry(suite: Suite, extra: str, 
 def test_a_long_entry_fits_a_screen() -> None:
     """Of a hundred lines sixteen, of a hundred cases eight names; a first line of any length is cut."""
     cases = [
-        case(f"test_repeat[alpha/f{number}/h-decode]", cause=Reason("alpha/f0/h", "E " * 999, "x\n" * 99))
+        case(f"test_repeat[alpha/f{number}/h-decode]", cause=SharedCause("alpha/f0/h", "E " * 999, "x\n" * 99))
         for number in range(100)
     ]
 
@@ -234,9 +234,9 @@ def test_a_long_entry_fits_a_screen() -> None:
 def test_other_causes_and_other_cells_are_other_entries() -> None:
     """Neither the same words of two cells nor two causes of one are thrown together; what is expected is no entry."""
     cases = [
-        case("test_kernel[m/a/h]", cause=Reason("m/a/h", "ERROR x", "")),
-        case("test_kernel[m/b/h]", cause=Reason("m/b/h", "ERROR x", "")),
-        case("test_distinct[m/b/h]", cause=Reason("m/b/h", "ERROR y", "")),
+        case("test_kernel[m/a/h]", cause=SharedCause("m/a/h", "ERROR x", "")),
+        case("test_kernel[m/b/h]", cause=SharedCause("m/b/h", "ERROR x", "")),
+        case("test_distinct[m/b/h]", cause=SharedCause("m/b/h", "ERROR y", "")),
         case("test_repeat[m/c/h-decode]"), case("test_repeat[m/c/h-prefill]", "INVALID"), case("test_restart[m/c/h]"),
         case("test_kernel[m/d/h]", expected=True),
     ]  # fmt: skip
@@ -247,7 +247,7 @@ def test_other_causes_and_other_cells_are_other_entries() -> None:
 def test_figures_make_no_other_cause() -> None:
     """Of one cell: what was free, and where, is another figure each time. The first stands there as it was said."""
     said = ("MemoryError: 98.5 MiB taken at 0x7fa0", "MemoryError: 112 MiB taken at 0x1b")
-    cases = [case("test_kernel[m/a/h]", cause=Reason("m/a/h", first, "")) for first in said]
+    cases = [case("test_kernel[m/a/h]", cause=SharedCause("m/a/h", first, "")) for first in said]
 
     assert [("MemoryError: 98.5 MiB taken at 0x7fa0", 2)] == [(one.first, len(one.cases)) for one in entries.of(cases)]
 

@@ -78,19 +78,24 @@ def read(path: Path) -> Data:
         DataError: not such a file.
     """
     rows: dict[str, list[dict[str, Any]]] = {"run": [], "case": [], "skipped": [], "broken": []}
+    numbers: list[int] = []  # of the lines of cases
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                rows[row.pop("kind")].append(_readable(row))
+                kind = row.pop("kind")
+                rows[kind].append(_readable(row))
+                numbers += [number] if kind == "case" else []
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(f"{path}: line {number}: no line of a {CASES}") from None
     if len(rows["run"]) != 1 or rows["run"][0].get("schema") != SCHEMA:
         raise DataError(f"{path}: needs one run of schema {SCHEMA}")
-    try:
-        cases = [Case.from_json(row) for row in rows["case"]]
-    except ValueError:
-        raise DataError(f"{path}: a line is no case of schema {SCHEMA}") from None
+    cases = []
+    for number, row in zip(numbers, rows["case"], strict=True):
+        try:
+            cases.append(Case.from_json(row))
+        except ValueError:
+            raise DataError(f"{path}: line {number}: no case of schema {SCHEMA}") from None
     return Data(rows["run"][0], cases, rows["skipped"], rows["broken"])
 
 

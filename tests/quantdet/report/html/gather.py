@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from quantdet.report import entries, junit, rerun
-from quantdet.report.case import Case, Reason
+from quantdet.report.case import Case, SharedCause
 from quantdet.report.html.data import SCHEMA, Data, ordered
 from quantdet.report.record import Records
 from quantdet.report.run import Run
@@ -32,7 +32,7 @@ def gather(run: Run, records: Records, folder: Path) -> Data:
             case,
             message=_inside(case.message, root),
             detail="" if case.expected else _inside(case.detail, root),
-            cause=cause and Reason(*(_inside(text, root) for text in (cause.cell, cause.first, cause.detail))),
+            cause=cause and SharedCause(*(_inside(text, root) for text in (cause.cell, cause.first, cause.detail))),
             evidence={name: value for name, value in case.evidence.items() if name != "environment"},
             link=_link(case.text("observation"), run.evidence, folder),
             command=commands.get(case.nodeid, ""),  # of the whole entry
