@@ -98,12 +98,12 @@ def _told(own: Observation, known: Mapping[Cell, _Compared], mute: Sequence[str]
     figures: dict[str, object] = {
         "expectation": "; ".join(one.declared for one in known.values() if one.declared) or "distinct",
         "pairs": len(pairs),
-        "identical_to": ",".join(twins),
+        "identical_to": twins,
         "closest": closest.b,
         "l2": closest.l2,
         "max_abs_diff": closest.max_abs,
         "logits.sha256": own.logits_sha256("prefill"),
-        "compared_with": ",".join(p.b for p in pairs),
+        "compared_with": [p.b for p in pairs],
     }
     if wrong := [one.wrong for one in known.values() if one.wrong]:
         among = frozenset({str(own.cell), *(str(other) for other, one in known.items() if one.wrong)})

@@ -47,7 +47,7 @@ def repeat(observations: Sequence[Observation], phase: Phase, expectations: Expe
     cell = observations[0].cell
     row = expectations.noise(cell, phase)
     aspect = f"{phase} hidden states"
-    figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase, "max_abs_diff": "", "l2": ""}
+    figures: dict[str, object] = {"expectation": describe(row, "bit-exact"), "phase": phase, "max_abs_diff": None, "l2": None}
     parts = [(one, one.hidden) for one in observations if one.hidden is not None]
     if not parts:
         text = "needs hidden states, the observation has none"

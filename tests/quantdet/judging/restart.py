@@ -48,7 +48,7 @@ def restart(observations: Sequence[Observation], expectations: Expectations) -> 
         "flip_rate_upper95": round(bound, 6),
         "l2": l2,
         "max_abs_diff": max_abs,
-        "caches": ",".join("cold" if o.header.caches == "cold" else "as found" for o in observations),
+        "caches": ["cold" if o.header.caches == "cold" else "as found" for o in observations],
     }
     share = f"{flips} of {len(seen)} lifetimes differ, flip rate < {bound:.3g} per lifetime at 95 %"
     if any(o.header.caches == "cold" for o in observations):

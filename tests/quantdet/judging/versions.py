@@ -28,7 +28,7 @@ def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: 
     cell = known[0].header.cell
     figures: dict[str, object] = {
         "expectation": _expectation(known, rows),
-        "versions": ",".join(one.vllm for one in known),
+        "versions": [one.vllm for one in known],
     }
     for one in known:
         figures[f"logits.sha256@{one.vllm}"] = one.logits_sha256("decode") + ":" + one.logits_sha256("prefill")

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from quantdet.report.tables import Case, nats, place, unique_pairs
+from quantdet.judging.verdicts import Pair, Verdict
+from quantdet.report.case import Case, Place
+from quantdet.report.tables import nats, unique_pairs
 
 LIMIT = 8  # formats of a matrix on the screen
 _BACK = {"prefill_published": "prefill_published_back", "decode_published": "decode_published_back"}
@@ -52,17 +53,17 @@ class Spread:
 class Compared:
     """The compared formats of one model on one hardware (and vLLM version), and their pairs in both directions."""
 
-    where: str
+    where: Place
     formats: list[str]
-    pairs: dict[tuple[str, str], dict[str, Any]]
+    pairs: dict[tuple[str, str], Pair]
 
     def value(self, field: str, a: str, b: str) -> float | None:
         """A pair's figure from `a` to `b`; None if there is none, or they were not compared. `l2` is that of prefill."""
         pair = self.pairs.get((a, b)) or self.pairs.get((b, a))
-        if pair is None or (field == "l2" and pair.get("basis", "prefill") != "prefill"):
+        if pair is None or (field == "l2" and pair.basis != "prefill"):
             return None
-        value = pair.get(field if pair["a"] == a else _BACK.get(field, field))
-        return None if value is None else float(value)
+        value: float | None = getattr(pair, field if pair.a == a else _BACK.get(field, field))
+        return value
 
     def spread(self, field: str) -> Spread:
         return Spread.of([self.value(field, *ids) for pair in self.pairs for ids in (pair, pair[::-1])])
@@ -77,27 +78,25 @@ class Compared:
 
     def untold(self) -> int:
         """Pairs that are neither the same nor distinct, as far as was seen."""
-        return sum(pair["verdict"] == "INDISTINCT" for pair in self.pairs.values())
+        return sum(pair.verdict is Verdict.INDISTINCT for pair in self.pairs.values())
 
     def identical(self) -> list[tuple[str, str]]:
-        return [ids for ids, pair in self.pairs.items() if pair["verdict"] == "IDENTICAL"]
+        return [ids for ids, pair in self.pairs.items() if pair.verdict is Verdict.IDENTICAL]
 
 
 def places(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Compared]:
     """The places of the records; formats in the matrix's order."""
-    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    found: dict[Place, dict[tuple[str, str], Pair]] = {}
     cases = list(cases)
     for case in cases:
-        if case["pairs"]:
-            found[place(case["properties"])] = {}
+        if case.pairs:
+            found[case.place] = {}
     for where, pair in unique_pairs(cases):
-        found[where][pair["a"], pair["b"]] = pair
+        found[where][pair.a, pair.b] = pair
     rank = {name: index for index, name in enumerate(order)}
     made = []
     for where, pairs in sorted(found.items()):  # tests arrive in any order from several workers
-        judged = {
-            str(case["properties"]["case.format"]) for case in cases if case["pairs"] and place(case["properties"]) == where
-        }
+        judged = {case.format for case in cases if case.pairs and case.place == where}
         names = list(dict.fromkeys(name for ids in sorted(pairs) for name in ids))
         if len(names) > LIMIT >= len(judged) > 1:  # selected, as the text says that shows a matrix: without the others
             pairs = {ids: pair for ids, pair in pairs.items() if judged.issuperset(ids)}

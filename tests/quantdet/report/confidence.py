@@ -1,33 +1,34 @@
 """How much a run's verdicts are worth together: were its controls caught, and what holds for all of its bounds at once."""
 
-from typing import Any
-
+from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.cell import OTHER_ENGINES
 from quantdet.metrics import bounds
-
-Case = dict[str, Any]
+from quantdet.report.case import Case
 
 
 def controls(cases: list[Case]) -> dict[str, str]:
     """How many BIT_EXACT count, and what was caught: by hardware, recorded vLLM version, and engine if it is not vLLM."""
     places: dict[str, list[Case]] = {}
     for case in cases:
-        if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT":
-            p = case["properties"]
-            other = p["case.engine"] if p.get("case.engine") in OTHER_ENGINES else ""
-            place = " ".join(filter(None, (p["case.hardware"], p.get("case.vllm", ""), other)))
+        if _exact(case):
+            other = case.engine if case.engine in OTHER_ENGINES else ""
+            place = " ".join(filter(None, (case.hardware, case.vllm, other)))
             places.setdefault(place, []).append(case)
     found = {}
     for place, group in places.items():
-        texts = dict.fromkeys(case["properties"].get("control", "") for case in group)
+        texts = dict.fromkeys(case.text("control") for case in group)
         found[place] = f"{counted(group)}: {' | '.join(filter(None, texts))}"
     return found
 
 
+def _exact(case: Case) -> bool:
+    return case.test == "test_repeat" and case.verdict is Verdict.BIT_EXACT
+
+
 def counted(cases: list[Case]) -> str:
     """For example `36 of 36 BIT_EXACT count`: those whose hardware's controls were caught."""
-    exact = [case for case in cases if case["test"] == "test_repeat" and case["verdict"] == "BIT_EXACT"]
-    caught = sum(case["properties"].get("controlled") == "yes" for case in exact)
+    exact = list(filter(_exact, cases))
+    caught = sum(case.controlled for case in exact)
     if exact and not caught:
         return f"UNCONTROLLED: none of {len(exact)} BIT_EXACT counts"
     return f"{caught} of {len(exact)} BIT_EXACT count" if exact else "no BIT_EXACT to count"
@@ -38,14 +39,7 @@ def at_once(cases: list[Case], confidence: float = 0.95) -> str:
 
     Source: Bonferroni; each of m verdicts gets (1 - confidence) / m of the doubt.
     """
-    runs = [
-        int(case["properties"]["runs"])
-        for case in cases
-        if case["test"] == "test_repeat"
-        and case["verdict"] == "BIT_EXACT"
-        and case["properties"].get("runs")
-        and case["properties"].get("controlled") == "yes"
-    ]
+    runs = [case.runs for case in cases if _exact(case) and case.controlled and case.runs is not None]
     if not runs:
         return ""
     bound = bounds.flip_rate_upper(0, min(runs), 1 - (1 - confidence) / len(runs))
@@ -62,15 +56,15 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     """
     tests: list[tuple[float, bool]] = []
     for case in cases:
-        if case["test"] == "test_question":
+        if case.test == "test_question":
             continue
-        pairs = [pair["p"] for pair in case["pairs"] if pair.get("p") is not None]
-        claim = case["reexecution"] or {}
+        pairs = [pair.p for pair in case.pairs if pair.p is not None]
+        claim = case.reexecution or {}
         others = [one["p"] for name, one in claim.get("comparisons", {}).items() if name not in claim["own"]]
         if pairs:
-            tests.append((max(pairs), case["verdict"] != "INDISTINCT"))
+            tests.append((max(pairs), case.verdict is not Verdict.INDISTINCT))
         elif others:
-            tests.append((max(others), case["verdict"] == "DETECTABLE"))
+            tests.append((max(others), case.verdict is Verdict.DETECTABLE))
     if not tests:
         return ""
     adjusted = bounds.holm([value for value, _ in tests])

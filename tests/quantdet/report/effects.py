@@ -5,13 +5,16 @@ report dropped; it has a direction, so its matrix is not symmetric. *own*: the s
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from quantdet.judging.verdicts import Verdict
 from quantdet.metrics.classes import equivalence_classes, intransitive
 from quantdet.report import printed
+from quantdet.report.case import Case, Place
 from quantdet.report.compared import LIMIT, METRICS, Compared, places
-from quantdet.report.tables import Case, joined, matrix, nats, one_line, prose, render, table, unique_pairs
+from quantdet.report.tables import joined, matrix, nats, one_line, prose, render, table, unique_pairs
 
 _CLOSEST = 10
 _LACKING = {
@@ -67,11 +70,11 @@ def _phase(one: Compared, phase: str, width: int) -> list[str]:
                 text += f", on the same forced tokens their own L2 is {nats(min(forced))} to {nats(max(forced))}"
         texts.append(prose(text, width))
     if len(one.formats) > LIMIT:
-        model = one.where.partition(" on ")[0]
         a, b = one.formats[:2]
         texts.append(
             prose(
-                f"{len(one.formats)} formats: a matrix is shown for up to {LIMIT}, as with -k '{model} and ({a} or {b})'; "
+                f"{len(one.formats)} formats: a matrix is shown for up to {LIMIT}, as with "
+                f"-k '{one.where.model} and ({a} or {b})'; "
                 f"the full one is in the JUnit properties (effects.{phase}, pair.FORMAT)",
                 width,
             )
@@ -101,29 +104,29 @@ def comparison_results(cases: Iterable[Case], width: int) -> list[str]:
     rows = unique_pairs(cases)
     if not rows:
         return []
-    identical = [row for row in rows if row[1]["verdict"] == "IDENTICAL"]
-    others = [row for row in rows if row[1]["verdict"] != "IDENTICAL"]
-    labels = _labels([where for where, _ in rows])
+    identical = [row for row in rows if row[1].verdict is Verdict.IDENTICAL]
+    others = [row for row in rows if row[1].verdict is not Verdict.IDENTICAL]
+    labels = _labels(where for where, _ in rows)
     made = table("model", "pair", "verdict", "L2", "published", "max", "positions", fold=("model", "pair"))
     for where, pair in (*identical[:_CLOSEST], *others[:_CLOSEST]):
         made.add_row(
-            labels[where], joined(pair["a"], "|", pair["b"], width - 64), pair["verdict"],
-            *(_shown(pair.get(name)) for name in ("l2", "prefill_published", "max_abs")),
-            f"{pair['differing']}/{pair['positions']}",
+            labels[where], joined(pair.a, "|", pair.b, width - 64), pair.verdict,
+            *map(_shown, (pair.l2, pair.prefill_published, pair.max_abs)),
+            f"{pair.differing}/{pair.positions}",
         )  # fmt: skip
-    indistinct = [pair for _, pair in others if pair["verdict"] == "INDISTINCT"]
+    indistinct = [pair for _, pair in others if pair.verdict is Verdict.INDISTINCT]
     title = f"LOGPROB COMPARISON RESULTS: {len(identical)} identical pairs, {len(others) - len(indistinct)} different"
     if indistinct:  # of one run each nobody knows the noise
-        known = all(pair.get("within") is not None for pair in indistinct)
+        known = all(pair.within is not None for pair in indistinct)
         title += f", {len(indistinct)} {'within repeat noise' if known else 'not told apart'}"
     cut = len(identical) > _CLOSEST or len(others) > _CLOSEST
     legend = (
         f"closest first{f', {_CLOSEST} of each' if cut else ''}; L2: own metric; published: prefill metric, first to second; "
         "max: largest difference of a logprob; positions: with other logits, of all"
     )
-    if any(pair.get("basis", "prefill") == "decode" for _, pair in rows):
+    if any(pair.basis == "decode" for _, pair in rows):
         legend += "; of decode, tokens in common, where no prefill was reported"
-    if any(pair.get("prefill_published") is None for _, pair in rows):
+    if any(pair.prefill_published is None for _, pair in rows):
         legend += "; - : no figure"
     return [prose(title, width), prose(f"({legend})", width), render(made, width)]
 
@@ -132,12 +135,13 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _labels(wheres: Sequence[str]) -> dict[str, str]:
+def _labels(places_: Iterable[Place]) -> dict[Place, str]:
     """The model's name, with hardware and version where it was measured in several places."""
-    models = [where.partition(" on ")[0] for where in dict.fromkeys(wheres)]
+    known = list(dict.fromkeys(places_))
+    models = Counter(one.model for one in known)
     return {
-        where: model if models.count(model) == 1 else where.replace(" on ", " ").replace(", vLLM", "")
-        for where, model in zip(dict.fromkeys(wheres), models, strict=True)
+        one: one.model if models[one.model] == 1 else " ".join(filter(None, (one.model, one.hardware, one.vllm)))
+        for one in known
     }
 
 
@@ -146,7 +150,7 @@ def properties(cases: Iterable[Case], order: Sequence[str] = ()) -> list[tuple[s
     found = places(cases, order)
     if not found:
         return []
-    made = [(f"effects.{phase}", one_line({one.where: _figures(one, phase) for one in found})) for phase in METRICS]
+    made = [(f"effects.{phase}", one_line({str(one.where): _figures(one, phase) for one in found})) for phase in METRICS]
     return made + printed.properties(found)
 
 

@@ -7,12 +7,11 @@ says the same verdict of one cell, in decode and in prefill.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quantdet.matrix.cell import PHASES
+from quantdet.report.case import Case
 from quantdet.report.record import place_of
 
-Case = dict[str, Any]
 # What differs from one engine of a cell to the next, though they end for the same: bytes that were free, addresses, processes.
 _FIGURES = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?")
 _MOST_LINES = 16
@@ -32,18 +31,18 @@ class Entry:
     @property
     def own(self) -> list[Case]:
         """The cases of the entry's cell, or cells; all, if it has none of its own."""
-        among = {self.cell, *(name for case in self.cases for name in case.get("among") or ())}
-        return [case for case in self.cases if cell_of(case["nodeid"]) in among] or list(self.cases)
+        among = {self.cell, *(name for case in self.cases for name in case.among)}
+        return [case for case in self.cases if cell_of(case.nodeid) in among] or list(self.cases)
 
     @property
     def took(self) -> str:
         """For example `took 4 cases: test_repeat (decode, prefill), test_kernel; of others: test_question[...]`."""
-        mine = [case for case in self.cases if cell_of(case["nodeid"]) == self.cell]
-        others = [case["nodeid"].rpartition("::")[2] for case in self.cases if case not in mine]
+        mine = [case for case in self.cases if cell_of(case.nodeid) == self.cell]
+        others = [case.nodeid.rpartition("::")[2] for case in self.cases if case not in mine]
         phases: dict[str, list[str]] = {}
-        for case in sorted(mine, key=lambda case: place_of(case["test"])):
-            ending = case["nodeid"].rpartition("[")[2].removesuffix("]").removeprefix(self.cell).removeprefix("-")
-            phases.setdefault(case["test"], []).extend([ending] if ending else [])
+        for case in sorted(mine, key=lambda case: place_of(case.test)):
+            ending = case.nodeid.rpartition("[")[2].removesuffix("]").removeprefix(self.cell).removeprefix("-")
+            phases.setdefault(case.test, []).extend([ending] if ending else [])
         parts = [name + (f" ({', '.join(some)})" if some else "") for name, some in phases.items()]
         more = f" and {len(others) - _MOST_NAMES} more" if len(others) > _MOST_NAMES else ""
         listed = ", ".join(others[:_MOST_NAMES]) + more
@@ -58,16 +57,16 @@ def counted(count: int, word: str) -> str:
 def of(cases: Iterable[Case]) -> list[Entry]:
     """The entries of the unexpected among `cases`, each where its first case stands."""
     groups: dict[tuple[str, ...], list[Case]] = {}
-    unexpected = [case for case in cases if not case["expected"]]
-    known = _together([frozenset(case.get("among") or ()) for case in unexpected])
+    unexpected = [case for case in cases if not case.expected]
+    known = _together([frozenset(case.among) for case in unexpected])
     for case in unexpected:
-        cause, among = case.get("cause"), frozenset(case.get("among") or ())
-        if cause:
-            key: tuple[str, ...] = ("cause", cause["cell"], _FIGURES.sub("#", cause["first"]))
+        cause, among = case.cause, frozenset(case.among)
+        if cause is not None:
+            key: tuple[str, ...] = ("cause", cause.cell, _FIGURES.sub("#", cause.first))
         elif len(among) > 1:
-            key = ("among", case["test"], *sorted(next(group for group in known if among <= group)))
+            key = ("among", case.test, *sorted(next(group for group in known if among <= group)))
         else:
-            key = ("own", case["test"], cell_of(case["nodeid"]), case["verdict"])
+            key = ("own", case.test, cell_of(case.nodeid), case.verdict)
         groups.setdefault(key, []).append(case)
     return [_entry(group) for group in groups.values()]
 
@@ -87,12 +86,12 @@ def cell_of(nodeid: str) -> str:
 
 
 def _entry(cases: list[Case]) -> Entry:
-    first, cause = cases[0], cases[0].get("cause")
-    if cause:
-        return Entry(cause["cell"], _title(cause["first"]), _lines(cause["detail"]), tuple(cases))
-    others = [case["message"] for case in cases if case["message"] != first["message"]]
-    lines = _lines("\n".join([*dict.fromkeys(map(_title, others)), first.get("detail") or ""]))
-    return Entry(cell_of(first["nodeid"]), _title(first["message"]), lines, tuple(cases))
+    first, cause = cases[0], cases[0].cause
+    if cause is not None:
+        return Entry(cause.cell, _title(cause.first), _lines(cause.detail), tuple(cases))
+    others = [case.message for case in cases if case.message != first.message]
+    lines = _lines("\n".join([*dict.fromkeys(map(_title, others)), first.detail]))
+    return Entry(cell_of(first.nodeid), _title(first.message), lines, tuple(cases))
 
 
 def _title(text: str) -> str:

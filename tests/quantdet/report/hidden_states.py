@@ -1,8 +1,9 @@
 """Hidden states in the report: a word beside a cell's verdicts, and a row for each claim that carries fingerprints."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from quantdet.judging.verdicts import Verdict
+from quantdet.report.case import Case
 from quantdet.report.reexecution import Verification, times
 from quantdet.report.tables import fitted, nats, prose
 
@@ -12,32 +13,32 @@ LEGEND = (
 )
 
 
-def cases_of(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def cases_of(cases: Mapping[str, Case]) -> list[Case]:
     """The cases about hidden states among those of a cell, which are named `hidden_states` and the phase."""
     return [case for name, case in cases.items() if name.startswith("hidden_states")]
 
 
-def others(cases: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def others(cases: Mapping[str, Case]) -> list[Case]:
     """The cases about anything else: n and bound of a cell are theirs, since hidden states are of further requests."""
     return [case for name, case in cases.items() if not name.startswith("hidden_states")]
 
 
-def deciding(cases: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+def deciding(cases: Mapping[str, Case]) -> Case | None:
     """Of a cell's cases about hidden states the one that speaks for both phases; None without any.
 
     What is not expected stands before what is not BIT_EXACT, and that before the rest.
     """
-    return min(cases_of(cases), key=lambda case: (case["expected"], case["verdict"] == "BIT_EXACT"), default=None)
+    return min(cases_of(cases), key=lambda case: (case.expected, case.verdict is Verdict.BIT_EXACT), default=None)
 
 
-def word(cases: Mapping[str, dict[str, Any]]) -> str:
+def word(cases: Mapping[str, Case]) -> str:
     """`exact` where no layer differs in either phase; else the verdict, `!` where it is not expected; empty without any."""
     found = deciding(cases)
     if found is None:
         return ""
-    if not found["expected"]:
-        return f"{found['verdict']} !"
-    return "exact" if found["verdict"] == "BIT_EXACT" else str(found["verdict"])
+    if not found.expected:
+        return f"{found.verdict} !"
+    return "exact" if found.verdict is Verdict.BIT_EXACT else str(found.verdict)
 
 
 def sections(found: Sequence[Verification], width: int) -> list[str]:

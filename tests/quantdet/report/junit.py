@@ -23,7 +23,7 @@ def finish(session: pytest.Session) -> None:
 
 def summary(records: Records) -> str:
     """One line: how many cases have which verdict, how sure that is, what is unexpected, what was skipped."""
-    verdicts = Counter(f"{case['test'].removeprefix('test_')} {case['verdict']}" for case in records.cases)
+    verdicts = Counter(f"{case.test.removeprefix('test_')} {case.verdict}" for case in records.cases)
     unexpected = entries.of(records.cases)
     wrong = sum(len(one.cases) for one in unexpected)
     causes = f" ({entries.counted(len(unexpected), 'cause')})" if len(unexpected) < wrong else ""

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from quantdet.report import confidence, entries, hidden_states, junit, rerun
+from quantdet.report.case import Case, Place
 from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
-from quantdet.report.tables import place
 from quantdet.untrusted import in_markdown
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -64,24 +64,22 @@ def summary(records: Records, first: str, command: Callable[[Entry], str] = lamb
         lines += [line for one in unexpected[:_MOST_ENTRIES] for line in _entry(one, command(one))]
     if len(unexpected) > _MOST_ENTRIES:
         lines.append(f"- and {len(unexpected) - _MOST_ENTRIES} more")
-    places: dict[str, dict[str, dict[str, Any]]] = {}
+    places: dict[Place, dict[str, dict[str, Case]]] = {}
     for case in records.cases:
-        properties = case["properties"]
-        if "case.format" in properties and case["test"] in _TABLED:
-            phase, name = properties["case.phase"], case["test"].removeprefix("test_")
-            column = {"repeat": phase, "hidden_states": f"hidden_states {phase}"}.get(name, name)
-            places.setdefault(place(properties), {}).setdefault(properties["case.format"], {})[column] = case
+        if case.format and case.test in _TABLED:
+            name = case.test.removeprefix("test_")
+            column = {"repeat": case.phase, "hidden_states": f"hidden_states {case.phase}"}.get(name, name)
+            places.setdefault(case.place, {}).setdefault(case.format, {})[column] = case
     for where, formats in places.items():
         hidden = any(map(hidden_states.cases_of, formats.values()))
         columns = ["format", "decode", "prefill", "kernel", "distinct", *(["hidden states"] if hidden else []), "n"]
-        lines += ["", f"### {in_markdown(where)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += ["", f"### {in_markdown(str(where))}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, cases in formats.items():
             words = {name: _word(cases.get(name) or cases.get("refusal")) for name in ("decode", "prefill", "distinct")}
             logits = hidden_states.others(cases)
-            some = (logits or hidden_states.cases_of(cases))[0]["properties"]
-            ran = cases["kernel"]["properties"] if "kernel" in cases else some
-            executed = f"{_word(cases.get('kernel'))} {in_markdown(ran.get('kernel.executed', ''))}".strip()
-            n = in_markdown(some.get("runs", "")) if logits and some.get("flip_rate_upper95") else ""
+            some = (logits or hidden_states.cases_of(cases))[0]
+            executed = f"{_word(cases.get('kernel'))} {in_markdown(cases.get('kernel', some).executed)}".strip()
+            n = str(some.runs) if logits and some.runs is not None and some.flip_rate is not None else ""
             texts = [in_markdown(name), words["decode"], words["prefill"], executed, words["distinct"]]
             texts += [_word(hidden_states.deciding(cases)), n] if hidden else [n]
             lines.append(f"| {' | '.join(texts)} |")
@@ -101,9 +99,9 @@ def _questions(records: Records) -> list[str]:
     """Each question once, below it the answers."""
     asked: dict[str, list[str]] = {}
     for case in records.cases:
-        if case["test"] == "test_question":
-            text = case["properties"].get("asks", "") or case["properties"]["case.format"]
-            answer = f" {case['where']}: {case['why']}"
+        if case.test == "test_question":
+            text = case.text("asks") or case.format
+            answer = f" {case.where}: {case.why}"
             asked.setdefault(text, []).append(f"  - {_word(case)} {in_markdown(answer)}")
     lines = ["", "### Published questions", ""] if asked else []
     for text, answers in asked.items():
@@ -111,7 +109,7 @@ def _questions(records: Records) -> list[str]:
     return lines
 
 
-def _word(case: dict[str, Any] | None) -> str:
+def _word(case: Case | None) -> str:
     if case is None:
         return ""
-    return f"{case['verdict']}" if case["expected"] else f"**{case['verdict']} !**"
+    return f"{case.verdict}" if case.expected else f"**{case.verdict} !**"

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from quantdet.report import reexecution
+from quantdet.report.case import Case
 from quantdet.report.reexecution import METRICS, NEARER, PHASES, Verification
-from quantdet.report.tables import Case, fitted, nats, prose
+from quantdet.report.tables import fitted, nats, prose
 
 LIMIT = 16  # claims times verifying formats, up to which the whole is printed
 _UNTOLD = 5
@@ -46,7 +47,7 @@ def claims(one: Verification, width: int) -> str:
         share = data["identified"]
         others = {name: found for name, found in data["comparisons"].items() if not one.marked(claimed, name)}
         told = [name for name, found in others.items() if found["verdict"] == "DETECTABLE" and not reexecution.nearer(found)]
-        name = min(others, key=lambda key: float(others[key]["difference"]), default="")
+        name = min(others, key=lambda key: others[key]["difference"], default="")
         row = [claimed, f"{share['share']:.2f}\n[{share['low']:.2f}, {share['high']:.2f}]"]
         row += [nats(one.distance("decode", "own_metric", claimed, one.own(claimed))) or "none", name or "none"]
         if name:

@@ -27,18 +27,18 @@ TOKENS_NOTE = (
 def reference(one: Compared, id_: str, field: str, a: str, b: str) -> float | None:
     """The figure of one reference from `a` to `b`; `field`: prefill, decode or steps."""
     pair = one.pairs.get((a, b)) or one.pairs.get((b, a))
-    found = next((row for row in (pair or {}).get("references", ()) if row["id"] == id_), None)
+    found = next((row for row in pair.references if row.id == id_), None) if pair is not None else None
     if pair is None or found is None:
         return None
-    value = found[field if pair["a"] == a else f"{field}_back"]
-    return None if value is None else float(value)
+    value: float | None = getattr(found, field if pair.a == a else f"{field}_back")
+    return value
 
 
 def references(one: Compared) -> list[str]:
     """Ids of the references that some pair has, in their order; none of reports that `tokens` tells whole."""
     if tokens(one):
         return []
-    return list(dict.fromkeys(str(row["id"]) for pair in one.pairs.values() for row in pair.get("references", ())))
+    return list(dict.fromkeys(row.id for pair in one.pairs.values() for row in pair.references))
 
 
 def whole(one: Compared) -> list[str]:
@@ -77,10 +77,12 @@ def tokens(one: Compared) -> list[tuple[str, str, str, str, str]]:
     """(a, b, L2, largest difference, where the tokens part) of every pair that has these figures, with the printed digits."""
     rows = []
     for (a, b), pair in one.pairs.items():
-        if pair.get("chosen_l2") is None or pair.get("chosen_max") is None:
+        if pair.chosen_l2 is None or pair.chosen_max is None:
             continue
-        apart = f"part at step {pair['decode_steps'] - 1}" if pair["decode_published"] == math.inf else "the same"
-        rows.append((a, b, f"{pair['chosen_l2']:.6e}", f"{pair['chosen_max']:.6e}", apart))
+        apart = "the same"
+        if pair.decode_published == math.inf:
+            apart = "part" if pair.decode_steps is None else f"part at step {pair.decode_steps - 1}"
+        rows.append((a, b, f"{pair.chosen_l2:.6e}", f"{pair.chosen_max:.6e}", apart))
     rank = {name: index for index, name in enumerate(one.formats)}
     ordered = [row if rank[row[0]] < rank[row[1]] else (row[1], row[0], *row[2:]) for row in rows]
     return sorted(ordered, key=lambda row: (rank[row[0]], rank[row[1]]))
@@ -110,8 +112,8 @@ def properties(places: Sequence[Compared]) -> list[tuple[str, str]]:
             for id_ in references(one)[:_TOLD]
         }
         if found:
-            by_reference[one.where] = {"formats": one.formats, **found}
+            by_reference[str(one.where)] = {"formats": one.formats, **found}
         if rows := tokens(one):
-            by_pair[one.where] = [dict(zip(("a", "b", "l2", "max", "tokens"), row, strict=True)) for row in rows]
+            by_pair[str(one.where)] = [dict(zip(("a", "b", "l2", "max", "tokens"), row, strict=True)) for row in rows]
     named = (("effects.references", by_reference), ("effects.tokens", by_pair))
     return [(name, one_line(value)) for name, value in named if value]

@@ -1,13 +1,14 @@
 """One record per test: rides on pytest's report object, so that it reaches the controller under pytest-xdist."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from quantdet.judging.verdicts import Cause, Divergence, Judgement, Violation
+from quantdet.judging.verdicts import Divergence, Judgement, Violation
 from quantdet.matrix.cell import Cell
 from quantdet.report import elsewhere
+from quantdet.report.case import Case, SharedCause
 from quantdet.report.elsewhere import Elsewhere
 
 # What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
@@ -28,7 +29,8 @@ def place_of(test: str) -> int:
 
 
 JUDGEMENT = pytest.StashKey[Judgement]()
-EVIDENCE = pytest.StashKey[dict[str, Any] | None]()
+EVIDENCE = pytest.StashKey[dict[str, Any]]()
+FIGURES = pytest.StashKey[dict[str, Any]]()  # by the name of the property, as data
 DECLARED_SKIP = pytest.StashKey[bool]()  # of an item whose cell is declared unsupported, which another case judges
 _ATTRIBUTE = "quantdet_record"
 _DECLARED = "quantdet_declared"
@@ -38,7 +40,7 @@ _DECLARED = "quantdet_declared"
 class Records:
     """Registered as a plugin on the controller; collects what every test said, in the order of arrival."""
 
-    cases: list[dict[str, Any]] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     elsewhere: dict[str, Elsewhere] = field(default_factory=dict)  # of these: what is not here
     declared: set[str] = field(default_factory=set)  # of these: declared unsupported, and judged by another case
@@ -55,7 +57,7 @@ class Records:
             self.first_failure = report.nodeid
         record = getattr(report, _ATTRIBUTE, None)
         if record is not None:
-            self.cases.append({**record, "nodeid": report.nodeid, "outcome": report.outcome})
+            self.cases.append(replace(Case.from_json(record), nodeid=report.nodeid, outcome=report.outcome))
         elif report.failed:
             self.broken.append((report.nodeid, str(report.longrepr)[:2000]))
         elif report.skipped and isinstance(report.longrepr, tuple):
@@ -84,24 +86,26 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
     judgement = item.stash.get(JUDGEMENT, None)
     if judgement is None:
         return report
-    properties = dict(item.user_properties)
-    record = {
-        "verdict": str(judgement.verdict),
-        "message": judgement.message,
-        "where": judgement.where,
-        "why": judgement.why,
+    cause = judgement.cause
+    case = Case(
+        nodeid=report.nodeid,
+        test=getattr(item, "originalname", item.name),
+        outcome=report.outcome,
+        verdict=judgement.verdict,
+        where=judgement.where,
+        why=judgement.why,
+        message=judgement.message,
         # A declared divergence is an xfail that was satisfied.
-        "expected": judgement.expected or (report.skipped and hasattr(report, "wasxfail")),
-        "properties": {str(name): str(value) for name, value in properties.items()},
-        "pairs": [{**asdict(pair), "verdict": str(pair.verdict)} for pair in judgement.pairs],
-        "reexecution": judgement.reexecution,
-        "evidence": item.stash.get(EVIDENCE, None),
-        "test": getattr(item, "originalname", item.name),
-        "detail": judgement.detail,
-        "cause": _cause(judgement.cause),
-        "among": sorted(judgement.among),
-    }
-    setattr(report, _ATTRIBUTE, record)
+        expected=judgement.expected or (report.skipped and hasattr(report, "wasxfail")),
+        detail=judgement.detail,
+        cause=None if cause is None else SharedCause(str(cause.cell), cause.first, cause.detail),
+        among=tuple(sorted(judgement.among)),
+        pairs=judgement.pairs,
+        reexecution=judgement.reexecution,
+        evidence=item.stash.get(EVIDENCE, {}),
+        figures=_figures(item),
+    )
+    setattr(report, _ATTRIBUTE, case.to_json())
     if report.failed and call.excinfo is not None and call.excinfo.errisinstance((Divergence, Violation)):
         report.longrepr = str(call.excinfo.value)
     if hasattr(report, "wasxfail") and report.skipped:
@@ -109,5 +113,9 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
     return report
 
 
-def _cause(cause: Cause | None) -> dict[str, str] | None:
-    return None if cause is None else {"cell": str(cause.cell), "first": cause.first, "detail": cause.detail}
+def _figures(item: pytest.Item) -> dict[str, Any]:
+    """What the item says of itself, and the figures of its judgement: those that there are. Verdict and pairs are apart."""
+    known = {str(name): value for name, value in item.user_properties} | item.stash.get(FIGURES, {})
+    return {
+        name: value for name, value in known.items() if value is not None and name != "verdict" and not name.startswith("pair.")
+    }

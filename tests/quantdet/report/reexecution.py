@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantdet.report.tables import Case, broken, joined, matrix, nats, prose, render, table
+from quantdet.report.case import Case
+from quantdet.report.tables import broken, joined, matrix, nats, prose, render, table
 
 PHASES = ("decode", "prefill")
 METRICS = {"own_metric": "own L2", "published": "published"}
@@ -43,8 +44,8 @@ class Verification:
     columns: list[str]
 
     def distance(self, phase: str, metric: str, claimed: str, verified: str | None) -> float | None:
-        value = self.claims[claimed]["distances"].get(phase, {}).get(metric, {}).get(verified)
-        return None if value is None else float(value)
+        value: float | None = self.claims[claimed]["distances"].get(phase, {}).get(metric, {}).get(verified)
+        return value
 
     def own(self, claimed: str) -> str | None:
         """What the claim is verified as: its own format, or the nearest one with its numbers; None if none ran."""
@@ -80,7 +81,7 @@ def verifications(cases: Iterable[Case], order: Sequence[str] = ()) -> list[Veri
     """The records' re-executions by model, source and verifier; formats in the matrix's order."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for case in cases:
-        data = case.get("reexecution")
+        data = case.reexecution
         if data:
             found.setdefault(f"{data['model']}: {data['source']} -> {data['by_text']}", {})[data["claimed"]] = data
     rank = {name: index for index, name in enumerate(order)}

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from quantdet.report.case import Case
 from quantdet.report.reexecution import METRICS, PHASES, Verification, overall, ratios, verifications
-from quantdet.report.tables import Case, one_line
+from quantdet.report.tables import one_line
 
 
 def properties(cases: Iterable[Case], order: Sequence[str] = ()) -> list[tuple[str, str]]:

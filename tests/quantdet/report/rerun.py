@@ -20,10 +20,10 @@ def command(run: Run, nodeid: str) -> str:
 def entry(run: Run, found: Entry) -> str:
     """The same for the cases of an entry: of its cell, if it has any, since all others failed for them."""
     own = found.own
-    names = list(dict.fromkeys(cell_of(case["nodeid"]) for case in own))
+    names = list(dict.fromkeys(cell_of(case.nodeid) for case in own))
     if len(own) == 1 or names[0] != found.cell or not all(map(_SELECTS.fullmatch, names)):
-        return command(run, own[0]["nodeid"])
-    files = sorted({case["nodeid"].partition("::")[0] for case in own})
+        return command(run, own[0].nodeid)
+    files = sorted({case.nodeid.partition("::")[0] for case in own})
     paths = files if len(files) <= _FEW else [os.path.commonpath(files) or "."]
     return _command(run, [*(_relative(run, path) for path in paths), "-k", " or ".join(names)])
 

@@ -3,12 +3,16 @@
 How they are measured: `quantdet.engines.child.speed`.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from quantdet.matrix.matrix import Matrix
 from quantdet.observations.header import Header
-from quantdet.report.tables import Case, fitted, place, prose
+from quantdet.report.case import Case, Place
+from quantdet.report.figures import rate, told_rate
+from quantdet.report.tables import fitted, prose
 
 NAMES = ("decode", "prefill")
 NOTE = (
@@ -18,20 +22,16 @@ NOTE = (
 _COUNTS = "n: rounds x decode steps"
 
 
-def properties(header: Header, matrix: Matrix) -> dict[str, str]:
-    """`tokens_per_second.decode` and the like; empty where an observation has no figures (older ones, refusals)."""
+def figures(header: Header, matrix: Matrix) -> dict[str, Any]:
+    """`tokens_per_second.decode` and the like; none where an observation has no figures (older ones, refusals)."""
     timings = header.timings
-    found = {
-        f"tokens_per_second.{name}": f"{timings[key]:.{0 if timings[key] >= 1000 else 1}f}"
-        for name in NAMES
-        if (key := f"{name}_tokens_per_second") in timings
+    found: dict[str, Any] = {
+        f"tokens_per_second.{name}": timings[key] for name in NAMES if (key := f"{name}_tokens_per_second") in timings
     }
     if not found:
         return {}
-    counts = {
-        name: timings[f"speed_{name}"] for name in ("rounds", "decode_steps", "prompt_tokens") if f"speed_{name}" in timings
-    }
-    found["tokens_per_second.n"] = " ".join(f"{name}={int(count)}" for name, count in counts.items())
+    names = ("rounds", "decode_steps", "prompt_tokens")
+    found["tokens_per_second.n"] = {name: int(timings[key]) for name in names if (key := f"speed_{name}") in timings}
     found["tokens_per_second.baseline"] = baseline(header, matrix)
     return found
 
@@ -55,36 +55,45 @@ def baseline(header: Header, matrix: Matrix) -> str:
 
 @dataclass(frozen=True)
 class Pace:
-    """A cell's figures, tokens per second, as texts; the ratios are to `baseline`'s of the same place, empty without it."""
+    """A cell's figures, tokens per second; the ratios are to `baseline`'s of the same place. None where there is none.
 
-    decode: str
-    prefill: str
-    decode_ratio: str
-    prefill_ratio: str
+    n: rounds, decode steps and prompt tokens, as far as they are known.
+    """
+
+    decode: float | None
+    prefill: float | None
+    decode_ratio: float | None
+    prefill_ratio: float | None
     baseline: str
-    n: str
+    n: Mapping[str, float]
 
 
-def paces(cases: Iterable[Case]) -> dict[str, dict[str, Pace]]:
+def paces(cases: Iterable[Case]) -> dict[Place, dict[str, Pace]]:
     """Model and hardware -> format -> figures, of the formats that have some."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    found: dict[Place, dict[str, Case]] = {}
     for case in cases:
-        p = case["properties"]
-        if p.get("tokens_per_second.prefill") and case["test"] not in ("test_versions", "test_reexecution"):
-            found.setdefault(place(p), {}).setdefault(p["case.format"], p)
-    return {where: {name: _pace(p, cells) for name, p in cells.items()} for where, cells in found.items()}
+        known = case.number("tokens_per_second.prefill") is not None
+        if known and case.test not in ("test_versions", "test_reexecution"):
+            found.setdefault(case.place, {}).setdefault(case.format, case)
+    return {where: {name: _pace(case, cells) for name, case in cells.items()} for where, cells in found.items()}
 
 
-def _pace(p: dict[str, str], cells: dict[str, dict[str, str]]) -> Pace:
-    name = p.get("tokens_per_second.baseline", "")
-    decode, prefill = (p.get(f"tokens_per_second.{phase}", "") for phase in NAMES)
-    ratios = [_ratio(p, cells.get(name, {}), phase) for phase in NAMES]
-    return Pace(decode, prefill, ratios[0], ratios[1], name, p.get("tokens_per_second.n", ""))
+def _pace(case: Case, cells: Mapping[str, Case]) -> Pace:
+    name = case.text("tokens_per_second.baseline")
+    decode, prefill = (case.number(f"tokens_per_second.{phase}") for phase in NAMES)
+    ratios = [_ratio(case, cells.get(name), phase) for phase in NAMES]
+    return Pace(decode, prefill, ratios[0], ratios[1], name, case.parts("tokens_per_second.n"))
 
 
-def _ratio(one: dict[str, str], other: dict[str, str], phase: str) -> str:
-    mine, base = (p.get(f"tokens_per_second.{phase}") for p in (one, other))
-    return f"{float(mine) / float(base):.2f}" if mine and base and float(base) > 0 else ""
+def _ratio(one: Case, other: Case | None, phase: str) -> float | None:
+    mine = one.number(f"tokens_per_second.{phase}")
+    base = other.number(f"tokens_per_second.{phase}") if other is not None else None
+    return told_rate(mine) / told_rate(base) if mine is not None and base is not None and told_rate(base) > 0 else None
+
+
+def times(ratio: float | None) -> str:
+    """A ratio to the baseline; empty if there is none."""
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def sections(cases: Iterable[Case], width: int) -> list[str]:
@@ -93,10 +102,14 @@ def sections(cases: Iterable[Case], width: int) -> list[str]:
     texts = [prose(f"tokens per second: {NOTE}; {_COUNTS}", width)] if found else []
     for where, formats in found.items():
         rows = []
-        for name, pace in sorted(formats.items(), key=lambda row: -float(row[1].decode or 0)):
-            counts = dict(part.split("=") for part in pace.n.split())
-            n = f"{counts.get('rounds', '?')}x{counts.get('decode_steps', '?')}"
-            rows.append((name, pace.decode, pace.decode_ratio, pace.prefill, pace.prefill_ratio, n, pace.baseline))
+        for name, pace in sorted(formats.items(), key=_slowness):
+            n = f"{pace.n.get('rounds', '?')}x{pace.n.get('decode_steps', '?')}"
+            figures_ = (rate(pace.decode), times(pace.decode_ratio), rate(pace.prefill), times(pace.prefill_ratio))
+            rows.append((name, *figures_, n, pace.baseline))
         columns = ("format", ">decode", ">x", ">prefill", ">x", "n", "baseline")
         texts += [prose(f"{where}: tokens per second", width), fitted(columns, rows, width, fold=("format", "baseline"))]
     return texts
+
+
+def _slowness(row: tuple[str, Pace]) -> float:
+    return math.inf if row[1].decode is None else -told_rate(row[1].decode)

@@ -1,4 +1,4 @@
-"""What the report's tables share: where a case was measured, pairs once, plain text of rich tables, matrices in blocks."""
+"""What the report's tables share: pairs once, plain text of rich tables, matrices in blocks."""
 
 import io
 import json
@@ -13,24 +13,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-Case = dict[str, Any]
+from quantdet.judging.verdicts import Pair
+from quantdet.report.case import Case, Place
+
 _CELL = 9
 
 
-def place(properties: dict[str, str]) -> str:
-    """Model and hardware of a case, with the vLLM version where a run has several."""
-    version = properties.get("case.vllm", "")
-    return f"{properties['case.model']} on {properties['case.hardware']}{f', vLLM {version}' if version else ''}"
-
-
-def unique_pairs(cases: Iterable[Case]) -> list[tuple[str, dict[str, Any]]]:
+def unique_pairs(cases: Iterable[Case]) -> list[tuple[Place, Pair]]:
     """Every pair once, closest first: (place, pair)."""
-    seen: dict[tuple[str, frozenset[str]], tuple[str, dict[str, Any]]] = {}
+    seen: dict[tuple[Place, frozenset[str]], tuple[Place, Pair]] = {}
     for case in cases:
-        for pair in case["pairs"]:
-            where = place(case["properties"])
-            seen.setdefault((where, frozenset((pair["a"], pair["b"]))), (where, pair))
-    return sorted(seen.values(), key=lambda row: (row[1]["l2"], row[0], row[1]["a"], row[1]["b"]))
+        for pair in case.pairs:
+            seen.setdefault((case.place, frozenset((pair.a, pair.b))), (case.place, pair))
+    return sorted(seen.values(), key=lambda row: (row[1].l2, row[0], row[1].a, row[1].b))
 
 
 def table(*columns: str, fold: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
@@ -168,3 +163,9 @@ def _plain(value: Any) -> Any:
 def figure(value: float) -> str:
     """`value` with one digit behind the point; what would read 0.0 with one significant digit, unless it is 0."""
     return f"{value:.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:.1g}"
+
+
+def told(value: float) -> float:
+    """The number that `figure` shows: what is added up of it is the sum of what people see."""
+    small = abs(value) < 0.05 and value != 0
+    return round(value, -math.floor(math.log10(abs(value))) if small else 1)

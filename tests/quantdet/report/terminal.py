@@ -9,11 +9,12 @@ import pytest
 from quantdet.engines.child.stopwatch import PARTS
 from quantdet.engines.clock import Clock
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
+from quantdet.report.case import Case, Place
 from quantdet.report.elsewhere import Elsewhere
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
-from quantdet.report.tables import figure, fitted, place, prose
+from quantdet.report.tables import figure, fitted, prose, told
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 
@@ -45,8 +46,8 @@ def summary(reporter: Any, config: pytest.Config) -> None:
         _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
         _section(reporter, "hidden states", hidden_states.sections(reexecution.verifications(records.cases, order), width))
-        declared = [case for case in records.cases if case["outcome"] == "skipped" and case["expected"]]
-        texts = [f"{case['message']}; declared: {case['properties'].get('expectation', '')}" for case in declared]
+        declared = [case for case in records.cases if case.outcome == "skipped" and case.expected]
+        texts = [f"{case.message}; declared: {case.expectation}" for case in declared]
         _section(reporter, "as declared (xfail)", [prose(text, width) for text in texts])
     _skipped(reporter, records, run.hardware, width)
     if text := engines(run.clock):
@@ -63,11 +64,9 @@ def summary(reporter: Any, config: pytest.Config) -> None:
 
 def questions(records: Records, width: int) -> list[str]:
     """The answers, each under what was asked."""
-    asked = [case for case in records.cases if case["test"] == "test_question"]
+    asked = [case for case in records.cases if case.test == "test_question"]
     return [
-        prose(text, width)
-        for case in asked
-        for text in (case["properties"].get("asks", ""), case["message"] + ("" if case["expected"] else " !"))
+        prose(text, width) for case in asked for text in (case.text("asks"), case.message + ("" if case.expected else " !"))
     ]
 
 
@@ -102,15 +101,13 @@ def engines(clock: Clock) -> str:
 
 def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
     """Per model and hardware: format (in the matrix's order) -> verdicts, kernel, n, bound."""
-    places: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    places: dict[Place, dict[str, dict[str, Case]]] = {}
     for case in records.cases:
-        if case["test"] in _APART:
+        if case.test in _APART:
             continue
-        p = case["properties"]
-        name = case["test"].removeprefix("test_") + (
-            f" {p['case.phase']}" if case["test"] in ("test_repeat", "test_hidden_states") else ""
-        )
-        places.setdefault(place(p), {}).setdefault(p["case.format"], {})[name] = case
+        name = case.test.removeprefix("test_")
+        name += f" {case.phase}" if case.test in ("test_repeat", "test_hidden_states") else ""
+        places.setdefault(case.place, {}).setdefault(case.format, {})[name] = case
     return [
         _matrix_table(where, {name: formats[name] for name in order if name in formats}, width)
         for where, formats in places.items()
@@ -119,60 +116,55 @@ def matrix_tables(records: Records, order: list[str], width: int) -> list[str]:
 
 def version_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: format -> the same raw logits in every recorded vLLM version or not, and what ran."""
-    places: dict[str, list[dict[str, Any]]] = {}
+    places: dict[Place, list[Case]] = {}
     for case in records.cases:
-        if case["test"] == "test_versions":
-            places.setdefault(place(case["properties"]), []).append(case)
+        if case.test == "test_versions":
+            places.setdefault(case.place, []).append(case)
     tables = []
     for where, cases in places.items():
-        versions = max((case["properties"]["versions"].split(",") for case in cases), key=len)
+        versions = max((case.names("versions") for case in cases), key=len)
         title = f"{where}: raw logits, vLLM {' against '.join(versions)} (L2 and max: of the reported logprobs, nats)"
         kernels = [f"kernel in {version}" for version in versions]
         rows = []
         for case in cases:
-            p = case["properties"]
-            executed = [p.get(f"kernel.executed@{version}", "") for version in versions]
-            figures = [f"{float(p[name]):.3g}" if p.get(name) else "" for name in ("l2", "max_abs_diff")]
-            rows.append((p["case.format"], _word(case), *figures, *(_kernel(name, None) for name in executed)))
+            executed = [case.text(f"kernel.executed@{version}") for version in versions]
+            figures = map(_short, (case.number("l2"), case.number("max_abs_diff")))
+            rows.append((case.format, _word(case), *figures, *(_kernel(name, None) for name in executed)))
         columns = ("format", "logits", "L2", "max", *kernels)
         tables.append(fitted(columns, rows, width, fold=(*kernels, "format"), title=title))
     return tables
 
 
-def _matrix_table(where: str, formats: dict[str, dict[str, dict[str, Any]]], width: int) -> str:
+def _matrix_table(where: Place, formats: dict[str, dict[str, Case]], width: int) -> str:
     restarts = any("restart" in cases for cases in formats.values())
     hidden = any(name.startswith("hidden_states") for cases in formats.values() for name in cases)
     rows = []
     for format_, cases in formats.items():
         some = cases.get("repeat decode") or cases.get("repeat prefill") or next(iter(cases.values()))
-        p = some["properties"]
         words = {name: _word(cases.get(name)) for name in ("repeat decode", "repeat prefill", "distinct", "restart")}
         if "refusal" in cases:
             words = {**dict.fromkeys(words, ""), "repeat decode": _word(cases["refusal"])}
         # First what the kernel's verdict is about: of several lifetimes the one that it names.
         judged = [cases["kernel"]] if "kernel" in cases else []
-        executed = [case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values())]
-        bound = p.get("flip_rate_upper95", "")
+        executed = [case.executed for case in (*judged, *cases.values())]
         rows.append((
             format_, words["repeat decode"], words["repeat prefill"],
             _kernel(next(filter(None, executed), ""), cases.get("kernel")), words["distinct"],
             *([words["restart"]] if restarts else []), *([hidden_states.word(cases)] if hidden else []),
-            p.get("runs", "") if bound else "",
-            f"{float(bound):.3g}" if bound else "",
+            "" if some.flip_rate is None or some.runs is None else str(some.runs),
+            _short(some.flip_rate),
         ))  # fmt: skip
     columns = ("format", "decode", "prefill", "kernel", "distinct", *(["restart"] if restarts else []))
     columns = (*columns, *(["layers"] if hidden else []), ">n", ">flips <")
-    return fitted(columns, rows, width, fold=("kernel", "format"), title=where)
+    return fitted(columns, rows, width, fold=("kernel", "format"), title=str(where))
 
 
 def time_tables(records: Records, width: int) -> list[str]:
     """Per model and hardware: where the time of each cell's (first) engine lifetime went, slowest first."""
-    places: dict[str, dict[str, dict[str, float]]] = {}
+    places: dict[Place, dict[str, dict[str, float]]] = {}
     for case in records.cases:
-        p = case["properties"]
-        if p.get("seconds"):
-            parts = {name: float(value) for name, _, value in (part.partition("=") for part in p["seconds"].split())}
-            places.setdefault(place(p), {})[p["case.format"]] = parts
+        if parts := {name: told(value) for name, value in case.parts("seconds").items()}:
+            places.setdefault(case.place, {})[case.format] = parts
     tables = []
     for where, cells in places.items():
         # A part that took no time in any cell is not worth a column.
@@ -186,19 +178,23 @@ def time_tables(records: Records, width: int) -> list[str]:
     return tables
 
 
-def _word(case: dict[str, Any] | None) -> str:
+def _word(case: Case | None) -> str:
     if case is None:
         return ""
-    return str(case["verdict"]) + ("" if case["expected"] else " !")
+    return str(case.verdict) + ("" if case.expected else " !")
 
 
-def _kernel(executed: str, case: dict[str, Any] | None) -> str:
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _kernel(executed: str, case: Case | None) -> str:
     for ending in ("LinearKernel", "LinearMethod", "ScaledMMKernel", "ScaledMM"):  # no news, much room
         executed = executed.replace(ending, "")
     text = executed
-    if case is not None and case["properties"].get("kernel.weight_only") == "True":
+    if case is not None and case.weight_only:
         text += " weight-only"
-    return text + (f" {case['verdict']} !" if case is not None and not case["expected"] else "")
+    return text + (f" {case.verdict} !" if case is not None and not case.expected else "")
 
 
 def _skipped(reporter: Any, records: Records, hardware: Mapping[str, str], width: int) -> None:

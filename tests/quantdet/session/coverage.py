@@ -9,7 +9,7 @@ from quantdet.session.session import Session
 
 def coverage(matrix: Matrix, session: Session, records: Records) -> list[dict[str, str]]:
     """Every cell of the matrix: `tested`, or why not."""
-    tested = {_cell(case["properties"]) for case in records.cases}
+    tested = {f"{case.model}/{case.format}/{case.hardware}" for case in records.cases}
     broken = {_case_id(nodeid).partition("@")[0] for nodeid, _ in records.broken}
     reasons: dict[str, str] = {}
     for nodeid, reason in sorted(records.skipped):
@@ -39,10 +39,6 @@ def _why_not(session: Session, records: Records, cell: Cell) -> str:
     unsure = records.cut and not session.selected
     left = "not selected, or not reached before the run was cut short" if unsure else "not selected in this run"
     return left if None in reasons else f"{Verdict.UNAVAILABLE} {reasons[0]}"
-
-
-def _cell(properties: dict[str, str]) -> str:
-    return "/".join(properties.get(f"case.{name}", "") for name in ("model", "format", "hardware"))
 
 
 def _case_id(nodeid: str) -> str:

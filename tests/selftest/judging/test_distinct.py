@@ -22,7 +22,7 @@ def test_distinct_from_all() -> None:
     assert "DISTINCT from 2 of 2 formats; closest " in found.message
     closest = min(found.pairs, key=lambda one: one.l2)
     assert closest.b == found.figures["closest"]
-    assert ("distinct", "") == (found.figures["expectation"], found.figures["identical_to"])
+    assert ("distinct", []) == (found.figures["expectation"], found.figures["identical_to"])
 
 
 @pytest.mark.parametrize(("own", "peer"), [(GPTQ, CT), (CT, GPTQ)])
@@ -94,7 +94,7 @@ def test_declared_twins_pass(own: Observation, peer: Observation) -> None:
 
     assert (Verdict.IDENTICAL, True) == (found.verdict, found.expected)
     assert f"DISTINCT from 1 of 2 formats, IDENTICAL to {peer.header.format}" in found.message
-    assert peer.header.format == found.figures["identical_to"]
+    assert [peer.header.format] == found.figures["identical_to"]
     assert f"identical_to: {peer.header.format} (same)" == found.figures["expectation"]
 
 

@@ -98,7 +98,7 @@ def test_lifetimes_that_may_recompile_may_differ() -> None:
         cold = restart(lifetimes(None, (1, phase), caches="cold"), declared)
         warm = restart(lifetimes((1, phase), None), declared)
 
-        assert (Verdict.NOISY, True, "as found,as found,cold") == (cold.verdict, cold.expected, cold.figures["caches"])
+        assert (Verdict.NOISY, True, ["as found", "as found", "cold"]) == (cold.verdict, cold.expected, cold.figures["caches"])
         assert "1 of 3 lifetimes differ" in cold.message and "; the last one with cold caches; lifetime 2 " in cold.message
         assert "may_recompile: because [here]" == cold.figures["expectation"]
         assert warm.expected and "cold caches" not in warm.message

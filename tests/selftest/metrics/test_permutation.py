@@ -1,7 +1,7 @@
 """The exact permutation test over repeats, against scipy's, and what it decides between noisy formats."""
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from quantdet.judging.pairs import pair
 from quantdet.judging.verdicts import Verdict
 from quantdet.metrics.permutation import smallest, two_samples
 from quantdet.report import confidence
+from quantdet.report.case import Case
+from selftest.fakes.cases import a_pair, case
 from selftest.fakes.observation import observation
 from selftest.judging.test_pairs import judge, noisy
 
@@ -84,40 +86,36 @@ def test_few_repeats_cannot_show_that_noisy_formats_are_distinct() -> None:
     assert f"p = {found.p:.3g} by permuting repeats, smallest possible 0.1" in judge(*few).message
 
 
-def case(verdict: str, *pairs: tuple[float | None, str], p: float | None = None) -> dict[str, Any]:
+def a_case(verdict: str, *pairs: tuple[float | None, str], p: float | None = None) -> Case:
     """A case of a format with these pairs, or of a claim whose nearest format with other numbers has the p-value `p`."""
-    found = [{"a": "x", "b": "y", "p": value, "verdict": words} for value, words in pairs]
     compared = {"same": {"p": 0.9}, "far": {"p": 0.0001}, "near": {"p": p}}  # "same" has the claim's numbers
-    return {
-        "test": "test_x",
-        "verdict": verdict,
-        "pairs": found,
-        "properties": {},
-        "reexecution": None if p is None else {"own": ["base", "same"], "comparisons": compared},
-    }
+    return case(
+        "test_x", verdict, pairs=tuple(a_pair("x", "y", words, p=value) for value, words in pairs),
+        reexecution=None if p is None else {"own": ["base", "same"], "comparisons": compared},
+    )  # fmt: skip
 
 
 def test_multiplicity_is_over_every_case_that_rests_on_a_p_value() -> None:
     """A format's p-value is the largest of its distinct pairs; Holm over formats and claims; none where bits decide."""
-    exact = case("DISTINCT", (None, "DISTINCT"))
-    weak = case("DISTINCT", (0.001, "DISTINCT"), (0.03, "DISTINCT"))
-    lost = case("INDISTINCT", (0.001, "DISTINCT"), (0.5, "INDISTINCT"))
-    strong = case("IDENTICAL", (0.001, "DISTINCT"), (None, "IDENTICAL"))
+    exact = a_case("DISTINCT", (None, "DISTINCT"))
+    weak = a_case("DISTINCT", (0.001, "DISTINCT"), (0.03, "DISTINCT"))
+    lost = a_case("INDISTINCT", (0.001, "DISTINCT"), (0.5, "INDISTINCT"))
+    strong = a_case("IDENTICAL", (0.001, "DISTINCT"), (None, "IDENTICAL"))
 
     assert "" == confidence.multiplicity([exact])
     assert "1 cases rest on a p-value: of 1 that found a difference 1 stay after" in confidence.multiplicity([weak, exact])
-    both = confidence.multiplicity([weak, strong, case("UNDERPOWERED", p=0.04), exact])
+    both = confidence.multiplicity([weak, strong, a_case("UNDERPOWERED", p=0.04), exact])
     assert both.startswith("3 cases rest on a p-value: of 2 that found a difference 1 stay after Holm over the run")
     assert confidence.multiplicity([lost, strong]).startswith("2 cases rest on a p-value: of 1 that found a difference 1 stay")
     assert "of 1 that found a difference 0 stay" in confidence.multiplicity([weak, lost, lost])
-    assert "of 1 that found a difference 1 stay" in confidence.multiplicity([case("DETECTABLE", p=0.04)])
-    assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, case("DETECTABLE", p=0.04)])
+    assert "of 1 that found a difference 1 stay" in confidence.multiplicity([a_case("DETECTABLE", p=0.04)])
+    assert "of 3 that found a difference 1 stay" in confidence.multiplicity([weak, strong, a_case("DETECTABLE", p=0.04)])
 
 
 def test_a_question_is_no_further_test() -> None:
     """Its pairs are in the cases of its formats; counted again, they would make Holm's correction harder than it is."""
-    cases = [case("DISTINCT", (0.03, "DISTINCT"))]
-    again = [*cases, {**cases[0], "test": "test_question"}]
+    cases = [a_case("DISTINCT", (0.03, "DISTINCT"))]
+    again = [*cases, replace(cases[0], test="test_question")]
 
     assert confidence.multiplicity(again) == confidence.multiplicity(cases)
     assert "1 cases rest on a p-value: of 1 that found a difference 1 stay" in confidence.multiplicity(again)

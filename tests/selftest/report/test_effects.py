@@ -1,15 +1,14 @@
 """Formats against formats as the published tables print them, from hand-made records."""
 
 import json
-from dataclasses import asdict
 from itertools import combinations
-from typing import Any
 
 import pytest
 
-from quantdet.judging.pairs import pair
+from quantdet.judging.verdicts import Pair
 from quantdet.report import compared, effects
-from selftest.fakes.observation import observation
+from quantdet.report.case import Case
+from selftest.fakes.cases import a_pair, case
 
 AWQ, MARLIN, GPTQ = "awq", "awq_marlin", "gptq_marlin"
 # Published for an H100 (Floating_point_noise_GPU_verification, revision 0c12bda): prefill, row against column.
@@ -21,38 +20,15 @@ INF = float("inf")
 H100 = "qwen3-8b on sm90, vLLM 0.11.2"
 
 
-def a_pair(a: str, b: str, verdict: str = "DISTINCT", **figures: float | str | None) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "a": a, "b": b, "verdict": verdict, "l2": 1.0, "max_abs": 2.0, "differing": 12, "positions": 12, "decode_steps": 8,
-        "decode_l2": 0.5, "decode_published": 0.25, "decode_published_back": 0.25, "within": 0.0, "prefill_published": 0.75,
-        "prefill_published_back": 0.75, "p": None, "p_smallest": None, "basis": "prefill", "chosen_l2": None,
-        "chosen_max": None, "references": (),
-    }  # fmt: skip
-    assert set(figures) <= set(made)
-    return made | figures
-
-
-def swapped(pair: dict[str, Any]) -> dict[str, Any]:
-    back = {"a": pair["b"], "b": pair["a"]}
-    for name in ("prefill_published", "decode_published"):
-        back |= {name: pair[f"{name}_back"], f"{name}_back": pair[name]}
-    return pair | back
-
-
-def cases(*pairs: dict[str, Any], model: str = "qwen3-8b", vllm: str = "0.11.2") -> list[dict[str, Any]]:
+def cases(*pairs: Pair, model: str = "qwen3-8b", vllm: str = "0.11.2") -> list[Case]:
     """One record of test_distinct per format, each with its pairs as seen from it."""
-    names = dict.fromkeys(name for pair in pairs for name in (pair["a"], pair["b"]))
-    return [
-        {
-            "test": "test_distinct",
-            "properties": {"case.model": model, "case.hardware": "sm90", "case.vllm": vllm, "case.format": name},
-            "pairs": [p if p["a"] == name else swapped(p) for p in pairs if name in (p["a"], p["b"])],
-        }
-        for name in names
-    ]
+    names = dict.fromkeys(name for pair in pairs for name in (pair.a, pair.b))
+    where = {"model": model, "hardware": "sm90", "vllm": vllm}
+    own = {name: tuple(p if p.a == name else p.swapped for p in pairs if name in (p.a, p.b)) for name in names}
+    return [case("test_distinct", "DISTINCT", format=name, pairs=some, **where) for name, some in own.items()]
 
 
-def h100() -> list[dict[str, Any]]:
+def h100() -> list[Case]:
     return cases(
         *(
             a_pair(
@@ -64,7 +40,7 @@ def h100() -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
-def text(records: list[dict[str, Any]], width: int = 80, order: tuple[str, ...] = ()) -> str:
+def text(records: list[Case], width: int = 80, order: tuple[str, ...] = ()) -> str:
     return "\n".join(effects.within_hardware(records, order, width))
 
 
@@ -120,7 +96,7 @@ def test_the_mean_is_over_the_finite_pairs() -> None:
     assert "their own L2 is 7.00e+00 to 8.00e+00" in said
 
 
-def absent() -> list[dict[str, Any]]:
+def absent() -> list[Case]:
     """a and b by decode alone, without a published figure of prefill; a and c whole, of which a measured 0; b and c apart."""
     return cases(
         a_pair("a", "b", basis="decode", prefill_published=None, prefill_published_back=None, decode_published=None,
@@ -220,7 +196,7 @@ def test_places_are_not_mixed() -> None:
     said = text(records)
     results = "\n".join(effects.comparison_results(records, 80))
 
-    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [one.where for one in compared.places(records)]
+    assert [H100, "qwen3-8b on sm90, vLLM 0.12.0"] == [str(one.where) for one in compared.places(records)]
     assert "own L2: off-diagonal mean 3.00e+00" in said
     assert "own L2: off-diagonal mean 4.00e+00" in said
     assert "sm90 0.12.0" in " ".join(results.split())
@@ -232,15 +208,15 @@ def test_the_selected_of_many_get_their_matrix() -> None:
     every = cases(*(a_pair(a, b) for a, b in combinations(names, 2)))
 
     assert "a matrix is shown for up to 8, as with -k 'qwen3-8b and (f0 or f1)'" in " ".join(text(every).split())
-    (found,) = compared.places([one for one in every if one["properties"]["case.format"] in ("f0", "f1")])
+    (found,) = compared.places([one for one in every if one.format in ("f0", "f1")])
     assert (["f0", "f1"], [("f0", "f1")]) == (found.formats, list(found.pairs))
-    (alone,) = compared.places([one for one in every if one["properties"]["case.format"] == "f0"])
+    (alone,) = compared.places([one for one in every if one.format == "f0"])
     assert names == alone.formats
 
 
 def test_nothing_compared_is_nothing_said() -> None:
     """No pairs: no section, no property."""
-    records = [{"test": "test_repeat", "properties": {"case.model": "m", "case.hardware": "h"}, "pairs": []}]
+    records = [case()]
 
     assert ([], [], []) == (
         effects.within_hardware(records, (), 80), effects.comparison_results(records, 80), effects.properties(records),
@@ -300,10 +276,3 @@ def test_the_properties_hold_the_whole_matrix_in_one_line() -> None:
     assert [None, "inf", "inf"] == decode["published"]["matrix"][0]
     assert (None, 6) == (decode["published"]["mean"], decode["published"]["infinite"])
     assert 0.0193989 == decode["own_l2"]["matrix"][0][1]
-
-
-def test_the_records_of_observations_fit_the_tables() -> None:
-    """What `pair` makes of two observations has every field that the tables read."""
-    made = asdict(pair(observation("bf16"), observation("gptq", numerics="int4")))
-
-    assert set(a_pair("a", "b")) == set(made)

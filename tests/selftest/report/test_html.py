@@ -1,6 +1,7 @@
 """The HTML report: what it says, that nothing in it is obeyed, that the same cases give the same bytes."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from quantdet.report.html import data, gather, svg
 from quantdet.report.html import page as html_page
 from quantdet.report.html.__main__ import main
 from quantdet.report.record import Records
+from selftest.fakes.cases import a_pair, case
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, QUESTIONS, make_suite, setting
 from selftest.fakes.observation import changed_output, last_repeat, observation
@@ -338,7 +340,16 @@ def test_a_missing_folder_among_several_ends_the_run(suite: Suite, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no json\n", '{"kind": "run", "schema": 99}\n', '{"kind": "case"}\n', '{"kind": "x"}\n', "[]\n"]
+    "text",
+    [
+        "",
+        "no json\n",
+        '{"kind": "run", "schema": 99}\n',
+        '{"kind": "case"}\n',
+        '{"kind": "x"}\n',
+        "[]\n",
+        '{"kind": "run", "schema": 2}\n{"kind": "case", "nodeid": 5}\n',
+    ],
 )
 def test_what_is_no_data_file_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rendering again names the file."""
@@ -350,10 +361,15 @@ def test_what_is_no_data_file_is_refused(tmp_path: Path, text: str, capsys: pyte
 
 def test_numbers_that_json_does_not_have_come_back(tmp_path: Path) -> None:
     """An infinite distance stays one."""
-    run = {"schema": data.SCHEMA}
-    data.write(data.Data(run, [{"pairs": [{"l2": float("inf"), "max_abs": 1.5}], "text": "\x1b[1mx\ny"}]), tmp_path)
+    inf, nan = float("inf"), float("nan")
+    given = case(why="\x1b[1mx\ny", pairs=(a_pair("a", "b", l2=inf),), figures={"l2": inf, "max_abs_diff": nan, "runs": 5})
 
-    assert [{"pairs": [{"l2": float("inf"), "max_abs": 1.5}], "text": "x\ny"}] == data.read(tmp_path / "cases.jsonl").cases
+    data.write(data.Data({"schema": data.SCHEMA}, [given]), tmp_path)
+
+    (found,) = data.read(tmp_path / "cases.jsonl").cases
+    assert ("x\ny", (a_pair("a", "b", l2=inf),), inf, 5) == (found.why, found.pairs, found.number("l2"), found.runs)
+    assert math.isnan(found.figures["max_abs_diff"])
+    assert isinstance(found.runs, int)
 
 
 def test_scale_has_a_class_for_every_value() -> None:

@@ -1,12 +1,13 @@
 """The job summary of GitHub Actions: the same verdicts as elsewhere, and nothing of an engine's words that Markdown obeys."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from quantdet.report import markdown
+from quantdet.report.case import Case
 from quantdet.report.record import Records
+from selftest.fakes.cases import case
 from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import QUESTIONS, setting
 from selftest.whole.test_hidden_states import ASKED
@@ -14,12 +15,8 @@ from selftest.whole.test_hidden_states import ASKED
 pytest_plugins = ["pytester"]
 
 
-def case(verdict: str, message: str = "", **more: Any) -> dict[str, Any]:
-    properties = {"case.model": "m", "case.format": "f", "case.hardware": "h", "case.phase": "decode", "runs": "5", **more}
-    return {
-        "test": "test_repeat", "verdict": verdict, "expected": not message, "message": message, "properties": properties,
-        "pairs": [], "reexecution": None, "nodeid": "t.py::test_repeat[m/f/h-decode]",
-    }  # fmt: skip
+def a_case(verdict: str, message: str = "") -> Case:
+    return case("test_repeat", verdict, message=message, expected=not message, phase="decode", figures={"runs": 5})
 
 
 def test_a_run_appends_its_summary(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +37,7 @@ def test_a_run_appends_its_summary(suite: Suite, tmp_path: Path, monkeypatch: py
 
 def test_what_is_unexpected_comes_first_and_is_plain_text() -> None:
     """An engine's or a recording's words are shown, not obeyed."""
-    text = markdown.summary(Records([case("NOISY", "NOISY <img src=x> | [a](b) `c`\nnext")]), "1 unexpected")
+    text = markdown.summary(Records([a_case("NOISY", "NOISY <img src=x> | [a](b) `c`\nnext")]), "1 unexpected")
 
     assert "### Unexpected: 1 case, 1 cause\n\n- NOISY &lt;img src=x&gt; \\| \\[a\\](b) \\`c\\` next\n" in text
     assert "| f | **NOISY !** |" in text
@@ -74,4 +71,4 @@ def test_hidden_states_and_answers(suite: Suite, tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_without_questions_has_no_word_of_them() -> None:
-    assert "questions" not in markdown.summary(Records([case("BIT_EXACT")]), "fine")
+    assert "questions" not in markdown.summary(Records([a_case("BIT_EXACT")]), "fine")

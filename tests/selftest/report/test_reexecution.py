@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from quantdet.report import reexecution, reexecution_properties
+from quantdet.report.case import Case
+from selftest.fakes.cases import case
 
 INF = float("inf")
 # claimed -> verified -> nats; not symmetric: a claim of gptq is matched better by marlin than by gptq itself.
@@ -17,7 +19,7 @@ DECODE = {
 }
 
 
-def claim(claimed: str, distances: dict[str, float], **more: Any) -> dict[str, Any]:
+def claim(claimed: str, distances: dict[str, float], **more: Any) -> Case:
     """A record of test_reexecution; the published metric is half the suite's, prefill twice decode."""
 
     def metrics(factor: float) -> dict[str, dict[str, float]]:
@@ -41,26 +43,23 @@ def claim(claimed: str, distances: dict[str, float], **more: Any) -> dict[str, A
         "nearest": {nearest: 0.75, "awq" if nearest != "awq" else "gptq": 0.25},
         "identified": {"share": 0.75, "low": 0.58, "high": 0.87},
     }  # fmt: skip
-    return {
-        "test": "test_reexecution", "properties": {"case.model": "qwen3-8b", "case.hardware": "sm90"}, "pairs": [],
-        "reexecution": data | more,
-    }  # fmt: skip
+    return case("test_reexecution", "DETECTABLE", model="qwen3-8b", hardware="sm90", reexecution=data | more)
 
 
-def seed() -> list[dict[str, Any]]:
+def seed() -> list[Case]:
     return [claim(name, distances) for name, distances in DECODE.items()]
 
 
-def said(records: list[dict[str, Any]], width: int = 80) -> str:
+def said(records: list[Case], width: int = 80) -> str:
     return "\n".join(reexecution.whole(records, tuple(DECODE), width))
 
 
-def only(records: list[dict[str, Any]]) -> reexecution.Verification:
+def only(records: list[Case]) -> reexecution.Verification:
     (found,) = reexecution.verifications(records, tuple(DECODE))
     return found
 
 
-def snr(records: list[dict[str, Any]]) -> dict[tuple[str, str], float | None]:
+def snr(records: list[Case]) -> dict[tuple[str, str], float | None]:
     return {(row.a, row.b): row.snr for row in reexecution.ratios(only(records), "decode", "own_metric")}
 
 
@@ -165,9 +164,11 @@ def test_identification_says_share_interval_nearest_and_verdicts() -> None:
 def test_a_format_that_matches_better_and_one_with_the_same_numbers_are_told_apart() -> None:
     """DETECTABLE the wrong way round is NEARER; the same numbers enter no count, and are marked and last in the list."""
     records = seed()
-    records[0]["reexecution"] |= {"own": ["awq", "gptq"]}
-    records[0]["reexecution"]["comparisons"]["gptq"] |= {"verdict": "NOT_DETECTABLE"}
-    records[2]["reexecution"]["comparisons"]["awq"] |= {"difference": -5.0}
+    first, last = records[0].reexecution, records[2].reexecution
+    assert first is not None and last is not None
+    first |= {"own": ["awq", "gptq"]}
+    first["comparisons"]["gptq"] |= {"verdict": "NOT_DETECTABLE"}
+    last["comparisons"]["awq"] |= {"difference": -5.0}
 
     words = " ".join(said(records).split())
 
@@ -248,8 +249,8 @@ def test_the_properties_hold_everything_in_one_line() -> None:
 
 
 def test_without_re_executions_nothing_is_said() -> None:
-    """Records of other tests have None, or an older record nothing, under the name."""
-    records = [claim("awq", DECODE["awq"]) | {"reexecution": None}, {"test": "test_repeat", "properties": {}, "pairs": []}]
+    """Nor of a claim that could not be judged."""
+    records = [case("test_reexecution", "ERROR"), case()]
 
     assert ([], []) == (reexecution.whole(records, (), 80), reexecution_properties.properties(records))
 

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantdet.report import nearest, reexecution, tables
+from quantdet.report.case import Case
+from selftest.fakes.cases import case
 
 ALPHABETS = ("abc_", "def-", "ghi.", "0123", "jkl[", "4567")  # one for each column, so that its characters can be told
 LONG = st.text("abcdefgh_.-0123456789", min_size=1, max_size=64)
@@ -48,7 +50,7 @@ def test_a_name_is_broken_after_its_marks() -> None:
     assert "format  n\nbf16    5" == tables.fitted(("format", "n"), [("bf16", "5")], 80)
 
 
-def record(claimed: str, verified: list[str], own: list[str], verdict: str = "DETECTABLE") -> dict[str, object]:
+def record(claimed: str, verified: list[str], own: list[str], verdict: str = "DETECTABLE") -> Case:
     metric = {name: 0.001 * (1 + at) for at, name in enumerate(verified)}
     comparison = {"verdict": verdict, "difference": 0.0684, "low": 0.061, "high": 0.0749, "mde": 0.01, "snr": 48.2, "p": 0.01}
     data = {
@@ -57,8 +59,7 @@ def record(claimed: str, verified: list[str], own: list[str], verdict: str = "DE
         "distances": {phase: dict.fromkeys(("own_metric", "published"), metric) for phase in ("decode", "prefill")},
         "nearest": {claimed: 1.0}, "identified": {"share": 1.0, "low": 0.89, "high": 1.0},
     }  # fmt: skip
-    return {"test": "test_reexecution", "properties": {"case.model": "tiny", "case.hardware": "cpu"}, "pairs": [],
-            "reexecution": data}  # fmt: skip
+    return case("test_reexecution", verdict, model="tiny", hardware="cpu", reexecution=data)
 
 
 @given(names=st.lists(LONG, min_size=5, max_size=8, unique=True))
@@ -100,8 +101,8 @@ def test_what_is_nearer_or_not_told_is_said() -> None:
     """A claim that another format matches better, and one that the prompts do not tell apart."""
     names = ["bf16", "awq", "gptq", "int8", "fp8"]
     cases = [record(name, names, [name]) for name in names]
-    found = cases[0]["reexecution"]
-    assert isinstance(found, dict)
+    found = cases[0].reexecution
+    assert found is not None
     found["comparisons"]["awq"] = {**found["comparisons"]["awq"], "difference": -0.5, "low": -0.6, "high": -0.4}
     found["comparisons"]["fp8"] = {**found["comparisons"]["fp8"], "verdict": "NOT_DETECTABLE", "low": -0.01}
 

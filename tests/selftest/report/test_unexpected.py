@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from quantdet.report import entries, markdown
+from quantdet.report.case import Case, SharedCause
+from selftest.fakes import cases as made
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, QUESTIONS, setting
 from selftest.fakes.whole import AWQ, of
@@ -217,7 +219,7 @@ def test_the_command_of_an_entry_gives_the_same_entry(suite: Suite, extra: str, 
 def test_a_long_entry_fits_a_screen() -> None:
     """Of a hundred lines sixteen, of a hundred cases eight names; a first line of any length is cut."""
     cases = [
-        case(f"test_repeat[alpha/f{number}/h-decode]", cause={"cell": "alpha/f0/h", "first": "E " * 999, "detail": "x\n" * 99})
+        case(f"test_repeat[alpha/f{number}/h-decode]", cause=SharedCause("alpha/f0/h", "E " * 999, "x\n" * 99))
         for number in range(100)
     ]
 
@@ -231,13 +233,12 @@ def test_a_long_entry_fits_a_screen() -> None:
 
 def test_other_causes_and_other_cells_are_other_entries() -> None:
     """Neither the same words of two cells nor two causes of one are thrown together; what is expected is no entry."""
-    words = {"first": "ERROR x", "detail": ""}
     cases = [
-        case("test_kernel[m/a/h]", cause={"cell": "m/a/h", **words}),
-        case("test_kernel[m/b/h]", cause={"cell": "m/b/h", **words}),
-        case("test_distinct[m/b/h]", cause={"cell": "m/b/h", "first": "ERROR y", "detail": ""}),
+        case("test_kernel[m/a/h]", cause=SharedCause("m/a/h", "ERROR x", "")),
+        case("test_kernel[m/b/h]", cause=SharedCause("m/b/h", "ERROR x", "")),
+        case("test_distinct[m/b/h]", cause=SharedCause("m/b/h", "ERROR y", "")),
         case("test_repeat[m/c/h-decode]"), case("test_repeat[m/c/h-prefill]", "INVALID"), case("test_restart[m/c/h]"),
-        {**case("test_kernel[m/d/h]"), "expected": True},
+        case("test_kernel[m/d/h]", expected=True),
     ]  # fmt: skip
 
     assert [1] * 6 == [len(one.cases) for one in entries.of(cases)]
@@ -246,7 +247,7 @@ def test_other_causes_and_other_cells_are_other_entries() -> None:
 def test_figures_make_no_other_cause() -> None:
     """Of one cell: what was free, and where, is another figure each time. The first stands there as it was said."""
     said = ("MemoryError: 98.5 MiB taken at 0x7fa0", "MemoryError: 112 MiB taken at 0x1b")
-    cases = [case("test_kernel[m/a/h]", cause={"cell": "m/a/h", "first": first, "detail": ""}) for first in said]
+    cases = [case("test_kernel[m/a/h]", cause=SharedCause("m/a/h", first, "")) for first in said]
 
     assert [("MemoryError: 98.5 MiB taken at 0x7fa0", 2)] == [(one.first, len(one.cases)) for one in entries.of(cases)]
 
@@ -254,18 +255,16 @@ def test_figures_make_no_other_cause() -> None:
 def test_pairs_are_one_entry_as_far_as_they_reach() -> None:
     """A is said of B and C, B of A, C of A: one; D and E are another; another test's are its own."""
     among = [("a", "bc"), ("b", "a"), ("c", "a"), ("d", "e"), ("e", "d")]
-    cases = [case(f"test_distinct[m/{one}/h]", among=[f"m/{name}/h" for name in (one, *others)]) for one, others in among]
-    cases.append(case("test_versions[m/a/h]", among=["m/a/h", "m/b/h"]))
+    cases = [case(f"test_distinct[m/{one}/h]", among=tuple(f"m/{name}/h" for name in (one, *others))) for one, others in among]
+    cases.append(case("test_versions[m/a/h]", among=("m/a/h", "m/b/h")))
 
     found = entries.of(cases)
 
     assert [3, 2, 1] == [len(one.cases) for one in found]
-    assert found[0].own == cases[:3]
+    assert cases[:3] == found[0].own
 
 
-def case(name: str, verdict: str = "NOISY", **more: Any) -> dict[str, Any]:
+def case(name: str, verdict: str = "NOISY", **more: Any) -> Case:
     test = name.partition("[")[0]
-    return {
-        "nodeid": f"{test}.py::{name}", "test": test, "verdict": verdict, "expected": False, "message": f"{verdict} {name}",
-        **more,
-    }  # fmt: skip
+    given = {"nodeid": f"{test}.py::{name}", "expected": False, "message": f"{verdict} {name}"}
+    return made.case(test, verdict, **(given | more))

@@ -14,7 +14,9 @@ from quantdet.matrix.expectations import Expectations
 from quantdet.matrix.load import load
 from quantdet.metrics.bounds import flip_rate_upper
 from quantdet.report import confidence
+from quantdet.report.case import Case
 from quantdet.session import controls
+from selftest.fakes import cases as made
 from selftest.fakes.inner import Suite
 from selftest.fakes.judged import one_flip
 from selftest.fakes.matrix import MATRIX, expect, setting
@@ -153,14 +155,14 @@ def test_each_hardware_has_one_cell_of_each_control(tmp_path: Path, name: Any, w
     assert [wanted] == controls.Controls(session).cells(name)
 
 
-def case(controlled: str, runs: int = 5, verdict: str = "BIT_EXACT", hardware: str = "sm90", **more: str) -> dict[str, Any]:
-    properties = {"case.hardware": hardware, "controlled": controlled, "control": f"caught: {controlled}", "runs": str(runs)}
-    return {"test": "test_repeat", "verdict": verdict, "properties": {**properties, **more}}
+def case(controlled: str, runs: int = 5, verdict: str = "BIT_EXACT", hardware: str = "sm90", vllm: str = "") -> Case:
+    figures = {"controlled": controlled, "control": f"caught: {controlled}", "runs": runs}
+    return made.case("test_repeat", verdict, hardware=hardware, vllm=vllm, figures=figures)
 
 
 def test_what_counts_is_counted() -> None:
     """BIT_EXACT repeats whose hardware's controls were caught; none of them is said aloud."""
-    some = [case("yes"), case("missed"), case("no"), case("yes", verdict="NOISY"), {**case("yes"), "test": "test_restart"}]
+    some = [case("yes"), case("missed"), case("no"), case("yes", verdict="NOISY"), replace(case("yes"), test="test_restart")]
 
     assert "1 of 3 BIT_EXACT count" == confidence.counted(some)
     assert "2 of 2 BIT_EXACT count" == confidence.counted([case("yes"), case("yes")])
@@ -168,7 +170,7 @@ def test_what_counts_is_counted() -> None:
 
 
 def test_controls_are_reported_by_hardware_and_version() -> None:
-    cases = [case("yes"), case("missed", hardware="cpu"), case("no", **{"case.vllm": "0.26.0"})]
+    cases = [case("yes"), case("missed", hardware="cpu"), case("no", vllm="0.26.0")]
 
     assert {
         "sm90": "1 of 1 BIT_EXACT count: caught: yes",

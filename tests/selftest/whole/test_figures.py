@@ -30,6 +30,7 @@ from quantdet.report.html import reexecutions
 from quantdet.session import session
 from quantdet.session.cases import judge
 from quantdet.session.controls import Controls
+from selftest.fakes.cases import case
 from selftest.fakes.observation import observation
 
 # Fields whose default is 0, and why that is no figure that nobody computed.
@@ -196,11 +197,11 @@ def test_one_lifetime_has_no_spread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("timings", "text"), [({}, ""), ({"tokens_per_second": 0.0}, ""), ({"tokens_per_second": 12.34}, "12.3")]
+    ("timings", "rate"), [({}, None), ({"tokens_per_second": 0.0}, None), ({"tokens_per_second": 12.34}, 12.34)]
 )
-def test_a_rate_that_was_not_timed_is_empty(timings: dict[str, float], text: str) -> None:
+def test_a_rate_that_was_not_timed_is_none(timings: dict[str, float], rate: float | None) -> None:
     """Not 0.0, which would be an engine that stands still."""
-    assert text == judge._rate(timings)
+    assert rate == judge._rate(timings)
 
 
 def test_counts_of_speed_are_those_that_are_known() -> None:
@@ -209,14 +210,14 @@ def test_counts_of_speed_are_those_that_are_known() -> None:
         update={"timings": {"prefill_tokens_per_second": 50.0, "speed_rounds": 3.0}}
     )  # fmt: skip
     matrix: Any = type("Matrix", (), {"cells": list, "hardware": {}, "formats": {}})()
-    assert "rounds=3" == speed.properties(header, matrix)["tokens_per_second.n"]
+    assert {"rounds": 3} == speed.figures(header, matrix)["tokens_per_second.n"]
 
 
 def test_a_part_that_was_not_timed_is_blank() -> None:
     """A cell whose engine has no such part, beside one that has; and 0.0 where it took no time."""
-    cases: list[dict[str, Any]] = [
-        {"properties": {"case.model": "m", "case.hardware": "h", "case.format": name, "seconds": text}}
-        for name, text in (("a", "load=1.0 compile=2.0"), ("b", "load=0.0"))
+    cases = [
+        case(format=name, figures={"seconds": parts})
+        for name, parts in (("a", {"load": 1.0, "compile": 2.0}), ("b", {"load": 0.0}))
     ]
     (table,) = terminal.time_tables(terminal.Records(cases), 80)
     assert [["a", "1.0", "2.0", "3.0"], ["b", "0.0", "0.0"]] == [line.split() for line in table.splitlines()[2:]]

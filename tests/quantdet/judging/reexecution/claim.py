@@ -248,9 +248,9 @@ def _figures(recorded: Observation, gaps: Gaps, seen: _Seen) -> dict[str, object
         "kernel.executed": header.executed.summary if header.executed is not None else "",
         "source": _source(recorded),
         "l2": float(gaps["decode"][seen.base].own.mean()),
-        "identified": f"{nearest.own}/{len(nearest.nearest)} [{low:.4f}, {high:.4f}]",
+        "identified": {"own": nearest.own, "prompts": len(nearest.nearest), "low": low, "high": high},
         **{
-            f"distance.{phase}.{name}": f"own={float(one.own.mean()):.6g} published={float(one.published.mean()):.6g}"
+            f"distance.{phase}.{name}": {"own": float(one.own.mean()), "published": float(one.published.mean())}
             for phase, row in gaps.items()
             for name, one in row.items()
         },

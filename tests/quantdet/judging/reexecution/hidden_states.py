@@ -122,8 +122,8 @@ def judge(
         word = "tell more" if found.word == "supported" else "tell less"
     figures: dict[str, object] = {
         "hidden_states": f"{word}: {how}",
-        "hidden_states.identified": f"{found.nearest.own}/{prompts} [{low:.4f}, {high:.4f}]",
-        **{f"distance.hidden_states.{name}": f"{float(one.mean()):.6g}" for name, one in distances.items()},
+        "hidden_states.identified": {"own": found.nearest.own, "prompts": prompts, "low": low, "high": high},
+        **{f"distance.hidden_states.{name}": float(one.mean()) for name, one in distances.items()},
     }
     record: dict[str, object] = {
         "word": word, "signal": found.word, "closest": found.closest, "snr": found.snr, "snr_logprobs": logprobs.snr,

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantdet.report.case import Case
 from quantdet.report.record import place_of
 from quantdet.untrusted import plain
 
 CASES = "cases.jsonl"
-SCHEMA = 1
-Case = dict[str, Any]
+SCHEMA = 2  # of 1, figures were texts
 
 
 class DataError(ValueError):
@@ -34,7 +34,8 @@ class Data:
     broken: list[dict[str, str]] = field(default_factory=list)
 
     def lines(self) -> Iterable[str]:
-        kinds = (("run", [self.run]), ("case", self.cases), ("skipped", self.skipped), ("broken", self.broken))
+        cases = (case.to_json() for case in self.cases)
+        kinds = (("run", [self.run]), ("case", cases), ("skipped", self.skipped), ("broken", self.broken))
         for kind, rows in kinds:
             for row in rows:
                 yield json.dumps(_writable({"kind": kind, **row}), separators=(",", ":"), ensure_ascii=True)
@@ -48,15 +49,14 @@ def ordered(cases: Iterable[Case], order: dict[str, list[str]]) -> list[Case]:
         return (known.index(value) if value in known else len(known), value)
 
     def key(case: Case) -> tuple[Any, ...]:
-        p = case["properties"]
-        ranks = [rank(name, p.get(f"case.{name}", "")) for name in ("model", "hardware")]
         return (
-            *ranks,
-            p.get("case.vllm", ""),
-            rank("format", p.get("case.format", "")),
-            place_of(case["test"]),
-            case["test"],
-            case["nodeid"],
+            rank("model", case.model),
+            rank("hardware", case.hardware),
+            case.vllm,
+            rank("format", case.format),
+            place_of(case.test),
+            case.test,
+            case.nodeid,
         )
 
     return sorted(cases, key=key)
@@ -78,16 +78,25 @@ def read(path: Path) -> Data:
         DataError: not such a file.
     """
     rows: dict[str, list[dict[str, Any]]] = {"run": [], "case": [], "skipped": [], "broken": []}
+    numbers: list[int] = []  # of the lines of cases
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                rows[row.pop("kind")].append(_readable(row))
+                kind = row.pop("kind")
+                rows[kind].append(_readable(row))
+                numbers += [number] if kind == "case" else []
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(f"{path}: line {number}: no line of a {CASES}") from None
     if len(rows["run"]) != 1 or rows["run"][0].get("schema") != SCHEMA:
         raise DataError(f"{path}: needs one run of schema {SCHEMA}")
-    return Data(rows["run"][0], rows["case"], rows["skipped"], rows["broken"])
+    cases = []
+    for number, row in zip(numbers, rows["case"], strict=True):
+        try:
+            cases.append(Case.from_json(row))
+        except ValueError:
+            raise DataError(f"{path}: line {number}: no case of schema {SCHEMA}") from None
+    return Data(rows["run"][0], cases, rows["skipped"], rows["broken"])
 
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

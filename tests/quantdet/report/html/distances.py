@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from quantdet.judging.verdicts import Verdict
 from quantdet.metrics.classes import equivalence_classes
 from quantdet.report import compared, printed
+from quantdet.report.case import Case
 from quantdet.report.compared import Compared
 from quantdet.report.html import svg
-from quantdet.report.html.data import Case
 from quantdet.report.html.verdicts import Column, Tag, place, short, tag
 from quantdet.report.tables import nats
 
@@ -72,7 +73,7 @@ def heat(cases: Sequence[Case], order: Sequence[str]) -> tuple[list[Heat], svg.S
         several = [group for group in groups if len(group) > 1]
         made.append(
             Heat(
-                one.where,
+                str(one.where),
                 formats,
                 several,
                 maps,
@@ -127,14 +128,14 @@ def equal(cases: Sequence[Case]) -> list[Equal]:
     weights: dict[tuple[str, str], set[str]] = {}
     noisy: set[tuple[str, str, Column]] = set()
     for case in cases:
-        p = case["properties"]
-        if case["test"] != "test_repeat" or not p.get("logits.sha256"):
+        sha = case.text("logits.sha256")
+        if case.test != "test_repeat" or not sha:
             continue
         where = place(case)
-        shas.setdefault(p["case.model"], {}).setdefault((p["case.format"], where), {})[p["case.phase"]] = p["logits.sha256"]
-        weights.setdefault((p["case.model"], p["case.format"]), set()).add(p.get("checkpoint.sha256", ""))
-        if case["verdict"] == "NOISY":
-            noisy.add((p["case.model"], p["case.format"], where))
+        shas.setdefault(case.model, {}).setdefault((case.format, where), {})[case.phase] = sha
+        weights.setdefault((case.model, case.format), set()).add(case.text("checkpoint.sha256"))
+        if case.verdict is Verdict.NOISY:
+            noisy.add((case.model, case.format, where))
     made = []
     for model, known in shas.items():
         places = list(dict.fromkeys(where for _, where in known))
@@ -173,11 +174,10 @@ def drift(cases: Sequence[Case]) -> list[tuple[str, str, Tag, list[tuple[str, st
     """
     found = []
     for case in cases:
-        known, p = tag(case), case["properties"]
-        if case["test"] == "test_versions" and known is not None:
-            executed = [(version, short(p.get(f"kernel.executed@{version}", ""))) for version in p["versions"].split(",")]
-            l2 = f"{float(p['l2']):.3g}" if p.get("l2") else ""
-            found.append(
-                (f"{p['case.model']}/{p['case.format']}", p["case.hardware"], known, executed, l2, p.get("expectation", ""))
-            )
+        known = tag(case)
+        if case.test == "test_versions" and known is not None:
+            executed = [(version, short(case.text(f"kernel.executed@{version}"))) for version in case.names("versions")]
+            distance = case.number("l2")
+            l2 = "" if distance is None else f"{distance:.3g}"
+            found.append((f"{case.model}/{case.format}", case.hardware, known, executed, l2, case.expectation))
     return sorted(found, key=lambda row: row[2].word == "IDENTICAL")

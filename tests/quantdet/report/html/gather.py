@@ -4,12 +4,14 @@ import datetime
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from quantdet.report import entries, junit, rerun
-from quantdet.report.html.data import SCHEMA, Case, Data, ordered
+from quantdet.report.case import Case, SharedCause
+from quantdet.report.html.data import SCHEMA, Data, ordered
 from quantdet.report.record import Records
 from quantdet.report.run import Run
 
@@ -23,16 +25,19 @@ def gather(run: Run, records: Records, folder: Path) -> Data:
     root = run.root.resolve()
     cases = []
     known = ordered(records.cases, order)
-    commands = {case["nodeid"]: rerun.entry(run, found) for found in entries.of(known) for case in found.cases}
+    commands = {case.nodeid: rerun.entry(run, found) for found in entries.of(known) for case in found.cases}
     for case in known:
-        properties = {name: value for name, value in case["properties"].items() if not name.startswith("pair.")}
-        evidence = dict(case.get("evidence") or {})
-        row: Case = {**case, "message": _inside(case["message"], root), "properties": properties, "evidence": evidence}
-        row["link"] = _link(properties.get("observation", ""), run.evidence, folder)
-        row["detail"] = "" if case["expected"] else _inside(case["detail"], root)
-        row["cause"] = case["cause"] and {name: _inside(text, root) for name, text in case["cause"].items()}
-        row["command"] = commands.get(case["nodeid"], "")  # of the whole entry
-        cases.append(row)
+        cause = case.cause
+        shown = replace(
+            case,
+            message=_inside(case.message, root),
+            detail="" if case.expected else _inside(case.detail, root),
+            cause=cause and SharedCause(*(_inside(text, root) for text in (cause.cell, cause.first, cause.detail))),
+            evidence={name: value for name, value in case.evidence.items() if name != "environment"},
+            link=_link(case.text("observation"), run.evidence, folder),
+            command=commands.get(case.nodeid, ""),  # of the whole entry
+        )
+        cases.append(shown)
     about: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -44,7 +49,7 @@ def gather(run: Run, records: Records, folder: Path) -> Data:
         "suite": {name: _inside(text, root) for name, text in junit.properties(run, records) if not name.startswith(_APART)},
         "junit": "" if run.junit is None else _address(run.junit, folder),
         "titles": {"model": dict(run.models), "format": dict(run.formats), "hardware": dict(run.hardware)},
-        "environments": _environments(cases),
+        "environments": _environments(known),
         "coverage": [{name: _inside(text, root) for name, text in row.items()} for row in run.coverage],
     }
     skipped = [{"nodeid": nodeid, "reason": _inside(reason, root)} for nodeid, reason in sorted(records.skipped)]
@@ -56,13 +61,13 @@ def gather(run: Run, records: Records, folder: Path) -> Data:
 
 
 def _environments(cases: list[Case]) -> list[dict[str, Any]]:
-    """The environment of every place, taken out of the cases; facts that differ between its cells are a list."""
+    """The environment of every place, which no case says again; facts that differ between its cells are a list."""
     found: dict[tuple[str, str], dict[str, list[Any]]] = {}
     for case in cases:
-        environment = case["evidence"].pop("environment", None)
-        if environment is None:
+        if "environment" not in case.evidence:
             continue
-        facts = found.setdefault((case["properties"]["case.hardware"], case["evidence"]["vllm"]), {})
+        environment = dict(case.evidence["environment"])
+        facts = found.setdefault((case.hardware, case.evidence["vllm"]), {})
         variables = environment.pop("variables", None)
         if isinstance(variables, dict):
             environment |= {f"variable {name}": value for name, value in variables.items()}

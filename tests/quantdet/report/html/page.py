@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from quantdet.report import confidence, entries, printed, speed
+from quantdet.report.case import Case
 from quantdet.report.html import coverage, distances, questions, reexecutions, svg, verdicts
 from quantdet.report.html.data import CASES, Data
 
@@ -89,8 +90,8 @@ def facts(data: Data) -> list[tuple[str, str]]:
 
 def tiles(data: Data) -> list[tuple[str, str, str]]:
     """`(number, what, kind)`: the summary line in figures."""
-    wrong = sum(not case["expected"] for case in data.cases) + len(data.broken)
-    counts = Counter(case["verdict"] for case in data.cases)
+    wrong = sum(not case.expected for case in data.cases) + len(data.broken)
+    counts = Counter(case.verdict for case in data.cases)
     made = [
         (str(wrong), "unexpected", "bad" if wrong else "" if data.run.get("cut") else "good"),
         (str(len(data.cases)), "cases judged", ""),
@@ -105,9 +106,9 @@ def skips(data: Data) -> list[tuple[int, str]]:
     return [(count, reason) for reason, count in sorted(counts.items(), key=lambda row: (-row[1], row[0]))]
 
 
-def used(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def used(cases: list[Case]) -> list[tuple[str, str]]:
     """Symbols and words of this page, in the order of the suite's list."""
-    words = {case["verdict"] for case in cases}
+    words = {str(case.verdict) for case in cases}
     return [(verdicts.SYMBOLS[word], word) for word in verdicts.SYMBOLS if word in words]
 
 

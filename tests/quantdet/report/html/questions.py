@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantdet.report.html.data import Case
+from quantdet.report.case import Case
 from quantdet.report.html.verdicts import Tag, place, tag
 
 
@@ -21,14 +21,9 @@ def answered(cases: Sequence[Case]) -> list[Question]:
     found: dict[tuple[str, str], Question] = {}
     for case in cases:
         known = tag(case)
-        if case["test"] == "test_question" and known is not None:
-            p = case["properties"]
-            name, asks = p["case.format"], p.get("asks", "")
+        if case.test == "test_question" and known is not None:
+            name, asks = case.format, case.text("asks")
             question = found.setdefault((name, asks), Question(name, asks, []))
-            question.answers.append((f"{p['case.model']} on {place(case)}", known, answer(case)))
+            # Verdict and case stand beside it.
+            question.answers.append((f"{case.model} on {place(case)}", known, case.why))
     return list(found.values())
-
-
-def answer(case: Case) -> str:
-    """The message without the verdict and the case, which stand beside it."""
-    return str(case["why"])

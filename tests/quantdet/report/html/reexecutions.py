@@ -7,8 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from quantdet.report import reexecution as tables
+from quantdet.report.case import Case
 from quantdet.report.html import svg
-from quantdet.report.html.data import Case
 from quantdet.report.html.verdicts import Tag
 from quantdet.report.tables import nats
 
@@ -41,7 +41,7 @@ class Verified:
 
 
 def verified(cases: Sequence[Case], order: Sequence[str]) -> list[Verified]:
-    known = {_key(case["reexecution"]): case for case in cases if case.get("reexecution")}
+    known = {_key(case.reexecution): case for case in cases if case.reexecution}
     made = []
     for number, one in enumerate(tables.verifications(cases, order)):
         claims, estimates = [], []
@@ -77,14 +77,14 @@ def _claimed(
     one: tables.Verification, name: str, data: dict[str, Any], case: Case | None
 ) -> tuple[Claimed, svg.Estimate | None]:
     others = {other: found for other, found in data["comparisons"].items() if not one.marked(name, other)}
-    other = min(others, key=lambda key: float(others[key]["difference"]), default="")
+    other = min(others, key=lambda key: others[key]["difference"], default="")
     share = data["identified"]
     identified = f"{share['share']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
-    verdict = Tag(case["verdict"], case["message"], case["expected"]) if case is not None else None
+    verdict = Tag(case.verdict, case.message, case.expected) if case is not None else None
     if not other:
         return Claimed(name, one.own(name) or "none", identified, "none", "", "", "", "", verdict), None
     found = others[other]
-    low, high, value = (float(found[key]) for key in ("low", "high", "difference"))
+    low, high, value = (found[key] for key in ("low", "high", "difference"))
     row = Claimed(
         name, one.own(name) or "none", identified, other, nats(value), f"[{nats(low)}, {nats(high)}]",
         tables.times(found["snr"]), nats(found["mde"]), verdict,

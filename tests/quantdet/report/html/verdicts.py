@@ -7,9 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from quantdet.report import hidden_states, speed
+from quantdet.report.case import Case, Place
+from quantdet.report.figures import rate
+from quantdet.report.figures import text as figure_text
 from quantdet.report.html import svg
-from quantdet.report.html.data import Case
-from quantdet.report.tables import place as tables_place
 
 SYMBOLS = {
     "BIT_EXACT": "=", "NOISY": "~", "CONFIRMED": "\N{CHECK MARK}", "DISTINCT": "\N{NOT EQUAL TO}",
@@ -55,8 +56,8 @@ class Tag:
 def tag(case: Case | None) -> Tag | None:
     if case is None:
         return None
-    note = "weight-only" if case["properties"].get("kernel.weight_only") == "True" else ""
-    return Tag(case["verdict"], case["message"], case["expected"], note, case["test"] != "test_distinct")
+    note = "weight-only" if case.weight_only else ""
+    return Tag(case.verdict, case.message, case.expected, note, case.test != "test_distinct")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Column:
 
 
 def place(case: Case) -> Column:
-    return Column(case["properties"]["case.hardware"], case["properties"].get("case.vllm", ""))
+    return Column(case.hardware, case.vllm)
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,15 @@ def tables(cases: Sequence[Case]) -> list[Table]:
     """One per model; rows are formats, groups of columns are places."""
     models: dict[str, list[Case]] = {}
     for case in cases:
-        if case["test"] in _CELL_TESTS:
-            models.setdefault(case["properties"]["case.model"], []).append(case)
+        if case.test in _CELL_TESTS:
+            models.setdefault(case.model, []).append(case)
     made = []
     for model, group in models.items():
         cells: dict[tuple[str, Column], dict[str, Case]] = {}
         for case in group:
-            name = case["test"].removeprefix("test_")
-            phase = case["properties"]["case.phase"]
-            name = {"repeat": phase, "hidden_states": f"hidden_states {phase}"}.get(name, name)
-            cells.setdefault((case["properties"]["case.format"], place(case)), {})[name] = case
+            name = case.test.removeprefix("test_")
+            name = {"repeat": case.phase, "hidden_states": f"hidden_states {case.phase}"}.get(name, name)
+            cells.setdefault((case.format, place(case)), {})[name] = case
         places = list(dict.fromkeys(where for _, where in cells))
         formats = list(dict.fromkeys(format_ for format_, _ in cells))
         names = ("decode", "prefill", "kernel", "distinct", "restart")
@@ -131,7 +131,7 @@ def tables(cases: Sequence[Case]) -> list[Table]:
     return made
 
 
-def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]]) -> Entry | None:
+def _entry(cases: dict[str, Case] | None, paces: dict[Place, dict[str, speed.Pace]]) -> Entry | None:
     if cases is None:
         return None
     tags = {name: found for name, case in cases.items() if (found := tag(case)) is not None}
@@ -139,33 +139,35 @@ def _entry(cases: dict[str, Case] | None, paces: dict[str, dict[str, speed.Pace]
         tags[LAYERS] = layers
     hidden, logits = hidden_states.cases_of(cases), hidden_states.others(cases)
     some = cases.get("decode") or cases.get("prefill") or (logits or hidden)[0]
-    p = some["properties"] if logits else {**some["properties"], "runs": "", "flip_rate_upper95": "", "first_divergence": ""}
+    some = some if logits else some.without("runs", "flip_rate_upper95", "first_divergence")
     judged = [cases["kernel"]] if "kernel" in cases else []  # of several lifetimes it names the one that it is about
-    executed = next(filter(None, (case["properties"].get("kernel.executed", "") for case in (*judged, *cases.values()))), "")
-    bound = p.get("flip_rate_upper95", "")
-    pace = paces.get(tables_place(p), {}).get(p["case.format"])
-    expected = dict.fromkeys(filter(None, (case["properties"].get("expectation", "") for case in cases.values())))
+    executed = next(filter(None, (case.executed for case in (*judged, *cases.values()))), "")
+    bound = "" if some.flip_rate is None else f"{some.flip_rate:.3g}"
+    runs = str(some.runs) if bound and some.runs is not None else ""
+    pace = paces.get(some.place, {}).get(some.format)
+    expected = dict.fromkeys(filter(None, (case.expectation for case in cases.values())))
+    distinct = cases.get("distinct", some)
     figures = [
-        ("requested", next(filter(None, (c["properties"].get("kernel.requested", "") for c in cases.values())), "")),
+        ("requested", next(filter(None, (one.requested for one in cases.values())), "")),
         ("executed", executed),
-        ("repeats n", p.get("runs", "") if bound else ""),
-        ("flip rate below", f"{float(bound):.3g} per call, at 95 %" if bound else ""),
+        ("repeats n", runs),
+        ("flip rate below", f"{bound} per call, at 95 %" if bound else ""),
         *_speeds(pace),
-        ("tokens per second, all captured", p.get("tokens_per_second", "")),
-        ("control", p.get("control", "")),
-        ("same numerics as", (cases.get("distinct", some))["properties"].get("identical_to", "")),
-        ("closest format", (cases.get("distinct", some))["properties"].get("closest", "")),
-        ("first divergence", p.get("first_divergence", "")),
+        ("tokens per second, all captured", figure_text("tokens_per_second", some.number("tokens_per_second"))),
+        ("control", some.text("control")),
+        ("same numerics as", ",".join(distinct.names("identical_to"))),
+        ("closest format", distinct.text("closest")),
+        ("first divergence", some.text("first_divergence")),
         ("first divergent layer", _first(cases, "first_divergent_layer")),
-        *((f"hidden states, {case['properties']['case.phase']}", case["message"]) for case in hidden),
+        *((f"hidden states, {case.phase}", case.message) for case in hidden),
         ("expectation", " | ".join(expected)),
     ]  # fmt: skip
-    bundle, link = _first(cases, "bundle"), next(filter(None, (c.get("link", "") for c in cases.values())), "")
+    bundle, link = _first(cases, "bundle"), next(filter(None, (one.link for one in cases.values())), "")
     links = [(text, target) for text, target in (("observation", link), ("bug bundle", bundle)) if target]
-    decode = (
-        "" if pace is None else pace.decode + (f" (\N{MULTIPLICATION SIGN}{pace.decode_ratio})" if pace.decode_ratio else "")
-    )
-    parts = (("n", p.get("runs", "") if bound else ""), ("flips <", f"{float(bound):.3g}" if bound else ""))
+    decode = "" if pace is None else rate(pace.decode)
+    if pace is not None and pace.decode_ratio is not None:
+        decode += f" (\N{MULTIPLICATION SIGN}{speed.times(pace.decode_ratio)})"
+    parts = (("n", runs), ("flips <", bound))
     sample = ", ".join(f"{name} {text}" for name, text in parts if text)
     return Entry(tags, short(executed), decode, [(name, text) for name, text in figures if text], links, sample)
 
@@ -174,15 +176,16 @@ def _speeds(pace: speed.Pace | None) -> list[tuple[str, str]]:
     if pace is None:
         return []
     rows = (("decode", pace.decode, pace.decode_ratio), ("prefill", pace.prefill, pace.prefill_ratio))
-    return [
-        (f"{phase} tokens per second", f"{figure}{f', {ratio} of that of {pace.baseline}' if ratio else ''} ({pace.n})")
-        for phase, figure, ratio in rows
-        if figure
-    ]
+    n = figure_text("tokens_per_second.n", pace.n)
+    found = []
+    for phase, value, ratio in rows:
+        beside = f", {speed.times(ratio)} of that of {pace.baseline}" if ratio is not None else ""
+        found += [(f"{phase} tokens per second", f"{rate(value)}{beside} ({n})")] if value is not None else []
+    return found
 
 
 def _first(cases: dict[str, Case], name: str) -> str:
-    return next(filter(None, (case["properties"].get(name, "") for case in cases.values())), "")
+    return next(filter(None, (case.text(name) for case in cases.values())), "")
 
 
 def short(executed: str) -> str:
@@ -197,10 +200,9 @@ def controls(cases: Sequence[Case]) -> list[tuple[str, str, Tag, str]]:
     found = []
     for case in cases:
         known = tag(case)
-        if case["test"] not in _CELL_TESTS + _APART and known is not None:
-            p = case["properties"]
-            cell = f"{p['case.model']}/{p['case.format']} on {place(case)}"
-            found.append((case["test"].removeprefix("test_").replace("_", " "), cell, known, case["message"]))
+        if case.test not in _CELL_TESTS + _APART and known is not None:
+            cell = f"{case.model}/{case.format} on {place(case)}"
+            found.append((case.test.removeprefix("test_").replace("_", " "), cell, known, case.message))
     return found
 
 
@@ -218,17 +220,17 @@ def kernels(cases: Sequence[Case]) -> list[Kernels]:
     found: dict[tuple[str, Column], Kernels] = {}
     for case in cases:
         known = tag(case)
-        if case["test"] != "test_kernel" or not case["evidence"].get("layers") or known is None:
+        if case.test != "test_kernel" or not case.evidence.get("layers") or known is None:
             continue
-        p, where = case["properties"], place(case)
+        where = place(case)
         executed: dict[str, list[str]] = {}
-        for kind, module, name, count in case["evidence"]["layers"]:
+        for kind, module, name, count in case.evidence["layers"]:
             if kind in ("linear", "moe"):
                 executed.setdefault(str(name), []).append(f"{module} \N{MULTIPLICATION SIGN}{count}")
         parts = [(name, ", ".join(modules)) for name, modules in executed.items()]
-        row = (p["case.format"], p.get("kernel.requested", ""), known, parts,
-               ", ".join(case["evidence"].get("attention", ())), case["evidence"].get("mode", ""))  # fmt: skip
-        found.setdefault((p["case.model"], where), Kernels(p["case.model"], where, [])).rows.append(row)
+        row = (case.format, case.requested, known, parts,
+               ", ".join(case.evidence.get("attention", ())), case.evidence.get("mode", ""))  # fmt: skip
+        found.setdefault((case.model, where), Kernels(case.model, where, [])).rows.append(row)
     return list(found.values())
 
 
@@ -248,17 +250,16 @@ def noisy(cases: Sequence[Case]) -> list[Noisy]:
     found = []
     for number, case in enumerate(cases):
         known = tag(case)
-        seen: list[dict[str, Any]] = case["evidence"].get("noise") or []
+        seen: list[dict[str, Any]] = case.evidence.get("noise") or []
         if not seen or known is None:
             continue
-        p = case["properties"]
-        cell = f"{p['case.model']}/{p['case.format']} on {place(case)}"
-        what = p["case.phase"] if case["test"] == "test_repeat" else "restart"
+        cell = f"{case.model}/{case.format} on {place(case)}"
+        what = case.phase if case.test == "test_repeat" else "restart"
         grids = []
         for index, one in enumerate(seen):
             text = f"prompt {one['prompt']}, {one['phase']}: {one['differing']} of {one['runs']} runs differ"
             text += f", first at position {one['first']} of {one['positions']}"
             rows = [(str(label), str(row)) for label, row in one["rows"]]
             grids.append((text, svg.grid(f"noise-{number}-{index}", f"{cell}, {text}", rows, one["positions"], one["span"])))
-        found.append(Noisy(cell, what, known, p.get("first_divergent_layer", ""), p.get("bundle", ""), grids))
+        found.append(Noisy(cell, what, known, case.text("first_divergent_layer"), case.text("bundle"), grids))
     return found

@@ -16,13 +16,13 @@ from quantdet.matrix.cell import Cell, Phase
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
-from quantdet.report.record import EVIDENCE, JUDGEMENT
-from quantdet.report.tables import figure
+from quantdet.report.figures import text
+from quantdet.report.record import EVIDENCE, FIGURES, JUDGEMENT
 from quantdet.session import bundles, questions, reexecution
 from quantdet.session.controls import Controls, Name, cause_of
 from quantdet.session.session import Session
 
-# Every case that ran has these properties, in this order; "" where a figure does not apply.
+# Every case that ran has these properties, in this order; empty where a figure does not apply.
 PROPERTIES = (
     "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
     "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second",
@@ -229,7 +229,7 @@ class Judge:
     def _say(self, judgement: Judgement, observations: tuple[Observation, ...]) -> None:
         __tracebackhide__ = True
         judgement = bundles.added(self.session, self.item, judgement, observations)
-        figures: dict[str, Any] = dict.fromkeys(PROPERTIES, "")
+        figures: dict[str, Any] = dict.fromkeys(PROPERTIES)
         # What repeats say is the figures of these tests too; of lifetimes, of hidden states and of seeded defects it would be
         # another's.
         own = any(map(self.item.get_closest_marker, ("control", "several_lifetimes", "hidden_states")))
@@ -237,16 +237,16 @@ class Judge:
             known = self.session.expectations(observations[0].cell)
             figures |= repeat.repeat(observations, self._phase(), known).figures
             if self.item.get_closest_marker("compares_formats"):  # how far repeats are apart is not how far formats are
-                figures |= dict.fromkeys(("first_divergence", "max_abs_diff", "l2"), "")
+                figures |= dict.fromkeys(("first_divergence", "max_abs_diff", "l2"))
         if observations:
             header = observations[0].header
             figures |= {
-                "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation") or "",
+                "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation") or None,
                 "lifetimes": len(observations),
-                "kernel.executed": header.executed.summary if header.executed is not None else "",
+                "kernel.executed": header.executed.summary if header.executed is not None else None,
                 "checkpoint.sha256": header.checkpoint_sha256,
                 "tokens_per_second": _rate(header.timings),
-                **speed.properties(header, self.session.matrix),
+                **speed.figures(header, self.session.matrix),
                 "seconds": _seconds(header.timings),
                 "observation": self._relative(observations[0]),
             }
@@ -258,9 +258,10 @@ class Judge:
             figures[f"pair.{pair.a}.{pair.b}" if asked else f"pair.{pair.b}"] = pair.figures
         figures["case.phase"] = figures.pop("phase", "") or self._phase()
         figures.pop("kernel.requested", None)  # already there
-        self.item.user_properties.extend((name, "" if value is None else str(value)) for name, value in figures.items())
+        self.item.user_properties.extend((name, text(name, value)) for name, value in figures.items())
+        self.item.stash[FIGURES] = figures
         if self.session.options.report is not None:
-            self.item.stash[EVIDENCE] = evidence.of(judgement, observations, getattr(self.item, "originalname", ""))
+            self.item.stash[EVIDENCE] = evidence.of(judgement, observations, getattr(self.item, "originalname", "")) or {}
         self.item.stash[JUDGEMENT] = judgement
         judgement.enforce()
 
@@ -275,12 +276,12 @@ class Judge:
         return "/".join(observation.path.parts[-5:]) if observation.path is not None else ""
 
 
-def _rate(timings: dict[str, float]) -> str:
-    """Tokens per second of the capturing calls; empty where nothing was timed (a rate of 0 was no measurement either)."""
+def _rate(timings: dict[str, float]) -> float | None:
+    """Tokens per second of the capturing calls; None where nothing was timed (a rate of 0 was no measurement either)."""
     rate = timings.get("tokens_per_second")
-    return figure(rate) if rate else ""
+    return rate or None
 
 
-def _seconds(timings: dict[str, float]) -> str:
-    """The first lifetime's time by part, for example `import=0.0 start=5.1 load=0.8 prepare=0.2 compile=1.0 measure=1.3`."""
-    return " ".join(f"{part.removesuffix('_s')}={figure(timings[part])}" for part in PARTS if part in timings)
+def _seconds(timings: dict[str, float]) -> dict[str, float]:
+    """The first lifetime's time by part, for example `import`, `start`, `load`, `measure`; of those that were timed."""
+    return {part.removesuffix("_s"): timings[part] for part in PARTS if part in timings}

@@ -100,12 +100,10 @@ def require(session: pytest.Session) -> None:
     wanted = config.stash[SESSION].options.require_hardware
     if wanted is None or hasattr(config, "workerinput") or config.getoption("collectonly"):
         return
-    missed = [c for c in config.stash[RECORDS].cases if c["properties"].get("controlled") == "missed"]
+    missed = [c for c in config.stash[RECORDS].cases if c.text("controlled") == "missed"]
     if missed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        config.get_terminal_writer().line(
-            f"--require-hardware: controls missed: {missed[0]['properties']['control']}", red=True
-        )
-    measured = any(case["properties"]["case.hardware"] == wanted for case in config.stash[RECORDS].cases)
+        config.get_terminal_writer().line(f"--require-hardware: controls missed: {missed[0].text('control')}", red=True)
+    measured = any(case.hardware == wanted for case in config.stash[RECORDS].cases)
     if not measured and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
