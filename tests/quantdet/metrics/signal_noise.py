@@ -21,7 +21,7 @@ Distances = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Snr:
-    """Signal over noise as published. `snr` is `inf` when only the noise is 0, None when both are."""
+    """Signal and noise, nats, and their ratio (`ratio`)."""
 
     signal: float
     noise: float
@@ -50,37 +50,18 @@ class Comparison:
     smallest_p: float
 
 
-def published_snr(means: Distances, claimed: Sequence[str], verified: Sequence[str]) -> dict[tuple[str, str], Snr]:
-    """Signal, noise and SNR per pair of formats, as published.
+def published_snr(cross: tuple[float, float], own: tuple[float, float]) -> Snr:
+    """Signal, noise and SNR of one pair of formats i and j, as published: means of both directions and of both diagonals.
 
-    signal = (D[i,j] + D[j,i]) / 2, noise = (D[i,i] + D[j,j]) / 2, of means over prompts. Source:
-    Floating_point_noise_GPU_verification (Cankaya), revision 0c12bda.
-
-    Known bias: the average of both directions hides a claim that another format matches better than its own. Use it beside
-    published figures only; `directional` otherwise.
+    Source: Floating_point_noise_GPU_verification (Cankaya), revision 0c12bda. Known bias: the average of both directions hides
+    a claim that another format matches better than its own. Use it beside published figures only; `directional` otherwise.
 
     Args:
-        means: float64 (C, V), nats.
-        claimed, verified: the names of rows and columns, each once.
-
-    Returns:
-        one entry per unordered pair of names that are both claimed and verified, in the order of `claimed`.
-
-    Raises:
-        ValueError: names and shape do not fit, a name is there twice, or a distance is negative or not finite.
+        cross: D[i, j] and D[j, i], means over prompts, nats; `inf` where tokens part.
+        own: D[i, i] and D[j, j].
     """
-    check_distances(means, 2)
-    check_names(claimed, len(means))
-    check_names(verified, means.shape[1])
-    row, column = ({name: at for at, name in enumerate(names)} for names in (claimed, verified))
-    both = [name for name in claimed if name in column]
-    found = {}
-    for at, i in enumerate(both):
-        for j in both[at + 1 :]:
-            signal = float(means[row[i], column[j]] + means[row[j], column[i]]) / 2
-            noise = float(means[row[i], column[i]] + means[row[j], column[j]]) / 2
-            found[i, j] = Snr(signal, noise, _ratio(signal, noise))
-    return found
+    signal, noise = sum(cross) / 2, sum(own) / 2
+    return Snr(signal, noise, ratio(signal, noise))
 
 
 def directional(d_ij: Distances, d_ii: Distances, seed: int, resamples: int = 2000) -> Comparison:
@@ -106,7 +87,7 @@ def directional(d_ij: Distances, d_ii: Distances, seed: int, resamples: int = 20
     p, smallest = sign_flip(differences, seed)
     signal, noise = mean(d_ij), mean(d_ii)
     return Comparison(
-        len(differences), signal, noise, _ratio(signal, noise), mean(differences), low, high,
+        len(differences), signal, noise, ratio(signal, noise), mean(differences), low, high,
         minimum_detectable(differences), p, smallest,
     )  # fmt: skip
 
@@ -128,10 +109,12 @@ def energy(cross: float, within_claimed: float, within_verified: float) -> float
     return 2 * cross - within_claimed - within_verified
 
 
-def _ratio(signal: float, noise: float) -> float | None:
+def ratio(signal: float, noise: float) -> float | None:
+    """`inf` where only the noise is 0; None where the two say nothing (0 over 0, inf over inf)."""
     if noise == 0:
         return math.inf if signal > 0 else None
-    return signal / noise
+    value = signal / noise
+    return None if math.isnan(value) else value
 
 
 def mean(values: Distances) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantdet.metrics.signal_noise import published_snr, ratio
 from quantdet.report.case import Case
 from quantdet.report.tables import broken, joined, matrix, nats, prose, render, table
 
@@ -167,17 +168,9 @@ def ratios(one: Verification, phase: str, metric: str) -> list[Ratio]:
             own_a, own_b = one.distance(phase, metric, a, as_a), one.distance(phase, metric, b, as_b)
             if as_a == as_b or forth is None or back is None or own_a is None or own_b is None:
                 continue
-            signal, noise = (forth + back) / 2, (own_a + own_b) / 2
-            found.append(Ratio(a, b, signal, noise, ratio(signal, noise), ratio(forth, own_a), ratio(back, own_b)))
+            both = published_snr((forth, back), (own_a, own_b))
+            found.append(Ratio(a, b, both.signal, both.noise, both.snr, ratio(forth, own_a), ratio(back, own_b)))
     return sorted(found, key=lambda row: (row.snr is None, -(row.snr or 0.0), row.a, row.b))
-
-
-def ratio(signal: float, noise: float) -> float | None:
-    """`inf` where only the noise is 0; None where the two say nothing (0 over 0, inf over inf)."""
-    if noise == 0:
-        return math.inf if signal > 0 else None
-    value = signal / noise
-    return None if math.isnan(value) else value
 
 
 def overall(found: Sequence[Ratio]) -> tuple[float, float, float | None, float | None, int]:
