@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from quantdet.engines.process import interrupts, process
-from quantdet.report import cut, elsewhere, html, junit, markdown, progress, record, terminal, unexpected
+from quantdet.report import absent_hardware, html, interrupted, junit_suite, markdown, progress, record, terminal, unexpected
 from quantdet.report.run import RUN
-from quantdet.session import header, options, starting, telling
+from quantdet.session import header, make_run, make_session, options
 from quantdet.session.cases import collect, workers
 from quantdet.session.cases.judge import Judge
 from quantdet.session.controls import CONTROLS, Controls
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     config.add_cleanup(interrupts.install())
     workers.refuse_reruns(config)
-    session = starting.session_of(config, _PROMPTS)
+    session = make_session.session_of(config, _PROMPTS)
     session.measuring.on_start = progress.announcer(config)
     config.stash[SESSION] = session
     config.stash[CONTROLS] = Controls(session)
@@ -99,28 +99,28 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
     """Percentages are of the cases that are shown."""
-    with elsewhere.uncounted(session):
+    with absent_hardware.uncounted(session):
         return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Cases of hardware that is not here run unannounced."""
-    return elsewhere.protocol(item, nextitem)
+    return absent_hardware.protocol(item, nextitem)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """The case's record rides on its report."""
     report = yield
-    elsewhere.attach(item, report)
+    absent_hardware.attach(item, report)
     return record.attach(item, call, report)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
     """Cases of hardware that is not here have no letter."""
-    return elsewhere.status(report, config)
+    return absent_hardware.status(report, config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -132,10 +132,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What the run is goes to the reports: JUnit properties, page, job summary."""
-    cut.finish(session)
+    interrupted.finish(session)
     if not hasattr(session.config, "workerinput"):
-        session.config.stash[RUN] = telling.run_of(session.config)
-    junit.finish(session)
+        session.config.stash[RUN] = make_run.run_of(session.config)
+    junit_suite.finish(session)
     html.finish(session)
     markdown.append(session)
     session.config.stash[SESSION].measuring.close()

@@ -25,7 +25,7 @@ _REASONS = re.compile(
     r"|what\(\):\s+\S.*|(?:CUDA|HIP|NCCL|cuBLAS|cuDNN) (?:driver )?error\b.*|Fatal Python error: .*|.*: Assertion .* failed.*"
     r"|.*(?:symbol lookup error|error while loading shared libraries|undefined symbol): .*)"
 )
-_EXCERPT = "    | "  # how `engines.ended` quotes a log
+_EXCERPT = "    | "  # how `engines.process.ended` quotes a log
 _MOST = 1 << 16
 _LONGEST = 400
 

@@ -6,8 +6,8 @@ from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.matrix.expectations import Expectations
 from quantdet.observations.comparable import comparable
-from quantdet.observations.defects import FLIPS
 from quantdet.observations.observation import Observation
+from quantdet.observations.seeded_flips import FLIPS
 
 _NOTHING = Expectations(())
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from quantdet.judging.differences import at
-from quantdet.judging.numerics import Sameness, same_kernels, sameness
 from quantdet.judging.pairs import pair
 from quantdet.judging.reported import qualified
+from quantdet.judging.same_numerics import Sameness, same_kernels, sameness
 from quantdet.judging.verdicts import Judgement, Pair, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expect, Expectations
@@ -25,7 +25,7 @@ def distinctness(
 ) -> Judgement:
     """Can this format be told from every other format of its model measured on this hardware?
 
-    Formats that are the same numerics (`numerics.sameness`) have to be IDENTICAL, all others DISTINCT, unless a row of the
+    Formats that are the same numerics (`same_numerics.sameness`) have to be IDENTICAL, all others DISTINCT, unless a row of the
     matrix declares a departure.
 
     `compare`: `pair`, or one that remembers what it has compared. `spreads`: by cell, how far its engine lifetimes are

@@ -74,7 +74,7 @@ class Pair:
     published decode metric, `inf` where tokens part. The published metric takes the ids of its first side, so it has a
     direction: `a` to `b`, and back;
     within: largest distance within either format, where both were repeated;
-    chosen_l2, chosen_max: published figures of reports of the generated tokens' logprobs alone (`distance.published_chosen`,
+    chosen_l2, chosen_max: published figures of reports of the generated tokens' logprobs alone (`distances.published_chosen`,
     first repeats, also after the tokens have parted); references: the prompts of two reports, one by one;
     p: of the exact permutation test over repeats, where one of the formats is noisy in prefill, and p_smallest, what these
     numbers of repeats could reach; None where bits decide.

@@ -34,7 +34,7 @@ class Expect(Row):
     `default`: no departure, whatever the rows behind it say of the cell (with a phase: of its noise there). For files of
     somebody's own, whose rows come first.
 
-    `identical_to`, `distinct_from`: another answer than `numerics.sameness` derives; `may_be_identical_to`: either passes.
+    `identical_to`, `distinct_from`: another answer than `same_numerics.sameness` derives; `may_be_identical_to`: either passes.
 
     `match`: a regular expression that the engine's refusal has to match (outcome `unsupported`). `max_rows`: the noise
     is in forward passes of at most this many rows (tokens); a longer prompt has to be exact. `min_rows`: of at least this many;

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from quantdet.matrix import beneath, like, mistakes, pins
+from quantdet.matrix import inherit, kernel_file, mistakes, pins
 from quantdet.matrix.document import Document, MatrixError, read
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.matrix import Matrix
@@ -52,12 +52,12 @@ def load(path: Path, expect: Sequence[Path] = ()) -> Matrix:
 
 
 def _checked(file: Document) -> Matrix:
-    beneath.without_flaw(file)
-    below = beneath.read_for(file)
+    kernel_file.without_flaw(file)
+    below = kernel_file.read_for(file)
     wrong = []
     try:
         if below is not None:
-            beneath.check(below)
+            kernel_file.check(below)
     except MatrixError as error:
         wrong.append(error)
     matrix, found = _validated(file.raw, {} if below is None else below.raw)
@@ -72,18 +72,18 @@ def _checked(file: Document) -> Matrix:
 
 def _validated(raw: dict[str, Any], below: dict[str, Any]) -> tuple[Matrix | None, list[str]]:
     """The matrix, if it is one, and the mistakes of its own file."""
-    wrong, whole, formats = mistakes.ids(raw), beneath.merged(raw, below), None
+    wrong, whole, formats = mistakes.ids(raw), kernel_file.merged(raw, below), None
     try:
         if isinstance(raw.get("formats"), dict):
-            formats = like.formats(raw["formats"], whole["picks"] if isinstance(whole.get("picks"), dict) else {})
+            formats = inherit.formats(raw["formats"], whole["picks"] if isinstance(whole.get("picks"), dict) else {})
             whole["formats"] = formats.rows
             wrong += formats.mistakes
         matrix = Matrix.model_validate(whole)
     except ValidationError as error:
         found = error.errors() if formats is None else formats.own(error.errors())
-        wrong += mistakes.values(one for one in found if beneath.is_own(raw, one["loc"]))
+        wrong += mistakes.values(one for one in found if kernel_file.is_own(raw, one["loc"]))
         return None, [*wrong, *mistakes.references(raw, below)]
-    except like.TooMuch as error:
+    except inherit.TooMuch as error:
         return None, [str(error)]
     wrong += mistakes.references(raw, below)
     if not wrong:
@@ -106,7 +106,7 @@ def _inline(row: dict[str, Any]) -> bool:
 
 def _expected(file: Document, raw: dict[str, Any] | None, matrix: Matrix | None) -> tuple[Expect, ...]:
     """The rows of a file of expectations. `raw`, `matrix`: what they are about; None where that is no matrix."""
-    beneath.without_flaw(file)
+    kernel_file.without_flaw(file)
     wrong = [] if raw is None else mistakes.row_references(file.rows("expect"), "expect", raw)
     found: tuple[Expect, ...] = ()
     try:

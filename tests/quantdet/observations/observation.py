@@ -25,7 +25,7 @@ from quantdet.observations.blocks import Block as Block
 from quantdet.observations.blocks import ObservationError as ObservationError
 from quantdet.observations.blocks import Output as Output
 from quantdet.observations.blocks import PromptRecord as PromptRecord
-from quantdet.observations.blocks import check_claims, check_prompt, check_reported, prompt_record
+from quantdet.observations.checks import check_claims, check_prompt, check_reported, prompt_record
 from quantdet.observations.header import SCHEMA, Header
 from quantdet.observations.hidden_states import HiddenStates
 from quantdet.untrusted import flaw, parse_json

@@ -32,7 +32,7 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-LOST = "lost"  # folder of what workers of a run tell each other (`quantdet.session.lost`)
+LOST = "lost"  # folder of what workers of a run tell each other (`quantdet.session.lost_engines`)
 _ATTEMPTS = 5  # two runs that replace the same damaged one may be in each other's way
 # A key's beginning and what tempfile appends.
 _UNFINISHED = re.compile(r"\.(?:[0-9a-f]{16}|trace)\.[a-z0-9_]{8}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.report import confidence, entries, hidden_states, junit, rerun
+from quantdet.report import confidence, entries, hidden_states, junit_suite, rerun
 from quantdet.report.case import Case, Place
 from quantdet.report.entries import Entry
 from quantdet.report.record import RECORDS, Records
@@ -31,7 +31,7 @@ def append(session: pytest.Session) -> None:
     if not path or hasattr(session.config, "workerinput"):
         return
     run, records = session.config.stash[RUN], session.config.stash[RECORDS]
-    text = summary(records, junit.summary(records), lambda one: rerun.entry(run, one), newer=run.newer)
+    text = summary(records, junit_suite.summary(records), lambda one: rerun.entry(run, one), newer=run.newer)
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text[:_MOST_BYTES] + "\n")

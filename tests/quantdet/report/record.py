@@ -7,9 +7,9 @@ import pytest
 
 from quantdet.judging.verdicts import Divergence, Judgement, Violation
 from quantdet.matrix.cell import Cell
-from quantdet.report import elsewhere
+from quantdet.report import absent_hardware
+from quantdet.report.absent_hardware import Elsewhere
 from quantdet.report.case import Case, SharedCause
-from quantdet.report.elsewhere import Elsewhere
 
 # What is asked of a cell before anything else, in this order: in a run, in tables, on the page.
 FIRST = ("test_repeat", "test_kernel", "test_distinct")
@@ -47,7 +47,7 @@ class Records:
     broken: list[tuple[str, str]] = field(default_factory=list)  # failed without a judgement: a crashed worker, say
     first_failure: str = ""  # of those without a judgement: the others have their entries
     finished: set[str] = field(default_factory=set)
-    cut: str = ""  # see `cut.said`
+    cut: str = ""  # see `interrupted.said`
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a case's record, or the reason why there is none."""
@@ -62,7 +62,7 @@ class Records:
             self.broken.append((report.nodeid, str(report.longrepr)[:2000]))
         elif report.skipped and isinstance(report.longrepr, tuple):
             self.skipped.append((report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
-            if (lacking := elsewhere.of(report)) is not None:
+            if (lacking := absent_hardware.of(report)) is not None:
                 self.elsewhere[report.nodeid] = lacking
             if getattr(report, _DECLARED, False):
                 self.declared.add(report.nodeid)

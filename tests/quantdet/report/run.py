@@ -1,4 +1,4 @@
-"""What a run is, for its reports: one frozen value, which `session/telling.py` makes when the last case has been judged.
+"""What a run is, for its reports: one frozen value, which `session/make_run.py` makes when the last case has been judged.
 
 Reports read this and the records of the cases, and no session: the same page can be made of a run that is over.
 """

@@ -11,7 +11,7 @@ from typing import Any
 from quantdet.matrix.matrix import Matrix
 from quantdet.observations.header import Header
 from quantdet.report.case import Case, Place
-from quantdet.report.figures import rate, told_rate
+from quantdet.report.junit_text import rate, told_rate
 from quantdet.report.tables import fitted, prose
 
 NAMES = ("decode", "prefill")

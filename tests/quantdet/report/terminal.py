@@ -9,8 +9,8 @@ import pytest
 from quantdet.engines.child.stopwatch import PARTS
 from quantdet.engines.clock import Clock
 from quantdet.report import confidence, effects, hidden_states, nearest, reexecution, rerun, speed
+from quantdet.report.absent_hardware import Elsewhere
 from quantdet.report.case import Case, Place
-from quantdet.report.elsewhere import Elsewhere
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN

@@ -2,7 +2,7 @@
 
 Positive: a bit turned over in the real engine's logits in one repeat; one weight integer changed by one; and a kernel
 that is known to be noisy, where one exists here. Negative: the same weights under another name, in another process.
-The verdicts are pure functions in `control_judgements`.
+The verdicts are pure functions in `judging.controls`.
 """
 
 from dataclasses import dataclass

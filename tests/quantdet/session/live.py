@@ -16,7 +16,7 @@ from quantdet.matrix.matrix import Matrix
 from quantdet.observations.claims import Sequences
 from quantdet.observations.observation import Observation
 from quantdet.session import plans
-from quantdet.session.lost import Lost
+from quantdet.session.lost_engines import Lost
 from quantdet.session.machine.environment import environment_on
 from quantdet.session.machine.gate import gate
 from quantdet.session.measuring import Measuring

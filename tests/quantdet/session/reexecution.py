@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from quantdet import checkpoints
-from quantdet.judging import causes, numerics
+from quantdet.judging import causes, same_numerics
 from quantdet.judging.reexecution import claim as attribution
 from quantdet.judging.results import Lack, Measured, Missing, Refusal
 from quantdet.judging.verdicts import Judgement, Verdict
@@ -95,12 +95,12 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     if not verified and failed and all(one.verdict is Verdict.UNAVAILABLE for one in failed.values()):
         return next(iter(failed.values())).reason
     # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
-    held = {name: numerics.numbers(one) for name, one in verified.items()}
+    held = {name: same_numerics.numbers(one) for name, one in verified.items()}
     made = session.matrix.formats[claim.format_id].layout in ONLINE  # by the engine: the folder's numbers are the plain ones
     held |= {claim.format_id: held.get(claim.format_id) or ("" if made else weights.numbers)}
     labels = labelled(held, {name: numbers(session.matrix.formats[name]) for name in held}, claim.format_id)
     if not failed and all(labels[name] != labels[claim.format_id] for name in verified):
-        told = numerics.short(held[claim.format_id]) or "not known here"
+        told = same_numerics.short(held[claim.format_id]) or "not known here"
         need = f"reexecution: needs a format with the numbers of {claim.format_id} ({told})"
         return f"{need} on {claim.hardware_id}, have {', '.join(sorted(verified))} with others"
     if not failed and all(labels[name] == labels[claim.format_id] for name in verified):
@@ -130,5 +130,5 @@ def labelled(held: Mapping[str, str], words: Mapping[str, str], claimed: str) ->
         word = words[name]
         if digest not in by_numbers:
             taken = word in by_numbers.values()
-            by_numbers[digest] = f"{word} ({numerics.short(held[name]) if held[name] else digest})" if taken else word
+            by_numbers[digest] = f"{word} ({same_numerics.short(held[name]) if held[name] else digest})" if taken else word
     return {name: by_numbers[held[name] or f"unknown of {name}"] for name in held}

@@ -21,9 +21,9 @@ from quantdet.engines.plan import EngineLacks, EngineRefused, InvalidMeasurement
 from quantdet.engines.process.process import EngineSpec
 from quantdet.metrics.bits import stable_topk
 from quantdet.observations import trace
-from quantdet.observations.defects import FLIPS
 from quantdet.observations.header import SCHEMA, Executed, Header, Layer
 from quantdet.observations.observation import Block, Observation, write
+from quantdet.observations.seeded_flips import FLIPS
 from selftest.fakes import hidden_states
 from selftest.fakes import layers as fake_layers
 

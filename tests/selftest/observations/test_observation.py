@@ -22,7 +22,7 @@ from quantdet.judging.restart import restart
 from quantdet.matrix.cell import PHASES
 from quantdet.matrix.expectations import Expectations
 from quantdet.metrics.bits import bits_equal
-from quantdet.observations.blocks import check_claims
+from quantdet.observations.checks import check_claims
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, TENSORS_FILE, Observation, ObservationError, read, read_header, write
 from selftest.fakes.observation import changed_output, last_repeat, observation

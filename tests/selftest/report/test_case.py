@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quantdet.judging.verdicts import Reference, Verdict
-from quantdet.report import figures, tables
+from quantdet.report import junit_text, tables
 from quantdet.report.case import Case, SharedCause
 from quantdet.report.html.__main__ import main
 from selftest.fakes.cases import a_pair, case
@@ -97,14 +97,14 @@ def test_a_figure_of_another_kind_is_none() -> None:
 )  # fmt: skip
 def test_the_text_of_a_figure(name: str, value: Any, text: str) -> None:
     """As the JUnit file has it."""
-    assert text == figures.text(name, value)
+    assert text == junit_text.text(name, value)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.0312, 0.00999, 0.0499, 0.05, 0.25, 1.05, 12.34, 999.96, 1234.5])
 def test_what_is_added_up_is_what_was_told(value: float) -> None:
     """The number behind the text, without reading the text."""
     assert float(tables.figure(value)) == tables.told(value)
-    assert float(figures.rate(value)) == figures.told_rate(value)
+    assert float(junit_text.rate(value)) == junit_text.told_rate(value)
 
 
 def test_without_takes_figures_away() -> None:

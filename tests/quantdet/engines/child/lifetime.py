@@ -17,10 +17,10 @@ from quantdet.engines.child.recorder import Recorder
 from quantdet.engines.plan import EngineRefused, Plan, PlannedPrompt
 from quantdet.matrix.cell import Phase
 from quantdet.observations import trace as traces
-from quantdet.observations.defects import FLIPS
 from quantdet.observations.header import SCHEMA, Executed, Header
 from quantdet.observations.hidden_states import HiddenStates
 from quantdet.observations.observation import Block, write
+from quantdet.observations.seeded_flips import FLIPS
 
 # Start-up failures that say nothing about the format.
 _NOT_A_REFUSAL = re.compile(
@@ -71,7 +71,7 @@ class Loaded(Protocol):
         """The seeded defect `noise`, not armed yet."""
 
     def answer(self, plan: Plan, ids: list[int], flips: Mapping[Phase, tuple[int, int]]) -> Answer:
-        """One request with everything captured; `flips`: see `quantdet.engines.FLIPS`."""
+        """One request with everything captured; `flips`: see `quantdet.observations.seeded_flips.FLIPS`."""
 
     def generate(self, ids: Sequence[int], n_tokens: int, /) -> None:
         """`n_tokens` greedy tokens after `ids`, nothing captured: see `quantdet.engines.child.speed.Generate`."""

@@ -31,7 +31,7 @@ class TransformersEngine:
     """Loads one checkpoint once, executes a plan, writes one observation."""
 
     def measure(self, plan: Plan, directory: Path) -> None:
-        """See `quantdet.engines.Engine`."""
+        """See `quantdet.engines.plan.Engine`."""
         began = time.monotonic()
         packages.hide(packages.broken() if "torchao" in plan.packages else packages.in_forkserver())
         lifetime.hide_instruction_sets(plan.hides)

@@ -29,7 +29,7 @@ class VllmEngine:
     """Loads one checkpoint once, executes a plan, writes one observation."""
 
     def measure(self, plan: Plan, directory: Path) -> None:
-        """See `quantdet.engines.Engine`."""
+        """See `quantdet.engines.plan.Engine`."""
         began = time.monotonic()
         preloaded = sys.modules.get("quantdet.engines.vllm.preload")
         if not plan.spawn and not getattr(preloaded, "FORK_SAFE", True):

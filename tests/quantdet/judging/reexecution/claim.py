@@ -30,8 +30,8 @@ _SOFTWARE = ("vllm", "torch_package", "transformers_package", "compressed_tensor
 class Gap:
     """Distance of a claim to one verifying format in one phase, float64 (prompts,), nats.
 
-    `own`: mean over the content positions of the L2 over the union of top-k ids, censored (`distance.union_topk`);
-    `published`: top-k of the claim, missing ids dropped, every position (`distance.published_topk`).
+    `own`: mean over the content positions of the L2 over the union of top-k ids, censored (`distances.union_topk`);
+    `published`: top-k of the claim, missing ids dropped, every position (`distances.published_topk`).
     """
 
     own: NDArray[np.float64]

@@ -47,7 +47,7 @@ def detect(comparison: Comparison, relevance: float | None = None, p_adjusted: f
     Args:
         comparison: from `directional`.
         relevance: the largest difference that does not matter, nats; default half of the noise.
-        p_adjusted: p after `stats.holm` over all comparisons of a claim.
+        p_adjusted: p after `bounds.holm` over all comparisons of a claim.
 
     Raises:
         ValueError: `relevance` is negative or not finite, or `p_adjusted` is not between p and 1.

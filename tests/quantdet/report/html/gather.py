@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from quantdet.report import entries, junit, rerun
+from quantdet.report import entries, junit_suite, rerun
 from quantdet.report.case import Case, SharedCause
 from quantdet.report.html.data import SCHEMA, Data, ordered
 from quantdet.report.record import Records
@@ -46,7 +46,9 @@ def gather(run: Run, records: Records, folder: Path) -> Data:
         "replay": [_relative(path, root) for path in run.replay],
         "machine": dict(run.machine),
         "asked": run.asked,
-        "suite": {name: _inside(text, root) for name, text in junit.properties(run, records) if not name.startswith(_APART)},
+        "suite": {
+            name: _inside(text, root) for name, text in junit_suite.properties(run, records) if not name.startswith(_APART)
+        },
         "junit": "" if run.junit is None else _address(run.junit, folder),
         "titles": {"model": dict(run.models), "format": dict(run.formats), "hardware": dict(run.hardware)},
         "environments": _environments(known),

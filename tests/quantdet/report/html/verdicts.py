@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from quantdet.report import hidden_states, speed
 from quantdet.report.case import Case, Place
-from quantdet.report.figures import rate
-from quantdet.report.figures import text as figure_text
 from quantdet.report.html import svg
+from quantdet.report.junit_text import rate
+from quantdet.report.junit_text import text as figure_text
 
 SYMBOLS = {
     "BIT_EXACT": "=", "NOISY": "~", "CONFIRMED": "\N{CHECK MARK}", "DISTINCT": "\N{NOT EQUAL TO}",

@@ -12,7 +12,7 @@ from quantdet.matrix.cell import PHASES, Cell
 from quantdet.matrix.expectations import Expectations, describe
 from quantdet.observations.claims import Claim, check
 from quantdet.observations.observation import ObservationError
-from quantdet.report import elsewhere
+from quantdet.report import absent_hardware
 from quantdet.report.record import DECLARED_SKIP, cell_of, place_of
 from quantdet.session import questions, reexecution
 from quantdet.session.controls import Controls
@@ -153,7 +153,7 @@ def settle(items: Iterable[pytest.Item], session: Session) -> None:
         elif reason is not None:
             if not session.here(cell.hardware_id):
                 lacks = f"needs {reason.need}, have {reason.have}" if isinstance(reason, Lack) else str(reason)
-                item.stash[elsewhere.ELSEWHERE] = elsewhere.Elsewhere(cell.hardware_id, lacks)
+                item.stash[absent_hardware.ELSEWHERE] = absent_hardware.Elsewhere(cell.hardware_id, lacks)
             skip(item, Verdict.UNAVAILABLE, reason)
         elif isinstance(cell, Asked):
             selected.update(questions.available(cell, session))

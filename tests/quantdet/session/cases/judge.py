@@ -16,7 +16,7 @@ from quantdet.matrix.cell import Cell, Phase
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
-from quantdet.report.figures import text
+from quantdet.report.junit_text import text
 from quantdet.report.record import EVIDENCE, FIGURES, JUDGEMENT
 from quantdet.session import bundles, questions, reexecution
 from quantdet.session.controls import Controls, Name, cause_of

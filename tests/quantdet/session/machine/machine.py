@@ -1,4 +1,4 @@
-"""What this machine is: CPU instruction sets and GPUs, and the gate in front of a cell. Nothing here touches CUDA."""
+"""What this machine is: CPU instruction sets and GPUs. Nothing here touches CUDA."""
 
 import contextlib
 import os

@@ -9,7 +9,7 @@ from quantdet.engines.plan import EngineRefused
 from quantdet.judging.results import Missing, Refusal
 from quantdet.judging.verdicts import Verdict
 from quantdet.matrix.cell import Cell
-from quantdet.session.lost import Lost
+from quantdet.session.lost_engines import Lost
 from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import MATRIX, setting
 from selftest.session.test_reexecution import WITH_CLAIMS

@@ -14,7 +14,7 @@ from quantdet.observations.observation import Observation
 from quantdet.untrusted import parse_json, read_bounded
 
 # Numbers of checkpoints that were recorded before observations told them, by the SHA-256 of their tensors and of their other
-# files. Made by `python -m quantdet.checkpoints.known`.
+# files. Made by `python -m quantdet.checkpoints.known_numbers`.
 KNOWN = Path(__file__).resolve().parents[3] / "fixtures" / "numbers.json"
 _MAX_BYTES = 1 << 20
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.report import cut, html, markdown
+from quantdet.report import html, interrupted, markdown
 from quantdet.report.html import data
 from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import MATRIX, setting
@@ -38,7 +38,7 @@ def pytest_runtest_logreport(report):
     ],
 )
 def test_the_sentence(selected: int, finished: int, why: str, words: str) -> None:
-    assert words == cut.said(selected, finished, why)
+    assert words == interrupted.said(selected, finished, why)
 
 
 def test_a_whole_run_says_nothing(suite: Suite) -> None:

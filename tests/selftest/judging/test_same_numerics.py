@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from quantdet.judging import numerics
-from quantdet.judging.numerics import same_kernels, sameness
+from quantdet.judging import same_numerics
+from quantdet.judging.same_numerics import same_kernels, sameness
 from quantdet.observations.header import Executed, Layer
 from quantdet.observations.observation import Observation
 from selftest.fakes.observation import observation
@@ -101,15 +101,15 @@ def test_older_recordings_are_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_pat
     table = tmp_path / "numbers.json"
     row = f'{{"tensors": "{"1" * 64}", "files": "{"f" * 64}", "numbers": "decoded:{"3" * 64}"}}'
     table.write_text(f'{{"schema": 1, "checkpoints": [{row}]}}', encoding="utf-8")
-    monkeypatch.setattr(numerics, "KNOWN", table)
-    numerics._known.cache_clear()
+    monkeypatch.setattr(same_numerics, "KNOWN", table)
+    same_numerics._known.cache_clear()
 
-    assert f"decoded:{'3' * 64}" == numerics.numbers(format_of(numbers="", checkpoint_files_sha256="f" * 64))
-    assert "" == numerics.numbers(format_of(numbers="", checkpoint_files_sha256="e" * 64))
-    assert OWN.header.numbers == numerics.numbers(OWN)
+    assert f"decoded:{'3' * 64}" == same_numerics.numbers(format_of(numbers="", checkpoint_files_sha256="f" * 64))
+    assert "" == same_numerics.numbers(format_of(numbers="", checkpoint_files_sha256="e" * 64))
+    assert OWN.header.numbers == same_numerics.numbers(OWN)
     forged = format_of(numbers=f"decoded:{'4' * 64}", checkpoint_files_sha256="f" * 64)
-    assert f"decoded:{'3' * 64}" == numerics.numbers(forged)  # what is known by the hashes is not another's to say
-    numerics._known.cache_clear()
+    assert f"decoded:{'3' * 64}" == same_numerics.numbers(forged)  # what is known by the hashes is not another's to say
+    same_numerics._known.cache_clear()
 
 
 def test_kernels_of_one_name_are_one_family() -> None:

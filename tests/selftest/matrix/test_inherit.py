@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.matrix import like
+from quantdet.matrix import inherit
 from quantdet.matrix.load import MatrixError, load
 from quantdet.matrix.matrix import Matrix
 from selftest.fakes.matrix import MATRIX
@@ -58,7 +58,7 @@ def test_picks_go_with_auto() -> None:
         "apart": {"like": "awq", "picks": {"sm90": "fake4"}},
     }
 
-    found = like.formats(rows, {}).rows
+    found = inherit.formats(rows, {}).rows
 
     assert {
         "awq": base, "pinned": {"kernel": "fake4"}, "alike": base, "apart": {"kernel": "auto", "picks": {"sm90": "fake4"}},
@@ -123,15 +123,15 @@ def test_a_chain_as_long_as_a_file_is_followed() -> None:
     """No recursion: thousands of rows, each like the next."""
     rows = {f"f{i}": {"like": f"f{i + 1}"} for i in range(5000)} | {"f5000": {"dtype": "float16"}}
 
-    assert {"dtype": "float16"} == like.formats(rows, {}).rows["f0"]
+    assert {"dtype": "float16"} == inherit.formats(rows, {}).rows["f0"]
 
 
 def test_what_is_taken_over_is_bounded() -> None:
     """A file of one megabyte cannot ask for gigabytes, by `like` or by picks."""
     picks = {"many": {f"cpu-{i}": "fake4" for i in range(1000)}}
 
-    with pytest.raises(like.TooMuch):
-        like.formats({f"f{i}": {"picks": "many"} for i in range(101)}, picks)
-    with pytest.raises(like.TooMuch):
-        like.formats({"a": {"picks": picks["many"], "kernel": "auto"}, **{f"f{i}": {"like": "a"} for i in range(101)}}, {})
-    assert like.formats({f"f{i}": {"picks": "many"} for i in range(50)}, picks).rows
+    with pytest.raises(inherit.TooMuch):
+        inherit.formats({f"f{i}": {"picks": "many"} for i in range(101)}, picks)
+    with pytest.raises(inherit.TooMuch):
+        inherit.formats({"a": {"picks": picks["many"], "kernel": "auto"}, **{f"f{i}": {"like": "a"} for i in range(101)}}, {})
+    assert inherit.formats({f"f{i}": {"picks": "many"} for i in range(50)}, picks).rows

@@ -1,4 +1,4 @@
-"""`python -m quantdet.checkpoints.known RECORDINGS...`: the numbers of checkpoints whose recordings do not tell them.
+"""`python -m quantdet.checkpoints.known_numbers RECORDINGS...`: the numbers of checkpoints whose recordings do not tell them.
 
 Observations tell their numbers since this suite decodes them. For older ones they are taken from a younger observation of the
 same tensors in the same format, or from the checkpoint, built anew (`--build`), if its tensors have the recorded SHA-256.
@@ -49,7 +49,7 @@ def table(headers: Iterable[Header], build: Path | None, models: str) -> list[di
 
 def main() -> None:
     """Write the table."""
-    parser = argparse.ArgumentParser(prog="quantdet.checkpoints.known", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="quantdet.checkpoints.known_numbers", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recordings", nargs="+", type=Path)
     parser.add_argument("--build", type=Path, metavar="CACHE", help="build here what no observation tells")
     parser.add_argument("--models", default="*", metavar="GLOB", help="build those of these models only")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdet.report import elsewhere
+from quantdet.report import absent_hardware
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, QUESTIONS, expect, setting
 from selftest.fakes.whole import noted, starts
@@ -116,7 +116,7 @@ def test_the_count_of_tests_is_given_back(suite: Suite) -> None:
 def test_a_report_of_what_is_here_has_no_row() -> None:
     report = pytest.TestReport("t.py::t", ("t.py", 1, "t"), {}, "skipped", None, "setup")  # type: ignore[arg-type]
 
-    assert elsewhere.of(report) is None
+    assert absent_hardware.of(report) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- first things

@@ -1,6 +1,6 @@
 """What is read off vLLM's source, in a file of its own beneath a matrix: kernels, what `auto` has to be given, pins.
 
-The suite has one, `vllm.toml`. A matrix says which it wants:
+The suite has one, `vllm_kernels.toml`. A matrix says which it wants:
 
 - nothing, and no `[kernels]`: the suite's own;
 - `kernels_from = "vllm"`: the suite's own; any other text is a path relative to the matrix;
@@ -23,7 +23,7 @@ from quantdet.matrix.rows import EngineFacts, Kernel, Picks
 from quantdet.matrix.values import Row
 from quantdet.untrusted import flaw
 
-SHIPPED = Path(__file__).with_name("vllm.toml")
+SHIPPED = Path(__file__).with_name("vllm_kernels.toml")
 _OWN = "vllm"  # as kernels_from says it
 
 

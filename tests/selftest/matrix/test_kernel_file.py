@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quantdet.matrix.beneath import SHIPPED
+from quantdet.matrix.kernel_file import SHIPPED
 from quantdet.matrix.load import MatrixError, load
 from quantdet.matrix.matrix import Matrix
 from selftest.fakes.matrix import MATRIX, ROOT
