@@ -4,7 +4,7 @@ A process that ended without a word, or that only says "see above", has said why
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from quantdet.judging import refusal
@@ -25,7 +25,6 @@ _REASONS = re.compile(
     r"|what\(\):\s+\S.*|(?:CUDA|HIP|NCCL|cuBLAS|cuDNN) (?:driver )?error\b.*|Fatal Python error: .*|.*: Assertion .* failed.*"
     r"|.*(?:symbol lookup error|error while loading shared libraries|undefined symbol): .*)"
 )
-_EXCERPT = "    | "  # how `engines.process.ended` quotes a log
 _MOST = 1 << 16
 _LONGEST = 400
 
@@ -46,13 +45,12 @@ def of(cell: Cell, result: Result, expectations: Expectations) -> Cause | None:
 
 def missing(cell: Cell, result: Missing) -> Cause:
     """The verdict, the cell and the reason in one line, and the rest."""
-    first, _, rest = result.reason.partition("\n")
-    # Where a log is differs from one engine of a cell to the next, the cause does not.
-    first, mark, log = first.partition(", log: ")
-    rest = f"{rest}\n  log: {log}".lstrip("\n") if mark else rest
-    if _POINTS_ELSEWHERE.search(first) and _EXCERPT in result.reason and (words := _reason(result)):
+    first, rest = result.first, result.reason[len(result.first) + 1 :]
+    if _POINTS_ELSEWHERE.search(first) and result.excerpt and (words := _reason(result)):
         first = f"{words} ({first})"
-    return Cause(result.verdict, cell, "", first, rest)
+    # Where a log is differs from one engine of a cell to the next, the cause does not: it stands below.
+    lines = [rest, *(f"    | {line}" for line in result.excerpt), f"  log: {result.log}" if result.log else ""]
+    return Cause(result.verdict, cell, "", first, "\n".join(filter(None, lines)))
 
 
 def of_reexecution(
@@ -69,8 +67,7 @@ def of_reexecution(
 
 def _reason(result: Missing) -> str:
     """The last line of the log that says why, of the excerpt or else of the log itself; empty if none does."""
-    excerpt = [line.removeprefix(_EXCERPT) for line in result.reason.splitlines() if line.startswith(_EXCERPT)]
-    for lines in (excerpt, _end(result.log)):
+    for lines in (result.excerpt, _end(result.log)):
         for line in reversed(lines):
             found = _REASONS.search(line)
             if found is not None and not _POINTS_ELSEWHERE.search(found[0]):
@@ -79,7 +76,7 @@ def _reason(result: Missing) -> str:
     return ""
 
 
-def _end(log: str) -> list[str]:
+def _end(log: str) -> Sequence[str]:
     """The last lines of a log, as plain text; none where it cannot be read."""
     try:
         with Path(log).open("rb") as file:

@@ -96,9 +96,9 @@ def _broken(result: Result) -> str:
     """What of a cell's result leaves no answer: it died, took too long, or was refused though nobody said so."""
     match result:
         case Missing(verdict=Verdict.ERROR | Verdict.TIMEOUT | Verdict.INVALID):
-            return f"{result.verdict}: {result.reason.partition(chr(10))[0]}"
+            return f"{result.verdict}: {result.first}"
         case Refusal():
-            return f"refused: {result.message.partition(chr(10))[0]}"
+            return f"refused: {result.first}"
     return ""
 
 

@@ -36,14 +36,28 @@ class Refusal:
     message: str
     observation: Observation | None = None
 
+    @property
+    def first(self) -> str:
+        """The first line of the engine's words."""
+        return self.message.partition("\n")[0]
+
 
 @dataclass(frozen=True)
 class Missing:
-    """The cell was not measured: UNAVAILABLE, UNSUPPORTED (no pin), ERROR, TIMEOUT or INVALID, with the reason."""
+    """The cell was not measured: UNAVAILABLE, UNSUPPORTED (no pin), ERROR, TIMEOUT or INVALID, with the reason.
+
+    `log`: where the engine's log is; `excerpt`: its last lines, of an engine that ended without saying why.
+    """
 
     verdict: Verdict
     reason: str
     log: str = ""
+    excerpt: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> str:
+        """The reason's first line: an engine's own words may have several."""
+        return self.reason.partition("\n")[0]
 
 
 Result = Measured | Refusal | Missing

@@ -38,20 +38,20 @@ def across(known: Sequence[Observation], rows: Sequence[Expect | None], family: 
     results: list[Pair] = []
     wrong = False
     for (older, newer), row in zip(pairwise(known), rows, strict=True):
-        place = f"{older.vllm} -> {newer.vllm}"
+        step = f"{older.vllm} -> {newer.vllm}"
         why = comparable_requests(older, newer)
         if older.header.checkpoint_sha256 != newer.header.checkpoint_sha256:
             why = "checkpoints differ"
         if any(one.header.nonfinite for one in (older, newer)):
             why = "non-finite logits"
         if why is not None:
-            return Judgement(Verdict.INVALID, cell, "versions", f"{place} cannot be compared: {why}", False, figures)
+            return Judgement(Verdict.INVALID, cell, "versions", f"{step} cannot be compared: {why}", False, figures)
         result = pair(older, newer)
         results.append(result)
         changed = _changes(older, newer, family)
         wrong = wrong or (result.verdict is Verdict.DISTINCT and not changed and row is None)
         told.append("; ".join(changed) or "the same kernels")
-        steps.append(f"{place} {_said(result)} ({told[-1]})")
+        steps.append(f"{step} {_said(result)} ({told[-1]})")
     words = {result.verdict for result in results}
     verdict = next(word for word in (Verdict.DISTINCT, Verdict.INDISTINCT, Verdict.IDENTICAL) if word in words)
     figures |= {"l2": max(r.l2 for r in results), "max_abs_diff": max(r.max_abs for r in results), "changes": " | ".join(told)}

@@ -166,6 +166,8 @@ def payload_of(directory: Path, header: Header) -> bytes:
     if archive is not None and os.path.lexists(archive) and not os.path.lexists(path):
         path = archive
         payload = packed.payload(archive, header.tensors_sha256)
+    elif archive is not None and not os.path.lexists(path):
+        raise ObservationError(f"{path}: No such file or directory, and no packed {archive} (of a copied part of a recording?)")
     else:
         payload = packed.bounded(path, MAX_TENSORS_BYTES)
     if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:

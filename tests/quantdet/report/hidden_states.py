@@ -59,5 +59,5 @@ def sections(found: Sequence[Verification], width: int) -> list[str]:
         if rows:
             columns = ("claimed", "says", ">own", "nearest other", ">its", ">SNR", ">of logprobs", ">own nearest")
             fold = ("claimed", "nearest other", "of logprobs", "own nearest")
-            texts.append(fitted(columns, rows, width, fold=fold, title=f"ACTIVATIONS: {one.where}"))
+            texts.append(fitted(columns, rows, width, fold=fold, title=f"HIDDEN STATES: {one.where}"))
     return [*texts, prose(LEGEND, width)] if texts else []

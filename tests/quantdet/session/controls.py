@@ -47,14 +47,14 @@ class Controls:
         self._known: dict[Stack, Status] = {}
 
     def cells(self, name: Name) -> list[Cell]:
-        """The control cell of each place (`_place`): the first in the matrix that will do."""
+        """The control cell of each engine on each hardware (`_stack`): the first in the matrix that will do."""
         if self.session.options.no_controls:
             return []
         found: dict[Stack, Cell] = {}
         for cell in self.session.cells():
-            place = self._place(cell)
-            if place not in found and self._will_do(cell, name):
-                found[place] = cell
+            stack = self._stack(cell)
+            if stack not in found and self._will_do(cell, name):
+                found[stack] = cell
         return list(found.values())
 
     def _will_do(self, cell: Cell, name: Name) -> bool:
@@ -82,10 +82,10 @@ class Controls:
         """
         if self.session.options.no_controls:
             return Status(None, "uncontrolled: --no-controls")
-        place = self._place(cell)
-        if place not in self._known:
-            self._known[place] = self._status(cell)
-        return self._known[place]
+        stack = self._stack(cell)
+        if stack not in self._known:
+            self._known[stack] = self._status(cell)
+        return self._known[stack]
 
     def _status(self, cell: Cell) -> Status:
         noise_caught, noise = self._noise(cell)
@@ -99,9 +99,8 @@ class Controls:
             own = self.session.control(cell, "control")
             here, result = (cell, own) if isinstance(own, Measured) else (here, result)
         if not isinstance(result, Measured):
-            reason = result.reason if isinstance(result, Missing) else result.message
             died = isinstance(result, Missing) and result.verdict in (Verdict.ERROR, Verdict.TIMEOUT, Verdict.INVALID)
-            text = f"bit flip not tried: {here}: {reason.partition(chr(10))[0]}"
+            text = f"bit flip not tried: {here}: {result.first}"
             return Status(False, text, noise, died, causes.of(here, result, self.session.expectations(here)))
         found = bit_flip(result.observations[0])
         if not found.expected:
@@ -140,9 +139,9 @@ class Controls:
         return next((one for one in self.cells(name) if self._here(one, cell)), None)
 
     def _here(self, one: Cell, cell: Cell) -> bool:
-        return self._place(one) == self._place(cell)
+        return self._stack(one) == self._stack(cell)
 
-    def _place(self, cell: Cell) -> Stack:
+    def _stack(self, cell: Cell) -> Stack:
         """Hardware, recorded vLLM version and engine: what is caught in one says nothing of the next."""
         return cell.hardware_id, cell.vllm, self.session.matrix.engine_of(cell)
 

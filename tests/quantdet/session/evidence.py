@@ -1,6 +1,7 @@
 """Where a run's evidence comes from: engines that are started here (`live.Live`), or recordings (`replay.Replay`).
 
-What the two have in common. A session asks it and does not ask which of them it is, but for words that say so.
+What the two have in common. Where a session has to know which of them it is (a recording seeds no control, and a cell that was
+not selected is there all the same), it asks `replayed`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -55,9 +55,9 @@ class Lost:
         if folder is not None:
             match loss:
                 case Refusal():
-                    told = {"refused": loss.message}
+                    told: dict[str, object] = {"refused": loss.message}
                 case Missing():
-                    told = {"verdict": str(loss.verdict), "reason": loss.reason, "log": loss.log}
+                    told = {"verdict": str(loss.verdict), "reason": loss.reason, "log": loss.log, "excerpt": loss.excerpt}
             (folder / f"{name}.json").write_text(json.dumps(told), encoding="utf-8")
 
     def _read(self, name: str, path: Path) -> None:
@@ -66,7 +66,7 @@ class Lost:
             if "refused" in told:
                 self._known[name] = Refusal(told["refused"])
             else:
-                self._known[name] = Missing(Verdict(told["verdict"]), told["reason"], told["log"])
+                self._known[name] = Missing(Verdict(told["verdict"]), told["reason"], told["log"], tuple(told["excerpt"]))
 
     def _shared(self) -> Path | None:
         if not self.run.isalnum():

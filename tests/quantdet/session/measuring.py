@@ -118,14 +118,14 @@ class Measuring:
             case outcomes.Lacking():
                 return Missing(Verdict.UNAVAILABLE, f"engine: {outcome.message}", str(log)), False
             case outcomes.TimedOut():
-                return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s, log: {log}", str(log)), False
+                return Missing(Verdict.TIMEOUT, f"no answer within {limit:g} s", str(log)), False
             case outcomes.Invalid():
                 return Missing(Verdict.INVALID, outcome.message, str(log)), False
             case outcomes.Crashed():
-                return Missing(Verdict.ERROR, outcome.message, str(log)), False
+                return Missing(Verdict.ERROR, outcome.message, str(log), outcome.excerpt), False
         found = scope.store.find(cell, place, key)
         if found is None:
-            return Missing(Verdict.ERROR, f"the engine completed but left no whole observation, log: {log}"), False
+            return Missing(Verdict.ERROR, "the engine completed but left no whole observation", str(log)), False
         self.clock.measured(found.header.timings.get("measure_s"))
         return found, False
 

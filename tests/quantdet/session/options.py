@@ -66,7 +66,9 @@ def again(config: pytest.Config) -> tuple[str, ...]:
             words += [option.name] if given else []
         else:
             words += [
-                f"{option.name}={value}" for value in (given if isinstance(given, list) else [given]) if value is not None
+                f"{option.name}={value}"
+                for value in (dict.fromkeys(given) if isinstance(given, list) else [given])
+                if value is not None
             ]
     return tuple(words)
 

@@ -154,8 +154,8 @@ def test_crashed(tmp_path: Path, behaviour: str, words: str) -> None:
 
     assert isinstance(outcome, Crashed), outcome
     assert words in outcome.message
-    assert (f"| fake engine: {behaviour}" in outcome.message) is (behaviour != "kill")
-    assert f"log: {log}" in outcome.message
+    assert (f"fake engine: {behaviour}" in outcome.excerpt) is (behaviour != "kill")
+    assert log == outcome.log
 
 
 def test_a_log_that_is_not_text(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_log_that_is_not_text(tmp_path: Path) -> None:
     outcome = run(FAKE, plan("garbage"), tmp_path, tmp_path / "log", 60)
 
     assert isinstance(outcome, Crashed)
-    assert "not UTF-8" in outcome.message
+    assert "not UTF-8" in "".join(outcome.excerpt)
 
 
 def test_a_log_that_is_lost_costs_nothing_else(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ ENDED = "engine process ended with exit code 1, no completion record"
 
 
 def crashed(first: str, *log: str, path: str = "/store/logs/awq.0.17.log") -> Missing:
-    """What `measuring` says of a crash, with the log's end quoted."""
-    return Missing(Verdict.ERROR, "\n".join([first, *(f"    | {line}" for line in log), f"  log: {path}"]), path)
+    """What `measuring` says of a crash, with the log's end."""
+    return Missing(Verdict.ERROR, first, path, log)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_process_that_was_killed_from_outside_is_not_explained_by_its_log(tmp_
 def test_where_the_log_is_makes_no_other_cause() -> None:
     """The same words from two engines of a cell are one cause; the path follows in the detail."""
     one, other = (
-        causes.missing(CELL, Missing(Verdict.TIMEOUT, f"no answer within 60 s, log: /logs/{name}")) for name in ("a", "b")
+        causes.missing(CELL, Missing(Verdict.TIMEOUT, "no answer within 60 s", f"/logs/{name}")) for name in ("a", "b")
     )
 
     assert (f"TIMEOUT {CELL}: no answer within 60 s", "  log: /logs/a") == (one.first, one.detail)

@@ -37,14 +37,14 @@ pytest_plugins = ["pytester"]
 
 FOLDER = ROOT / "fixtures" / "published"
 EXTRACTS = FOLDER / "extracts"
-RAW = Path(os.environ.get("QUANTDET_PUBLISHED") or ROOT.parent / "shared" / "published")
+RAW = Path(os.environ.get("QUANTDET_PUBLISHED") or ROOT / "no published files")
 TABLES = tomllib.loads((FOLDER / "tables.toml").read_text(encoding="utf-8"))
 MATRIX = load.load(ROOT / "quant_matrix.toml")
 KNOWN = MATRIX.expectations("0.11.2")
 GENERATION = "INT4_H100_generation.json"
 
 needs_raw = pytest.mark.skipif(
-    not RAW.is_dir(), reason="UNAVAILABLE published files: needs QUANTDET_PUBLISHED or ../shared/published, have neither"
+    not RAW.is_dir(), reason="UNAVAILABLE published files: needs QUANTDET_PUBLISHED (the folder of the whole files), have none"
 )
 sources = pytest.mark.parametrize("folder", [EXTRACTS, pytest.param(RAW, marks=needs_raw)], ids=["extracts", "raw"])
 

@@ -4,7 +4,6 @@ A report that reads a name that no code sets counts nothing, and says so to nobo
 """
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,19 +43,49 @@ def read(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def written(nodes: Iterator[ast.AST]) -> tuple[set[str], tuple[str, ...]]:
-    """Names that are given: keys of tables and of assignments, first parts of pairs; and beginnings of made-up ones."""
+    """Names that are given to figures, and beginnings of those that are made up.
+
+    In `figures = ...`, `figures |= ...`, `figures["l2"] = ...`, `figures=...` of a call, a table handed to `Judgement`, and in
+    functions that make figures or properties (`_figures`, `properties`, `case_properties`).
+    """
     found: set[str] = set()
     beginnings: set[str] = set()
     for node in nodes:
-        if isinstance(node, ast.Dict):
-            found |= texts(*node.keys)
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        for part in given(node):
+            for one in ast.walk(part):
+                if isinstance(one, ast.Dict):
+                    found |= texts(*one.keys)
+                    made = [key for key in one.keys if isinstance(key, ast.JoinedStr)]
+                elif isinstance(one, ast.Tuple | ast.DictComp):
+                    first = one.elts[:1] if isinstance(one, ast.Tuple) else [one.key]
+                    found |= texts(*first)
+                    made = [key for key in first if isinstance(key, ast.JoinedStr)]
+                else:
+                    continue
+                beginnings |= {"".join(texts(key.values[0])) for key in made}
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and named_figures(node.value):
             found |= texts(node.slice)
-        elif isinstance(node, ast.Tuple):
-            found |= texts(*node.elts[:1])
-        elif isinstance(node, ast.JoinedStr) and re.fullmatch(r"[a-z_]+\.", beginning := "".join(texts(node.values[0]))):
-            beginnings.add(beginning)
-    return found, tuple(beginnings)
+            beginnings |= {"".join(texts(node.slice.values[0]))} if isinstance(node.slice, ast.JoinedStr) else set()
+    return found, tuple(filter(None, beginnings))
+
+
+def named_figures(node: ast.AST) -> bool:
+    return of_figures(node) or (isinstance(node, ast.Name) and node.id == "figures")
+
+
+def given(node: ast.AST) -> list[ast.AST]:
+    """The parts of a statement that become figures."""
+    if isinstance(node, ast.Assign) and any(map(named_figures, node.targets)):
+        return [node.value]
+    if isinstance(node, ast.AnnAssign | ast.AugAssign) and named_figures(node.target) and node.value is not None:
+        return [node.value]
+    if isinstance(node, ast.Call):
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        tables = [one for one in node.args if isinstance(one, ast.Dict)] if name in ("Judgement", "Corroboration") else []
+        return [*tables, *(one.value for one in node.keywords if one.arg == "figures")]
+    if isinstance(node, ast.FunctionDef) and node.name in ("_figures", "properties", "case_properties", "_pace", "figures"):
+        return [node]
+    return []
 
 
 def test_what_reports_read_is_written() -> None:
@@ -77,10 +106,18 @@ def test_what_every_case_has_is_written_and_told() -> None:
     assert [] == [name for name in PROPERTIES if f"`{name}`" not in told]
 
 
+def test_what_was_once_overlooked_is_seen() -> None:
+    """The property `p`, which no code sets: a table that is no figure (the record of a re-execution) does not vouch for it."""
+    given, beginnings = written(trees("judging", "session", "report/speed.py"))
+
+    assert {"p", "schema", "--matrix"} & given == set()
+    assert not "p".startswith(beginnings)
+
+
 @pytest.mark.parametrize("line", ['case.number("p")', 'case.figures.get("p")', 'case.figures["p"]'])
 def test_a_name_that_nobody_writes_is_seen(line: str, tmp_path: Path) -> None:
     """However it is asked for."""
-    given, beginnings = written(ast.walk(ast.parse('figures["l2"] = 1.0\nfigures = {"runs": 3}\nname = f"pair.{b}"')))
+    given, beginnings = written(ast.walk(ast.parse('figures["l2"] = 1.0\nfigures = {"runs": 3}\nfigures[f"pair.{b}"] = 1')))
 
     assert {"p"} == read(ast.walk(ast.parse(line))) - given
     assert ({"l2", "runs"}, ("pair.",)) == (given, beginnings)

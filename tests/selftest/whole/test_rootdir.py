@@ -64,3 +64,12 @@ def test_existing_store_outside(folder: Path, tmp_path: Path) -> None:
 
     assert (0, "") == (answer.returncode, answer.stderr)
     assert "test_rootdir.py::test_joined_binds_values_to_path_options" in answer.stdout
+
+
+def test_the_entry_point_loads_next_to_nothing() -> None:
+    """Every pytest of an environment loads it: no matrix, no engine, no report of the suite."""
+    code = "import sys, quantdet.rootdir; print(sorted(name for name in sys.modules if name.startswith('quantdet')))"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+                         capture_output=True, text=True, check=True)  # fmt: skip
+
+    assert str(["quantdet", "quantdet.rootdir", "quantdet.session", "quantdet.session.option_table"]) == run.stdout.strip()

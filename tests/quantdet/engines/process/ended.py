@@ -39,17 +39,17 @@ def words(exitcode: int | None, kills_before: int) -> str:
     return f"ended with exit code {exitcode}"
 
 
-def said(exitcode: int | None, log: Path) -> str:
-    """What the log adds to how a process ended: of one that was killed by SIGKILL only where it is, since that says nothing."""
-    return f"\n  log: {log}" if exitcode == -signal.SIGKILL else tail(log)
+def said(exitcode: int | None, log: Path) -> tuple[str, ...]:
+    """What the log adds to how a process ended; nothing of one that was killed by SIGKILL, since its log does not say why."""
+    return () if exitcode == -signal.SIGKILL else tail(log)
 
 
-def tail(log: Path) -> str:
-    """The log's last lines and its path."""
+def tail(log: Path) -> tuple[str, ...]:
+    """The log's last lines, as plain text; none where it cannot be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))
             lines = file.read().decode("utf-8", "replace").splitlines()[-_LOG_TAIL_LINES:]
     except OSError:
         lines = []
-    return "".join(f"\n    | {plain(line)[:500]}" for line in lines) + f"\n  log: {log}"
+    return tuple(plain(line)[:500] for line in lines)

@@ -28,11 +28,12 @@ class Lacking:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The child ended without a completion record, or with an unexpected exception."""
+    """The child ended without a completion record, or with an unexpected exception. `excerpt`: the end of its log."""
 
     message: str
     log: Path
     seconds: float
+    excerpt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def run(spec: EngineSpec, plan: Plan, directory: Path, log: Path, time_limit_s: 
                 return Refused(f"engine process {ended.words(child.exitcode, kills)}", seconds)
             if record is None:
                 how = ended.words(child.exitcode, kills)
-                return Crashed(f"engine process {how}, no completion record{ended.said(child.exitcode, log)}", log, seconds)
+                excerpt = ended.said(child.exitcode, log)
+                return Crashed(f"engine process {how}, no completion record", log, seconds, excerpt)
         finally:
             if child.pid is not None:
                 _kill_group(child.pid)
@@ -120,7 +121,7 @@ def _outcome(status: str, message: str, log: Path, seconds: float) -> Outcome:
             return Lacking(message)
         case "invalid":
             return Invalid(message, log, seconds)
-    return Crashed(f"{message}{ended.tail(log)}", log, seconds)
+    return Crashed(message, log, seconds, ended.tail(log))
 
 
 def _wait(ready: list[Any], pending: Held, end: float) -> None:

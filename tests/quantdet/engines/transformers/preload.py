@@ -6,6 +6,7 @@ torchao stays out, since its import initialises CUDA, and so do packages that lo
 import contextlib
 import importlib
 import os
+import sys
 
 from quantdet.engines.child import packages
 
@@ -21,11 +22,12 @@ with contextlib.suppress(Exception):
     import transformers.models.llama.modeling_llama  # noqa: F401  (what every decoder's module imports too)
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    import quantdet.engines.transformers.engine  # noqa: F401
-
     for _name in ("transformers.quantizers.auto", "accelerate", "compressed_tensors.compressors"):
         with contextlib.suppress(ImportError):
             importlib.import_module(_name)
+
+if "transformers.models.llama.modeling_llama" in sys.modules:  # of the suite: a name that is wrong is no missing package
+    import quantdet.engines.transformers.engine  # noqa: F401
 
 os.environ.pop(_CHECK, None)
 if _GIVEN is not None:

@@ -101,7 +101,7 @@ def judge(
         broken = {name: one for name, one in failed.items() if one.verdict not in (Verdict.UNAVAILABLE, Verdict.UNSUPPORTED)}
         if broken:  # with it the answer might be another one
             first = next(iter(broken.values()))
-            text = f"did not run: {', '.join(broken)}, first {first.verdict} {first.reason.partition(chr(10))[0]}"
+            text = f"did not run: {', '.join(broken)}, first {first.verdict} {first.first}"
             text += f"; of the others: {verdict}, {why}{end}"
             return Judgement(Verdict.ERROR, claim, ASPECT, text, False, figures, detail or "", reexecution=record)
     expected = detail is not None

@@ -236,7 +236,7 @@ def test_a_claim_and_its_hidden_states_go_together(suite: Suite, recordings: Pat
     run = suite("-k", "reexecution", "--reference", "r", "--store", "s2", matrix=CLAIMING)
 
     assert 0 == run.code, run.output
-    assert "ACTIVATIONS: alpha: cpu-here, vLLM 0.32.0, fake cpu -> cpu-here, float16" in run.output
+    assert "HIDDEN STATES: alpha: cpu-here, vLLM 0.32.0, fake cpu -> cpu-here, float16" in run.output
     assert ["agree: supported, own nearest in 32 of 32"] * 3 == [text[:41] for text in said(run).values()]
 
 
