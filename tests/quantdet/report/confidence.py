@@ -70,5 +70,6 @@ def multiplicity(cases: list[Case], alpha: float = 0.05) -> str:
     adjusted = bounds.holm([value for value, _ in tests])
     claimed = [value for value, (_, said) in zip(adjusted, tests, strict=True) if said]
     stay = sum(value <= alpha for value in claimed)
-    found = f"{len(tests)} {'case rests' if len(tests) == 1 else 'cases rest'} on a p-value: of {len(claimed)} that found a difference {stay} stay"
+    rest = "1 case rests" if len(tests) == 1 else f"{len(tests)} cases rest"
+    found = f"{rest} on a p-value: of {len(claimed)} that found a difference {stay} stay"
     return f"{found} after Holm over the run (false-alarm rate among these at most {alpha:.0%})"
