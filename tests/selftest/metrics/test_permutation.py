@@ -103,7 +103,7 @@ def test_multiplicity_is_over_every_case_that_rests_on_a_p_value() -> None:
     strong = a_case("IDENTICAL", (0.001, "DISTINCT"), (None, "IDENTICAL"))
 
     assert "" == confidence.multiplicity([exact])
-    assert "1 cases rest on a p-value: of 1 that found a difference 1 stay after" in confidence.multiplicity([weak, exact])
+    assert "1 case rests on a p-value: of 1 that found a difference 1 stay after" in confidence.multiplicity([weak, exact])
     both = confidence.multiplicity([weak, strong, a_case("UNDERPOWERED", p=0.04), exact])
     assert both.startswith("3 cases rest on a p-value: of 2 that found a difference 1 stay after Holm over the run")
     assert confidence.multiplicity([lost, strong]).startswith("2 cases rest on a p-value: of 1 that found a difference 1 stay")
@@ -118,7 +118,7 @@ def test_a_question_is_no_further_test() -> None:
     again = [*cases, replace(cases[0], test="test_question")]
 
     assert confidence.multiplicity(again) == confidence.multiplicity(cases)
-    assert "1 cases rest on a p-value: of 1 that found a difference 1 stay" in confidence.multiplicity(again)
+    assert "1 case rests on a p-value: of 1 that found a difference 1 stay" in confidence.multiplicity(again)
 
 
 def test_exact_formats_need_no_test() -> None:
