@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quantdet.judging.verdicts import Pair, Verdict
 from quantdet.report.case import Case, Place
-from quantdet.report.tables import nats, unique_pairs
+from quantdet.report.text_layout import nats, unique_pairs
 
 LIMIT = 8  # formats of a matrix on the screen
 _BACK = {"prefill_published": "prefill_published_back", "decode_published": "decode_published_back"}

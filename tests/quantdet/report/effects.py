@@ -14,7 +14,7 @@ from quantdet.metrics.classes import equivalence_classes, intransitive
 from quantdet.report import printed
 from quantdet.report.case import Case, Place
 from quantdet.report.compared import LIMIT, METRICS, Compared, places
-from quantdet.report.tables import joined, matrix, nats, one_line, prose, render, table, unique_pairs
+from quantdet.report.text_layout import joined, matrix, nats, one_line, prose, render, table, unique_pairs
 
 _CLOSEST = 10
 _LACKING = {

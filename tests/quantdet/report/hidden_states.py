@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from quantdet.judging.verdicts import Verdict
 from quantdet.report.case import Case
 from quantdet.report.reexecution import Verification, times
-from quantdet.report.tables import fitted, nats, prose
+from quantdet.report.text_layout import fitted, nats, prose
 
 LEGEND = (
     "hidden states of the generated positions, projected at random, mean relative L2 to the claim; SNR: of the nearest format "

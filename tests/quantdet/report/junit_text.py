@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantdet.report.tables import figure
+from quantdet.report.text_layout import figure
 
 
 def text(name: str, value: Any) -> str:

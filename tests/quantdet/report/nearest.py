@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from quantdet.report import reexecution
 from quantdet.report.case import Case
 from quantdet.report.reexecution import METRICS, NEARER, PHASES, Verification
-from quantdet.report.tables import fitted, nats, prose
+from quantdet.report.text_layout import fitted, nats, prose
 
 LIMIT = 16  # claims times verifying formats, up to which the whole is printed
 _UNTOLD = 5

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantdet.report.compared import Compared
-from quantdet.report.tables import joined, matrix, nats, one_line, prose, render, table
+from quantdet.report.text_layout import joined, matrix, nats, one_line, prose, render, table
 
 LIMIT = 8  # formats of a matrix on the screen
 _REFERENCES = 4  # matrices on the screen

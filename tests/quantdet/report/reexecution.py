@@ -12,7 +12,7 @@ from typing import Any
 
 from quantdet.metrics.signal_noise import published_snr, ratio
 from quantdet.report.case import Case
-from quantdet.report.tables import broken, joined, matrix, nats, prose, render, table
+from quantdet.report.text_layout import broken, joined, matrix, nats, prose, render, table
 
 PHASES = ("decode", "prefill")
 METRICS = {"own_metric": "own L2", "published": "published"}

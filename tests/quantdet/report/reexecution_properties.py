@@ -5,7 +5,7 @@ from typing import Any
 
 from quantdet.report.case import Case
 from quantdet.report.reexecution import METRICS, PHASES, Verification, overall, ratios, verifications
-from quantdet.report.tables import one_line
+from quantdet.report.text_layout import one_line
 
 
 def properties(cases: Iterable[Case], order: Sequence[str] = ()) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from quantdet.matrix.matrix import Matrix
 from quantdet.observations.header import Header
 from quantdet.report.case import Case, Place
 from quantdet.report.junit_text import rate, told_rate
-from quantdet.report.tables import fitted, prose
+from quantdet.report.text_layout import fitted, prose
 
 NAMES = ("decode", "prefill")
 NOTE = (

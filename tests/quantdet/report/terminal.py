@@ -14,7 +14,7 @@ from quantdet.report.case import Case, Place
 from quantdet.report.entries import cell_of, counted
 from quantdet.report.record import RECORDS, Records
 from quantdet.report.run import RUN
-from quantdet.report.tables import figure, fitted, prose, told
+from quantdet.report.text_layout import figure, fitted, prose, told
 
 _APART = ("test_versions", "test_reexecution", "test_question")  # have tables of their own
 

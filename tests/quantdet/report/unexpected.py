@@ -8,7 +8,7 @@ import pytest
 
 from quantdet.report import entries, record, rerun
 from quantdet.report.run import RUN
-from quantdet.report.tables import prose
+from quantdet.report.text_layout import prose
 
 _EXCERPT = "    | "
 

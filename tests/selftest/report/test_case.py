@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quantdet.judging.verdicts import Reference, Verdict
-from quantdet.report import junit_text, tables
+from quantdet.report import junit_text, text_layout
 from quantdet.report.case import Case, SharedCause
 from quantdet.report.html.__main__ import main
 from selftest.fakes.cases import a_pair, case
@@ -103,7 +103,7 @@ def test_the_text_of_a_figure(name: str, value: Any, text: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.0312, 0.00999, 0.0499, 0.05, 0.25, 1.05, 12.34, 999.96, 1234.5])
 def test_what_is_added_up_is_what_was_told(value: float) -> None:
     """The number behind the text, without reading the text."""
-    assert float(tables.figure(value)) == tables.told(value)
+    assert float(text_layout.figure(value)) == text_layout.told(value)
     assert float(junit_text.rate(value)) == junit_text.told_rate(value)
 
 

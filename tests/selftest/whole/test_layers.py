@@ -79,11 +79,11 @@ def test_rooms_import_downwards() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "words"),
     [
-        ("report/tables.py", "from quantdet.session.session import Session", "quantdet.report is not allowed to import"),
+        ("report/text_layout.py", "from quantdet.session.session import Session", "quantdet.report is not allowed to import"),
         ("judging/pairs.py", "from quantdet.engines.plan import Plan", "quantdet.judging is not allowed to import"),
         ("metrics/bits.py", "from quantdet.matrix.cell import Cell", "quantdet.metrics is not allowed to import"),
         ("observations/store.py", "from quantdet.judging.verdicts import Verdict", "quantdet.observations is not allowed"),
-        ("report/tables.py", "def f():\n    import quantdet.session.plans", "quantdet.report is not allowed to import"),
+        ("report/text_layout.py", "def f():\n    import quantdet.session.plans", "quantdet.report is not allowed to import"),
         ("judging/pairs.py", "if False:\n    from ..report import tables", "quantdet.judging is not allowed to import"),
         ("attic/__init__.py", "", "attic"),
     ],

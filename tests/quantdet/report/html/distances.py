@@ -12,7 +12,7 @@ from quantdet.report.case import Case
 from quantdet.report.compared import Compared
 from quantdet.report.html import svg
 from quantdet.report.html.verdicts import Column, Tag, place, short, tag
-from quantdet.report.tables import nats
+from quantdet.report.text_layout import nats
 
 # (name, field of a pair, what it is)
 MAPS = (

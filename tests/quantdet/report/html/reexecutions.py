@@ -10,7 +10,7 @@ from quantdet.report import reexecution as tables
 from quantdet.report.case import Case
 from quantdet.report.html import svg
 from quantdet.report.html.verdicts import Tag
-from quantdet.report.tables import nats
+from quantdet.report.text_layout import nats
 
 
 @dataclass(frozen=True)

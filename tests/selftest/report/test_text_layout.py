@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantdet.report import nearest, reexecution, tables
+from quantdet.report import nearest, reexecution, text_layout
 from quantdet.report.case import Case
 from selftest.fakes.cases import case
 
@@ -26,7 +26,7 @@ def test_no_line_is_longer_and_no_character_is_lost(made: tuple[list[str], list[
     """Cells are broken, never cut; lines end without blanks."""
     names, rows = made
 
-    text = tables.fitted([f"{'>' * right}{name}" for name in names], rows, width, fold=(names[-1],))
+    text = text_layout.fitted([f"{'>' * right}{name}" for name in names], rows, width, fold=(names[-1],))
 
     assert all(len(line) <= width for line in text.splitlines()), text
     assert text == "\n".join(line.rstrip() for line in text.splitlines())
@@ -37,7 +37,7 @@ def test_no_line_is_longer_and_no_character_is_lost(made: tuple[list[str], list[
 @given(text=st.text("ab _-[=/.:\n", max_size=60), width=st.integers(1, 20))
 def test_folding_keeps_what_is_no_blank(text: str, width: int) -> None:
     """Lines of at most the width, the same characters in the same order."""
-    found = tables.folded(text, width)
+    found = text_layout.folded(text, width)
 
     assert all(len(line) <= width for line in found.split("\n"))
     assert "".join(text.split()) == "".join(found.split())
@@ -45,9 +45,9 @@ def test_folding_keeps_what_is_no_blank(text: str, width: int) -> None:
 
 def test_a_name_is_broken_after_its_marks() -> None:
     """And a table that has room is left as it is."""
-    assert "gptq_\nmachete_\ncompiled" == tables.folded("gptq_machete_compiled", 9)
-    assert "CPUWNA16\n[w4a8] x8" == tables.folded("CPUWNA16 [w4a8] x8", 9)
-    assert "format  n\nbf16    5" == tables.fitted(("format", "n"), [("bf16", "5")], 80)
+    assert "gptq_\nmachete_\ncompiled" == text_layout.folded("gptq_machete_compiled", 9)
+    assert "CPUWNA16\n[w4a8] x8" == text_layout.folded("CPUWNA16 [w4a8] x8", 9)
+    assert "format  n\nbf16    5" == text_layout.fitted(("format", "n"), [("bf16", "5")], 80)
 
 
 def record(claimed: str, verified: list[str], own: list[str], verdict: str = "DETECTABLE") -> Case:
@@ -118,7 +118,7 @@ def test_a_matrix_of_long_names_fits(name: str) -> None:
     """Rows and columns with the longest ids."""
     names = [f"{name}{n}"[-64:] for n in range(3)]
 
-    blocks = tables.matrix("published", names, names, lambda a, b: "-" if a == b else "1.00e-03", 80)
+    blocks = text_layout.matrix("published", names, names, lambda a, b: "-" if a == b else "1.00e-03", 80)
 
     assert all(len(line) <= 80 for block in blocks for line in block.splitlines())
     assert 6 == sum(block.count("1.00e-03") for block in blocks)
