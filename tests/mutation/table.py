@@ -12,7 +12,7 @@ A mutant is the judging code with one defect: one that a suite for determinism c
 by the self-test that is named beside it.
 
 ```sh
-pytest tests/mutation -n 2               # all of them: one and a half to two and a half minutes on 2 cores
+pytest tests/mutation -n 2               # all of them: four to six minutes on 2 cores
 pytest tests/mutation -k holm            # those whose name has "holm"
 (cd tests && python -m mutation.table)   # writes this file from mutants.toml
 ```

@@ -16,7 +16,8 @@ from quantdet.checkpoints import Unavailable, altered, resolve, rounding
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
 from quantdet.checkpoints.tensors import load_folder, tensors_sha256
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.rows import Model
+from selftest.fakes.checkpoints import make_format
 
 TINY = {
     "architecture": "qwen3", "seed": 3, "vocab_size": 64, "hidden_size": 192, "intermediate_size": 320,
@@ -24,18 +25,6 @@ TINY = {
 }  # fmt: skip
 GROUP = 64
 LINEARS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-
-
-def make_format(layout: str, weights: str, activations: str = "none") -> Format:
-    row = {
-        "title": "x",
-        "layout": layout,
-        "weights": weights,
-        "activations": activations,
-        "kernel": "auto",
-        "dtype": "bfloat16",
-    }
-    return Format.model_validate(row)
 
 
 def make_model(**changes: Any) -> Model:

@@ -15,7 +15,8 @@ from quantdet.checkpoints import altered, numbers, resolve
 from quantdet.checkpoints.decoding import NotDecoded, decoder, unpacked
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.tensors import load_folder, save, tensors_sha256
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.rows import Model
+from selftest.fakes.checkpoints import make_format
 
 SPEC = {
     "architecture": "qwen3", "seed": 3, "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256,
@@ -25,19 +26,11 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def made(cache: Path, layout: str, weights: str, activations: str = "none", seed: int = 3, group: int = 64) -> Any:
-    row = {
-        "title": "x",
-        "layout": layout,
-        "weights": weights,
-        "activations": activations,
-        "kernel": "auto",
-        "dtype": "bfloat16",
-    }
     model = {
         "title": "x", "workload": "w", "formats": ["*"], "group_size": group,
         "synthetic": {**SPEC, "seed": seed},
     }  # fmt: skip
-    return resolve("tiny", Model.model_validate(model), Format.model_validate(row), cache=cache)
+    return resolve("tiny", Model.model_validate(model), make_format(layout, weights, activations), cache=cache)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,4 @@ def make_model(group_size: int = 128, **source: Any) -> Model:
 
 
 BF16 = make_format("plain", "bf16")
-
-
 W4 = make_format("ct", "int4-sym")

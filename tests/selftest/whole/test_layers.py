@@ -61,7 +61,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 def contract(tests: Path) -> subprocess.CompletedProcess[str]:
     """import-linter, over the package in the folder `tests`, with the contract of pyproject.toml."""
-    pytest.importorskip("importlinter")
+    pytest.importorskip("importlinter", reason="needs import-linter (pip install -e '.[dev]'), have none")
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
     return subprocess.run(
         [*command, "--config", str(ROOT / "pyproject.toml")], cwd=tests, env={"PYTHONPATH": str(tests)},
