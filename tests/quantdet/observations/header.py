@@ -23,7 +23,13 @@ class Part(BaseModel):
 
 
 class Layer(Part):
-    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many."""
+    """Layers of the model that look alike: module class, vLLM's method, scheme and kernel classes, and how many.
+
+    names: of the modules, in the engine's words; stored: the tensors of the checkpoint that filled each of them, as
+    `LOCAL NAME:DTYPE` in order ("qweight:I32", "scales:F16"), fused projections once; k, n: inputs and outputs on one rank;
+    bits: of a stored weight; group: how many inputs share a scale (k: all of a channel's). Empty or None: not known, as in
+    older recordings.
+    """
 
     kind: Literal["linear", "moe", "router", "embedding", "other"]
     module: str
@@ -32,15 +38,39 @@ class Layer(Part):
     kernel: str = ""
     detail: str = ""
     count: int = Field(gt=0)
+    names: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field((), max_length=100_000)
+    stored: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field((), max_length=100)
+    k: int | None = Field(None, gt=0)
+    n: int | None = Field(None, gt=0)
+    bits: int | None = Field(None, gt=0, le=64)
+    group: int | None = Field(None, gt=0)
 
     @property
     def executed(self) -> str:
         """The class that multiplies: the kernel, else the scheme, else the method."""
         return self.kernel or self.scheme or self.method
 
+    @property
+    def quantized(self) -> bool | None:
+        """Whether the checkpoint holds these layers quantized; None: not known."""
+        return any(one not in _PLAIN_STORED for one in self.stored) if self.stored else None
+
+    @property
+    def multiplied_plain(self) -> bool:
+        """Whether these layers multiply by unquantized weights."""
+        return self.method.startswith("Unquantized")
+
+
+# Tensors of a layer that nobody quantized.
+_PLAIN_STORED = frozenset(f"{name}:{dtype}" for name in ("weight", "bias") for dtype in ("BF16", "F16", "F32", "F64"))
+
 
 class Executed(Part):
-    """What really ran, read from the loaded model."""
+    """What really ran, read from the loaded model.
+
+    kv_cache: what the attention layers keep keys and values in, each kind once: the dtype, and the scales where they are not 1
+    ("fp8_e4m3, k_scale 0.05, v_scale 0.04").
+    """
 
     layers: tuple[Layer, ...]
     attention: tuple[str, ...] = ()
@@ -48,6 +78,7 @@ class Executed(Part):
     runner: str = ""
     logits_dtype: str = ""
     tensor_parallel_size: int = Field(1, gt=0)  # rank 0's layers are told; the others execute the same
+    kv_cache: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field((), max_length=10_000)
 
     @property
     def linear(self) -> tuple[Layer, ...]:
@@ -66,6 +97,21 @@ class Executed(Part):
             counts[name] = counts.get(name, 0) + layer.count
         divided = f", each on {self.tensor_parallel_size} ranks" if self.tensor_parallel_size > 1 else ""
         return (" + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer") + divided
+
+
+class Loading(Part):
+    """What filled the parameters of the engine's model.
+
+    filled: parameters that tensors of the checkpoint filled, to the last element; tensors: how many tensors did; by_rule: the
+    other parameters, by the reason why nothing has to fill them; unused: tensors of the checkpoint that filled nothing (the
+    first ones), and how many there are.
+    """
+
+    filled: int = Field(ge=0)
+    tensors: int = Field(ge=0)
+    by_rule: dict[Words, tuple[Annotated[str, Field(min_length=1, max_length=300)], ...]] = {}
+    unused: tuple[Words, ...] = Field((), max_length=100)
+    unused_count: int = Field(0, ge=0)
 
 
 class Divergence(Part):
@@ -178,6 +224,7 @@ class Header(Part):
     environment: dict[str, Any] = {}
     refusal: Words = ""
     executed: Executed | None = None
+    loading: Loading | None = None
     nonfinite: tuple[NonFinite, ...] = ()
     divergences: tuple[Divergence, ...] = ()
     prompts: tuple[PromptHeader, ...] = ()
@@ -205,8 +252,10 @@ class Header(Part):
         """SHA-256 over every other field, as canonical JSON: an edited header does not pass for what was measured."""
         younger = {name for name in _YOUNGER if getattr(self, name) == type(self).model_fields[name].default}
         rest = self.model_dump(mode="json", by_alias=True, exclude={"header_sha256", *younger})
-        if rest["executed"] is not None and rest["executed"]["tensor_parallel_size"] == 1:  # younger too
-            del rest["executed"]["tensor_parallel_size"]
+        if rest["executed"] is not None:
+            _without_younger(rest["executed"], {"tensor_parallel_size": 1, "kv_cache": []})
+            for layer in rest["executed"]["layers"]:
+                _without_younger(layer, {"names": [], "stored": [], "k": None, "n": None, "bits": None, "group": None})
         return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -217,5 +266,12 @@ class Header(Part):
 # Younger than the first recordings, which were sealed without them: left out while they are at their default.
 _YOUNGER = {
     "claims_workload", "claims_workload_sha256", "claim_tokens", "claim_top_k", "claims", "role", "evidence", "reported",
-    "caches", "max_flip_rate", "hidden_states", "numbers",
+    "caches", "max_flip_rate", "hidden_states", "numbers", "loading",
 }  # fmt: skip
+
+
+def _without_younger(part: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Leave out of `part` what the first recordings did not have, where it is at its default."""
+    for name, default in defaults.items():
+        if part[name] == default:
+            del part[name]
