@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from quantdet import checkpoints
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Format
 from quantdet.observations.observation import read
 from quantdet.report.bundle import repro, weights
 

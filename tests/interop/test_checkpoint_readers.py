@@ -15,7 +15,8 @@ for _name in ("torchvision", "torchaudio", "torchcodec"):
 pytest.importorskip("compressed_tensors")
 
 from quantdet.checkpoints import Unavailable, resolve, tensors  # noqa: E402
-from quantdet.matrix.rows import Format, Model  # noqa: E402
+from quantdet.matrix.models import Model  # noqa: E402
+from quantdet.matrix.rows import Format  # noqa: E402
 
 SPEC = {
     "architecture": "qwen3", "seed": 5, "vocab_size": 96, "hidden_size": 256, "intermediate_size": 384,

@@ -140,6 +140,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     markdown.append(session)
     session.config.stash[SESSION].measuring.close()
     workers.require(session)
+    workers.require_models(session)
     workers.report_clock(session.config)
 
 

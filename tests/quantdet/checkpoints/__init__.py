@@ -18,7 +18,9 @@ from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
 from quantdet.checkpoints.tensors import load_folder
-from quantdet.matrix.rows import ONLINE, Format, Model, Synthetic
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import ONLINE, Format
+from quantdet.matrix.shapes import Synthetic
 
 __all__ = ["Checkpoint", "Unavailable", "resolve"]
 

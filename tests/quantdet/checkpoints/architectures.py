@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from quantdet.matrix.rows import Synthetic
-from quantdet.matrix.shapes import Architecture
+from quantdet.matrix.shapes import Architecture, Synthetic
 
 LINEAR_STD = 0.02
 EMBEDDING_STD = 1.0  # inputs that differ strongly from token to token

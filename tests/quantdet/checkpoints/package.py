@@ -19,7 +19,7 @@ import numpy as np
 from quantdet.checkpoints.base import Base
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.tensors import Array, by_layer
-from quantdet.matrix.rows import Package
+from quantdet.matrix.models import Package
 
 VERSION = 1
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantdet.checkpoints.architectures import Drawn, decoder_layer, outside
 from quantdet.checkpoints.tensors import Array, Load
-from quantdet.matrix.rows import Synthetic
+from quantdet.matrix.shapes import Synthetic
 
 VERSION = 1
 

@@ -8,8 +8,9 @@ from pydantic import Field
 from quantdet.matrix import pins
 from quantdet.matrix.cell import Cell, EngineName, matches_any
 from quantdet.matrix.expectations import Expect, Expectations
+from quantdet.matrix.models import Model
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Model, Picks, RunLengths
+from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Picks, RunLengths
 from quantdet.matrix.selectors import Question, Setting
 from quantdet.matrix.shapes import Layers, layers_of
 from quantdet.matrix.values import Row
@@ -40,7 +41,7 @@ class Matrix(Row):
         """Every cell that can exist, in file order: the model has the format, the kernel can run on the hardware."""
         for model_id, model in self.models.items():
             for format_id, format_ in self.formats.items():
-                if not self.has_format(model, format_id):
+                if not self.has_format(model_id, format_id):
                     continue
                 for hardware_id in self.hardware:
                     where = (model.hardware, format_.hardware, self.kernels[format_.kernel].hardware)
@@ -56,9 +57,10 @@ class Matrix(Row):
         """The `[[setting]]` rows about `cell`."""
         return (row for row in self.setting if row.when.matches(cell, engine=self.engine_of(cell)))
 
-    def has_format(self, model: Model, format_id: str) -> bool:
-        """Whether `model` names the format and its source can carry it."""
-        if not matches_any(format_id, model.formats):
+    def has_format(self, model_id: str, format_id: str) -> bool:
+        """Whether a model names the format, may have it, and its source can carry it."""
+        model = self.models[model_id]
+        if not matches_any(format_id, model.formats) or not matches_any(model_id, self.formats[format_id].models):
             return False
         layers = self._layers(model)
         if self.of_experts(self.formats[format_id]):  # of models with experts, or where one is named
@@ -66,7 +68,7 @@ class Matrix(Row):
                 return False
             if layers is None and format_id not in model.formats:
                 return False
-        return model.hub is None or self.formats[format_id].layout in model.hub
+        return model.hub is None or format_id in model.checkpoints or self.formats[format_id].layout in model.hub
 
     def of_experts(self, format_: Format) -> bool:
         """Whether the format is for models with experts only: its kernel is named for them, or they alone are quantized."""
@@ -129,6 +131,9 @@ class Matrix(Row):
 
     def tensor_parallel_size(self, cell: Cell) -> int:
         """Over how many devices the cell's layers are divided."""
+        asked = [row.args["tensor_parallel_size"] for row in self.settings(cell) if "tensor_parallel_size" in row.args]
+        if asked and isinstance(asked[-1], int):
+            return asked[-1]
         own = self.formats[cell.format_id].tensor_parallel_size
         return self.models[cell.model_id].tensor_parallel_size if own is None else own
 

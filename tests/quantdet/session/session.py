@@ -23,8 +23,12 @@ from quantdet.session.scope import Scope
 
 @dataclass(repr=False)
 class Session(Scope):
-    """State of a run; one per process (each pytest-xdist worker has its own)."""
+    """State of a run; one per process (each pytest-xdist worker has its own).
 
+    told: which case has said why there is nothing to judge of a cell.
+    """
+
+    told: dict[Cell, str] = field(default_factory=dict)
     _results: dict[Cell, Result] = field(default_factory=dict)
     _pairs: dict[tuple[Cell, ...], Pair] = field(default_factory=dict)
     _verified: dict[tuple[Cell, str], Result] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from quantdet.checkpoints import Unavailable, altered, resolve, rounding
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.quantize import Quantized, largest, quantize, round_to_scale
 from quantdet.checkpoints.tensors import load_folder, tensors_sha256
-from quantdet.matrix.rows import Model
+from quantdet.matrix.models import Model
 from selftest.fakes.checkpoints import make_format
 
 TINY = {

@@ -15,7 +15,7 @@ from quantdet.checkpoints import altered, numbers, resolve
 from quantdet.checkpoints.decoding import NotDecoded, decoder, unpacked
 from quantdet.checkpoints.layouts import awq, packing
 from quantdet.checkpoints.tensors import load_folder, save, tensors_sha256
-from quantdet.matrix.rows import Model
+from quantdet.matrix.models import Model
 from selftest.fakes.checkpoints import make_format
 
 SPEC = {

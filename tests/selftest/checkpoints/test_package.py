@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantdet.checkpoints import Unavailable, resolve, tensors
-from quantdet.matrix.rows import Model
+from quantdet.matrix.models import Model
 from selftest.fakes.checkpoints import BF16, make_format, make_model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantdet.checkpoints import Unavailable, resolve, tensors
-from quantdet.matrix.rows import Model
+from quantdet.matrix.models import Model
 from selftest.checkpoints.test_package import package
 from selftest.fakes.checkpoints import BF16, SPEC, W4, make_format, make_model
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Format
 
 SPEC = {
     "architecture": "qwen3", "seed": 0, "vocab_size": 128, "hidden_size": 256, "intermediate_size": 384,

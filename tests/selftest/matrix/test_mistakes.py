@@ -89,7 +89,10 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
         put("models", "beta", "hardware", ["tpu"]), "models.beta.hardware", "'tpu' matches no hardware",
     ),
     "unknown format": (put("models", "beta", "formats", ["bf17"]), "models.beta.formats", "'bf17' matches no format"),
-    "no formats": (put("models", "beta", "formats", []), "models.beta.formats", "at least 1"),
+    "no formats": (put("models", "beta", "formats", []), "models.beta", "needs 'formats'"),
+    "no workload": (put("models", "beta", "workload", ""), "models.beta", "needs 'workload'"),
+    "a base without a checkpoint": (put("models", "beta", "base", "/a"), "models.beta", "unquantized twin"),
+    "a format of no model": (put("formats", "awq", "models", ["gamma"]), "formats.awq.models", "matches no model"),
     "unknown format of a row": (
         put("expect", 0, "when", "format", "gtpq"), "expect.0.when.format", "'gtpq' matches no format",
     ),

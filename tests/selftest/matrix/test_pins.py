@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from quantdet.checkpoints import Checkpoint
 from quantdet.engines.plan import Plan
+from quantdet.judging.results import Missing
+from quantdet.judging.verdicts import Verdict
 from quantdet.matrix import workload
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.load import load
@@ -191,7 +193,7 @@ def test_layers_that_a_kernel_does_not_take(matrix: Matrix, format_id: str) -> N
     )  # hub weights, the same layers
 
 
-def plan(matrix: Matrix, format_id: str, version: str, folder: Path) -> Plan | str:
+def plan(matrix: Matrix, format_id: str, version: str, folder: Path) -> Plan | Missing:
     return plan_for(
         Cell("tiny-qwen3", format_id, "sm90"), matrix, workload.load("synthetic-v1", PROMPTS),
         Checkpoint(folder, "0" * 64, "here"), {}, vllm_version=version, engine="vllm", repeats=None, inject=None,
@@ -200,9 +202,10 @@ def plan(matrix: Matrix, format_id: str, version: str, folder: Path) -> Plan | s
 
 def test_the_reason_is_told(matrix: Matrix, tmp_path: Path) -> None:
     """An impossible pin is need, have, and why; a possible one is in the plan and in its identity."""
-    assert (
+    assert Missing(
+        Verdict.UNSUPPORTED,
         "pin: needs a way to use bitsandbytes for layout bnb, have none in vLLM 0.33.0: "
-        "bitsandbytes left vLLM in 0.28 for the package vllm-bnb-plugin"
+        "bitsandbytes left vLLM in 0.28 for the package vllm-bnb-plugin",
     ) == plan(matrix, "bnb_nf4", "0.33.0", tmp_path)
 
     made = plan(matrix, "pytorch_int4", "0.26.0", tmp_path)

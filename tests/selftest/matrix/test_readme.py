@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.load import load
+from quantdet.matrix.models import Model
 from quantdet.matrix.pins import Pin
-from quantdet.matrix.rows import Engine, Format, Hardware, Kernel, Model
+from quantdet.matrix.rows import Engine, Format, Hardware, Kernel
 from quantdet.matrix.selectors import Question, Setting, When
 from quantdet.matrix.shapes import Fires
 from selftest.fakes.matrix import ROOT, TESTS

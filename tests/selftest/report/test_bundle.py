@@ -11,7 +11,7 @@ import pytest
 from quantdet.checkpoints import Checkpoint
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
-from quantdet.matrix.rows import Model
+from quantdet.matrix.models import Model
 from quantdet.observations.observation import TENSORS_FILE, Observation, read
 from quantdet.observations.pack import pack
 from quantdet.report.bundle import differences, readme, repro, weights

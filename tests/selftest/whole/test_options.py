@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from quantdet import checkpoints
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Format
 from selftest.fakes.inner import Suite
 from selftest.fakes.matrix import MATRIX, TWO_GPUS, W4A4, expect, make_suite
 from selftest.whole.test_run import AWQ, HERE, TWO, of

@@ -34,7 +34,7 @@ def test_every_path_option_is_known() -> None:
 
     options.add(Parser())  # type: ignore[arg-type]
 
-    paths = {name for name, metavar in found.items() if metavar in ("DIR", "PATH", "FILE")}
+    paths = {name for name, metavar in found.items() if metavar in ("DIR", "PATH", "FILE", "PATH|REPO")}
     assert {"--matrix", "--expect", "--store"} <= paths == set(option_table.PATHS)
     assert {option.attribute for option in option_table.OPTIONS} <= {
         field.name for field in dataclasses.fields(options.Options)

@@ -11,7 +11,8 @@ import rich.table  # noqa: F401
 import scipy.stats  # noqa: F401  # here once: what is first imported in an inner run is imported in each
 
 from quantdet import checkpoints
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Format
 from quantdet.session.cases.judge import PROPERTIES
 from selftest.fakes.inner import Run, Suite
 from selftest.fakes.matrix import MATRIX, expect, setting

@@ -10,7 +10,8 @@ import numpy as np
 
 from quantdet.checkpoints import Checkpoint
 from quantdet.checkpoints import tensors as files
-from quantdet.matrix.rows import Format, Model
+from quantdet.matrix.models import Model
+from quantdet.matrix.rows import Format
 
 COPY_BYTES = 64 << 20
 _SAMPLE = 1 << 20

@@ -19,6 +19,7 @@ from quantdet.report import evidence, speed
 from quantdet.report.junit_text import text
 from quantdet.report.record import EVIDENCE, FIGURES, JUDGEMENT
 from quantdet.session import bundles, questions, reexecution
+from quantdet.session.cases import own_cells
 from quantdet.session.controls import Controls, Name, cause_of
 from quantdet.session.session import Session
 
@@ -205,6 +206,8 @@ class Judge:
         return causes.of(cell, self.session.result(cell), self.session.expectations(cell))
 
     def _refused(self, cell: Cell, result: Refusal) -> None:
+        if other := own_cells.told_by_another(self.session, self.item.name, cell, tried=True):
+            self._skip(Verdict.UNSUPPORTED, f"engine refused: {result.first}{other}")
         known = (result.observation,) if result.observation is not None else ()
         judgement = refusal.refusal(cell, result.message, self.session.expectations(cell))
         self._say(replace(judgement, cause=self._cause(cell)), known)
@@ -214,6 +217,8 @@ class Judge:
             required = self.session.options.require_hardware == cell.hardware_id
             if not required:
                 self._skip(result.verdict, result.reason)
+        if other := own_cells.told_by_another(self.session, self.item.name, cell):
+            self._skip(result.verdict, result.first + other)
         cause = causes.missing(cell, result)
         self._say(Judgement(cause.verdict, cause.cell, cause.aspect, cause.why, False, {}, cause.detail, cause=cause), ())
 

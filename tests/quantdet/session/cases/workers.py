@@ -94,6 +94,23 @@ def refuse_reruns(config: pytest.Config) -> None:
         raise pytest.UsageError("the suite never retries: --reruns is set in PYTEST_ADDOPTS")
 
 
+def require_models(session: pytest.Session) -> None:
+    """--model: a run that measured nothing of one of them has failed, whatever its cases say."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.getoption("collectonly") or not config.stash[SESSION].options.model:
+        return
+    records = config.stash[RECORDS]
+    for name, model in config.stash[SESSION].matrix.models.items():
+        mine = [case for case in records.cases if case.model == name]
+        if any(case.number("runs") for case in mine):
+            continue
+        reasons = [case.message for case in mine] + [why for nodeid, why in records.skipped if f"[{name}/" in nodeid]
+        reason = next(filter(None, reasons), "no case of it ran")
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        config.get_terminal_writer().line(f"--model {model.title}: nothing was measured: {reason}", red=True)
+
+
 def require(session: pytest.Session) -> None:
     """--require-hardware: a run that measured nothing there has failed."""
     config = session.config

@@ -1,0 +1,254 @@
+"""Cells of checkpoints that say themselves how they are quantized (`--model`, or `checkpoint` in the matrix).
+
+A checkpoint's own configuration decides: one format is what vLLM picks by itself, one more is made for each kernel that this
+version can be told to use for the layout on this hardware, and one is the unquantized twin where it is given. What the matrix
+declares of its own format with the same layout, numbers and kernel (expected noise, settings) holds for the made one too.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantdet.checkpoints import described
+from quantdet.checkpoints.described import Described
+from quantdet.matrix.cell import matches_any
+from quantdet.matrix.expectations import Expect
+from quantdet.matrix.matrix import Matrix
+from quantdet.matrix.models import Claims, Model
+from quantdet.matrix.rows import Dtype, Format
+from quantdet.matrix.selectors import Setting, When
+
+# Arguments that choose kernels: with one of them there is nothing left to pin.
+_CHOOSES = frozenset({"linear_backend", "linear_backend_per_quant", "moe_backend", "kernel_config"})
+_SHORT: dict[Dtype, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_COPIED = ("noisy", "may_be_noisy", "may_recompile", "may_drift")
+_REASON = "--engine-arg"
+
+
+class Mistakes(Exception):
+    """What is asked for cannot be had, for several reasons at once; `.mistakes` has each as `WHAT: need and have`."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for: checkpoints, their unquantized twin, and engine arguments.
+
+    same_base: the checkpoints are of one base, and are compared with each other. hardware: the rows of their cells. vllm: the
+    version whose kernels can be pinned; None: of any version.
+    """
+
+    models: tuple[str, ...] = ()
+    base: str | None = None
+    same_base: bool = False
+    args: Mapping[str, Any] = field(default_factory=dict)
+    hardware: tuple[str, ...] = ("*",)
+    vllm: str | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The matrix with the formats of its checkpoints, and these as they describe themselves, by model and format."""
+
+    matrix: Matrix
+    checkpoints: Mapping[tuple[str, str], Described]
+
+    def of(self, model_id: str) -> list[Described]:
+        """The checkpoints of a model."""
+        return [one for (model, _), one in self.checkpoints.items() if model == model_id]
+
+
+def alone(matrix: Matrix, asked: Asked) -> Matrix:
+    """`matrix` with the models of a command line in place of its own; questions are about those.
+
+    Raises:
+        Mistakes: two checkpoints have one name.
+    """
+    groups = [asked.models] if asked.same_base else [(one,) for one in dict.fromkeys(asked.models)]
+    rows: dict[str, Model] = {}
+    for group in groups:
+        name = "-vs-".join(dict.fromkeys(map(described.short, group)))[:60].strip("-._")
+        if name in rows:
+            both = " and ".join([rows[name].title, *group])
+            raise Mistakes([f"--model: two checkpoints are called {name}: {both}; rename a folder"])
+        row: dict[str, Any] = {"title": ", ".join(group), "checkpoint": group, "base": asked.base, "hidden_states": True}
+        rows[name] = Model(**row, hardware=asked.hardware)
+    return matrix.model_copy(update={"models": rows, "questions": {}})
+
+
+def expanded(matrix: Matrix, asked: Asked, relative_to: Path, *, allow_download: bool) -> Made:
+    """`matrix` with formats for every model that has a `checkpoint`.
+
+    Raises:
+        Mistakes: of every checkpoint.
+    """
+    work = _Work(matrix, asked, relative_to, allow_download)
+    for name, model in matrix.models.items():
+        if model.checkpoint is not None:
+            work.add(name, model)
+    if work.mistakes:
+        raise Mistakes(work.mistakes)
+    update = {"models": work.models, "formats": work.formats, "expect": (*work.expect, *matrix.expect), "setting": work.setting}
+    return Made(matrix.model_copy(update=update), work.checkpoints)
+
+
+class _Work:
+    """Models one after the other; mistakes are collected."""
+
+    def __init__(self, matrix: Matrix, asked: Asked, relative_to: Path, allow_download: bool) -> None:
+        self.matrix, self.asked, self.relative_to, self.allow_download = matrix, asked, relative_to, allow_download
+        self.models, self.formats = dict(matrix.models), dict(matrix.formats)
+        self.expect: list[Expect] = []
+        self.setting = list(matrix.setting)
+        self.checkpoints: dict[tuple[str, str], Described] = {}
+        self.mistakes: list[str] = []
+
+    def add(self, name: str, model: Model) -> None:
+        """The formats of one model."""
+        specs = model.checkpoint or ()
+        found = [one for spec in specs if (one := self._read(spec)) is not None]
+        base = None if model.base is None else self._read(model.base)
+        if base is not None and base.method:
+            self.mistakes.append(f"base {model.base}: needs unquantized weights, have {base.method}")
+        if len(found) < len(specs) or (model.base is not None and base is None):
+            return
+        several = len(found) > 1
+        rows: dict[str, tuple[Format, Described]] = {}
+        for one in found:
+            rows |= {format_id: (row, one) for format_id, row in self._formats(name, one, f"{one.id}-" if several else "")}
+        if base is not None:
+            row = _plain(base, self._dtype(base))
+            rows.setdefault(_described(base, row.dtype_on("cpu")), (row, base))
+        self._keep(name, model, rows)
+
+    def _keep(self, name: str, model: Model, rows: Mapping[str, tuple[Format, Described]]) -> None:
+        self.checkpoints |= {(name, format_id): one for format_id, (_, one) in rows.items()}
+        for format_id, (row, _) in rows.items():
+            known = self.formats.get(format_id)
+            if format_id in self.matrix.formats and known is not None and _like(known, row):
+                continue  # the matrix's own word for the same, such as bf16
+            models = (*known.models, name) if known is not None and format_id not in self.matrix.formats else (name,)
+            self.formats[format_id] = row.model_copy(update={"models": models})
+        groups = [one.group_size for _, one in rows.values() if one.group_size in (32, 64, 128)]
+        more = {
+            "formats": tuple(rows),
+            "checkpoints": {format_id: str(one.path) for format_id, (_, one) in rows.items()},
+            "memory_gib": 2 + 1.25 * max(one.size_bytes for _, one in rows.values()) / 2**30,
+            "group_size": groups[0] if groups else model.group_size,
+            "claims": model.claims or Claims(workload=name),
+        }
+        self.models[name] = model.model_copy(update=more)
+        for format_id, (row, _) in rows.items():
+            alike = _alike(self.matrix, row)
+            when = {"model": name, "format": format_id}
+            self.expect += [
+                one.model_copy(update={"when": When(**when, hardware=one.when.hardware, phase=one.when.phase)})
+                for one in self.matrix.expect
+                if one.outcome in _COPIED and one.when.model == "*" and _speaks_of(one.when, alike)
+            ]
+            self.setting += [
+                one.model_copy(update={"when": When(**when, hardware=one.when.hardware)})
+                for one in self.matrix.setting
+                if one.when.model == "*" and one.when.format != "*" and _speaks_of(one.when, alike)
+            ]
+        self.setting += self._settings(name, rows)
+
+    def _settings(self, name: str, rows: Mapping[str, tuple[Format, Described]]) -> Iterator[Setting]:
+        """The engine arguments of the command line, which come last, so that they count."""
+        args = {key: value for key, value in self.asked.args.items() if key not in ("dtype", "enforce_eager")}
+        method = args.pop("quantization", None)
+        if args:
+            yield Setting(when=When(model=name), reason=_REASON, args=args)
+        quantized = [format_id for format_id, (row, _) in rows.items() if row.kernel != "unquantized"]
+        if method is not None and quantized:
+            yield Setting(when=When(model=name, format=tuple(quantized)), reason=_REASON, args={"quantization": method})
+
+    def _read(self, spec: str) -> Described | None:
+        try:
+            return described.read(spec, self.relative_to, allow_download=self.allow_download)
+        except described.DescribedError as error:
+            self.mistakes += error.mistakes
+            return None
+
+    def _dtype(self, one: Described) -> Dtype:
+        asked = self.asked.args.get("dtype", "auto")
+        return one.dtype if asked in ("auto", None) else asked
+
+    def _mode(self) -> dict[str, Any]:
+        return {"mode": "eager" if self.asked.args.get("enforce_eager", True) else "compiled"}
+
+    def _formats(self, model: str, one: Described, prefix: str) -> Iterator[tuple[str, Format]]:
+        """What vLLM picks for a checkpoint, then each kernel that it can be told to use."""
+        dtype, method = self._dtype(one), self.asked.args.get("quantization")
+        name = prefix + _described(one, dtype)
+        if not one.method:
+            yield name, _plain(one, dtype, **self._mode())
+            if method is not None:
+                title = f"{method}, quantized while loading"
+                yield f"{name}-{_word(str(method))}", _plain(one, dtype, title=title, kernel="auto", **self._mode())
+            return
+        words = {"layout": one.layout, "weights": one.weights, "activations": one.activations}
+        if one.layout is None or one.weights is None:
+            words = {"layout": "own", "weights": "own", "activations": "none"}
+        row = Format(title=f"{one.title}, vLLM's own choice", kernel="auto", dtype=dtype, **words, **self._mode())
+        picks = next((self.matrix.formats[like].picks for like in _alike(self.matrix, row)), {})
+        yield name, row.model_copy(update={"picks": picks})
+        if method is not None or _CHOOSES & set(self.asked.args):
+            return
+        for kernel in self._kernels(row, one):
+            pinned = row.model_copy(update={"kernel": kernel, "title": f"{one.title}, {kernel}"})
+            yield f"{name}-{kernel}", pinned
+
+    def _kernels(self, row: Format, one: Described) -> Iterator[str]:
+        """Kernels that can be pinned for a format in this version, on hardware of the run."""
+        for name, kernel in self.matrix.kernels.items():
+            rows = [pin for pin in self.matrix.pin if pin.kernel == name and not pin.unsupported]
+            asked = row.model_copy(update={"kernel": name})
+            if self.asked.vllm is not None:
+                found = self.matrix.pin_for(asked, self.asked.vllm)
+                fits = found is not None and not found.unsupported
+            else:
+                fits = any(asked.layout in pin.layout and (not pin.weights or asked.weights in pin.weights) for pin in rows)
+            if fits and bool(kernel.moe_classes) == one.has_experts and self._is_here(kernel.hardware):
+                yield name
+
+    def _is_here(self, globs: Iterable[str]) -> bool:
+        wanted = self.asked.hardware
+        names = self.matrix.hardware if wanted == ("*",) else wanted
+        return any(matches_any(name, tuple(globs)) for name in names)
+
+
+def _plain(one: Described, dtype: Dtype, *, title: str = "", kernel: str = "unquantized", **more: Any) -> Format:
+    return Format(
+        title=title or f"{one.title}, unquantized", layout="plain", weights="bf16", kernel=kernel, dtype=dtype, **more
+    )  # fmt: skip
+
+
+def _described(one: Described, dtype: Dtype) -> str:
+    """A format's id: `gptq-int4-g128`, and the dtype where it is not bfloat16."""
+    if not one.method:
+        return _SHORT[dtype]
+    return one.description if dtype == "bfloat16" else f"{one.description}-{_SHORT[dtype]}"
+
+
+def _word(text: str) -> str:
+    """Any text as a part of an id."""
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower()).strip("-")[:24] or "own"
+
+
+def _alike(matrix: Matrix, row: Format) -> list[str]:
+    """Formats of the matrix with the same layout, numbers, kernel and mode, in the same engine."""
+    return [] if row.layout == "own" else [name for name, other in matrix.formats.items() if _like(other, row)]
+
+
+def _like(one: Format, other: Format) -> bool:
+    keys = ("engine", "layout", "weights", "activations", "kernel", "mode", "quantizes")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def _speaks_of(when: When, formats: Iterable[str]) -> bool:
+    return any(matches_any(name, when.format) for name in formats)
