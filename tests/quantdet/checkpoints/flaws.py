@@ -109,7 +109,9 @@ def _against_index(folder: Path, named: Mapping[str, str], headers: Mapping[str,
         rows.append((f"stands in {other}, and {INDEX_NAME} says {file}" if other else f"is not in {file}, where the index "
                      "says that it is", tensor))  # fmt: skip
     for file in set(named.values()) & set(headers):
-        rows += [(f"stands in {file}, and {INDEX_NAME} does not name it", tensor) for tensor in headers[file].keys() - named.keys()]
+        rows += [
+            (f"stands in {file}, and {INDEX_NAME} does not name it", tensor) for tensor in headers[file].keys() - named.keys()
+        ]
     yield from _told(rows)
 
 

@@ -117,7 +117,7 @@ def _digest(tensors: Mapping[str, Array], decode: Decoder) -> str:
     digest = hashlib.sha256(f"numbers {VERSION}\0{decode.whole}".encode())
     modules, rest = decode.split(tensors)
     jobs = [partial(_module, decode, name, parts) for name, parts in sorted(modules.items())]
-    jobs += [partial(_plain, name, array) for name, array in sorted(rest.items())]
+    jobs += [partial(plain_digest, array, name) for name, array in sorted(rest.items())]
     with closing(in_order(iter(jobs))) as results:
         for made in results:
             digest.update(made)
@@ -131,7 +131,8 @@ def _module(decode: Decoder, name: str, parts: dict[str, Array]) -> bytes:
     return digest.digest()
 
 
-def _plain(name: str, array: Array) -> bytes:
+def plain_digest(array: Array, name: str = "") -> bytes:
+    """SHA-256 of a tensor that is not quantized, and of its name: the same in every dtype that holds its values."""
     digest = hashlib.sha256(name.encode())
     floating = array.dtype.kind == "f" or word(array.dtype) in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
     for rows in _pieces(array):

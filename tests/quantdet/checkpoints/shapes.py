@@ -146,7 +146,8 @@ def _awq(rules: Rules, module: str, parts: Parts) -> Iterator[str]:
     qweight, scales = parts["qweight"], parts["scales"]
     inputs, outputs = qweight.shape[0], scales.shape[1]
     if qweight.shape[1] * 32 != outputs * bits:
-        yield f"qweight holds {qweight.shape[1] * 32 / max(outputs, 1):g} bit for each output, and the configuration says {bits}"
+        told = qweight.shape[1] * 32 / max(outputs, 1)
+        yield f"qweight holds {told:g} bit for each output, and the configuration says {bits}"
     groups = _groups(inputs, size)
     if groups is not None:
         why = f"group_size {size} of {inputs} inputs"
