@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantdet.checkpoints import architectures, hub, numbers, package, synthetic
+from quantdet.checkpoints import architectures, described, hub, numbers, package, synthetic
 from quantdet.checkpoints import cache as _cache
 from quantdet.checkpoints.base import Base, Source, write
+from quantdet.checkpoints.described import Described
 from quantdet.checkpoints.errors import Unavailable
 from quantdet.checkpoints.layouts import writer
 from quantdet.checkpoints.quantize import GROUPED
@@ -22,7 +23,7 @@ from quantdet.matrix.models import Model
 from quantdet.matrix.rows import ONLINE, Format
 from quantdet.matrix.shapes import Synthetic
 
-__all__ = ["Checkpoint", "Unavailable", "resolve"]
+__all__ = ["Checkpoint", "Described", "Unavailable", "resolve", "resolve_described", "resolve_own"]
 
 _PLAIN = Format(title="base weights", layout="plain", weights="bf16", kernel="unquantized", dtype="bfloat16")
 
@@ -34,6 +35,7 @@ WRITER_VERSION = 1
 class Checkpoint:
     """A checkpoint folder, the SHA-256 over its tensors, in words where the weights are from, and the numbers it holds.
 
+    `path`: a `.gguf` file too; `sha256` is the file's then.
     `numbers`: see `checkpoints.numbers`; empty: not asked for.
     """
 
@@ -72,6 +74,26 @@ def resolve(model_id: str, model: Model, format_: Format, *, cache: Path, allow_
     """
     found = _resolved(model_id, model, format_, cache, allow_download)
     return replace(found, numbers=numbers.of(found.path, found.sha256, cache))
+
+
+def resolve_own(spec: str, relative_to: Path, *, cache: Path, allow_download: bool = False) -> Checkpoint:
+    """A user's own checkpoint (`described.read`), hashed, with its numbers.
+
+    Raises:
+        described.Mistaken: it is not here, or is no checkpoint.
+        ValueError: a file with tensors is damaged.
+    """
+    return resolve_described(described.read(spec, relative_to, allow_download=allow_download), cache=cache)
+
+
+def resolve_described(own: Described, *, cache: Path) -> Checkpoint:
+    """A checkpoint that has been described, hashed, with its numbers.
+
+    Raises:
+        OSError, ValueError: it has changed since, or a file with tensors is damaged.
+    """
+    sha256 = _cache.digest(own.path)
+    return Checkpoint(own.path, sha256, own.source, numbers.of(own.path, sha256, cache))
 
 
 def _resolved(model_id: str, model: Model, format_: Format, cache: Path, allow_download: bool) -> Checkpoint:

@@ -20,7 +20,11 @@ def renamed(folder: Path, root: Path) -> tuple[Path, str]:
     Args:
         folder: a checkpoint.
         root: a cache of checkpoints (`cache.ensure`).
+
+    Raises:
+        Unavailable: the checkpoint is one file.
     """
+    _folder(folder, "renamed")
     return _cache.ensure(root, {"control": "renamed", "of": _cache.digest(folder)}, lambda target: _link(folder, target))
 
 
@@ -31,8 +35,9 @@ def one_integer(folder: Path, root: Path) -> tuple[Path, str, str]:
     weights the lowest four bits of a byte are one of them.
 
     Raises:
-        Unavailable: no projection of `folder` stores integers.
+        Unavailable: no projection of `folder` stores integers, or the checkpoint is one file.
     """
+    _folder(folder, "one integer")
     path, name, offset = _first_integer(folder)
 
     def build(target: Path) -> None:
@@ -46,6 +51,11 @@ def one_integer(folder: Path, root: Path) -> tuple[Path, str, str]:
 
     built, sha256 = _cache.ensure(root, {"control": "one integer", "tensor": name, "of": _cache.digest(folder)}, build)
     return built, sha256, name
+
+
+def _folder(folder: Path, control: str) -> None:
+    if folder.is_file():
+        raise Unavailable(f"{control}: need a checkpoint folder, have the file {folder.name}")
 
 
 def _first_integer(folder: Path) -> tuple[Path, str, int]:

@@ -74,7 +74,7 @@ def verified(root: Path, description: dict[str, Any]) -> Path | None:
 
 
 def digest(folder: Path) -> str:
-    """`tensors_sha256` of any checkpoint folder, read once in a process while its files do not change.
+    """`tensors_sha256` of any checkpoint folder, of a file its SHA-256; read once in a process while its files do not change.
 
     Raises:
         ValueError: see `tensors_sha256`.
@@ -82,13 +82,19 @@ def digest(folder: Path) -> str:
     sha256 = _remembered(folder)
     if sha256 is None:
         began = time.time_ns()
-        sha256 = tensors_sha256(folder)
+        sha256 = _file_sha256(folder) if folder.is_file() else tensors_sha256(folder)
         _remember(folder, sha256, began)
     return sha256
 
 
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _identity(folder: Path) -> list[tuple[str, int, int, int]]:
-    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors*"))]  # and their index
+    found = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors*"))  # and their index
+    stats = [(path.name, path.stat()) for path in found]
     return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
 
 

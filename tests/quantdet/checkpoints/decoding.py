@@ -1,20 +1,23 @@
 """Quantized projections of a checkpoint, decoded from their layout to the one form that `numbers` hashes.
 
-GPTQ (v1 and v2, 2, 4 and 8 bit), AWQ ("gemm"), compressed-tensors (packed and plain integers, FP8, NVFP4, MXFP4, MXFP8) and
-the FP8 of vLLM and transformers. Formats as in `layouts`, with their sources.
+GPTQ (v1 and v2, 2 to 8 bit, rules for single modules), AWQ ("gemm"), auto-round in either packing, compressed-tensors (packed
+and plain integers, FP8, NVFP4, MXFP4, MXFP8; several groups), the FP8 of vLLM and transformers, and what of Quark's and
+ModelOpt's numbers compressed-tensors has too. Formats as in `layouts`, with their sources.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from quantdet.checkpoints.errors import Unavailable
+from quantdet.checkpoints import vendors
 from quantdet.checkpoints.layouts.awq import ORDER
 from quantdet.checkpoints.layouts.packing import pack, transposed
 from quantdet.checkpoints.quantize import BLOCK
+from quantdet.checkpoints.rules import Rules, as_plain_gptq_or_awq
+from quantdet.checkpoints.shapes import MISFITS, contradictions
 from quantdet.checkpoints.tensors import Array
 
 Part = tuple[str, Array | str]  # what of a projection is hashed, by name
@@ -25,8 +28,6 @@ _MARKS = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_in
 _COMPUTED = frozenset({"inv_freq"})
 _INTEGER_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _FORMATS = (*_INTEGER_FORMATS, "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
-# What settings and shapes raise that do not fit each other; somebody else wrote both.
-_MISFITS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, re.error, Unavailable)
 _DYNAMIC_FP8 = {"num_bits": 8, "type": "float", "dynamic": True}
 
 
@@ -41,6 +42,11 @@ class Decoder:
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     whole: str = ""
+
+    @cached_property
+    def rules(self) -> Rules:
+        """What the settings say of single modules."""
+        return Rules(self.settings)
 
     def split(self, tensors: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
         """Quantized projections by name, each with its tensors by local name; and every other tensor.
@@ -65,14 +71,18 @@ class Decoder:
         """What is hashed of one projection.
 
         Raises:
-            NotDecoded: tensors that this layout does not have, or shapes that do not fit each other.
+            NotDecoded: tensors that this layout does not have, shapes that do not fit each other or the settings, or a module
+                that the settings leave out.
         """
         left = dict(parts)
+        read = {"gptq": self._gptq, "awq": self._awq, "compressed-tensors": self._ct, "fp8": self._fp8}
         try:
-            yield from {"gptq": self._gptq, "awq": self._awq, "compressed-tensors": self._ct, "fp8": self._fp8}[self.method](
-                name, left
-            )
-        except _MISFITS as error:
+            if self.rules.left_out(name):
+                raise ValueError("the settings leave it out")
+            if wrong := contradictions(self.rules, name, parts):
+                raise ValueError(wrong[0])
+            yield from read.get(self.method, self._as_ct)(name, left)
+        except MISFITS as error:
             raise NotDecoded(f"{name}: {type(error).__name__}: {error}") from None
         bias = left.pop("bias", None)
         if bias is not None and np.any(bias):  # makers write zeros where the model has none
@@ -80,19 +90,22 @@ class Decoder:
         if left:
             raise NotDecoded(f"{name}: tensors {', '.join(sorted(left))}")
 
-    def _gptq(self, _: str, left: dict[str, Array]) -> Iterator[Part]:
-        bits = int(self.settings["bits"])
-        if bits not in (2, 4, 8):
+    def _gptq(self, name: str, left: dict[str, Array]) -> Iterator[Part]:
+        bits = int(self.rules.of(name)["bits"])
+        if not 2 <= bits <= 8:
             raise ValueError(f"{bits} bit")
         scales = left.pop("scales")
         codes = transposed(left.pop("qweight"))
         inputs, groups = codes.shape[1] * 32 // bits, len(scales)
-        zeros = unpacked(left.pop("qzeros"), bits).T
+        if codes.shape[1] * 32 % bits:
+            raise ValueError(f"{bits} bit do not fill {codes.shape[1]} words")
+        zeros = unpacked(left.pop("qzeros"), bits)[:, : len(codes)].T
         if self.settings.get("checkpoint_format", "gptq") != "gptq_v2":
             zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)  # version 1 stores z - 1
         yield "activations", activations(None)
         yield from integers(bits, codes, scales.T, zeros)
-        yield from order(left.pop("g_idx", None), inputs, groups)
+        index = left.pop("g_idx", None)
+        yield from order(index if index is None or index.size else None, inputs, groups)
 
     def _awq(self, _: str, left: dict[str, Array]) -> Iterator[Part]:
         if int(self.settings.get("bits", self.settings.get("w_bit", 4))) != 4:
@@ -104,7 +117,15 @@ class Decoder:
         yield from integers(4, codes, left.pop("scales").T, zeros)
 
     def _ct(self, name: str, left: dict[str, Array]) -> Iterator[Part]:
-        scheme = self._scheme(name)
+        yield from self._of_scheme(self.rules.scheme(name), left)
+
+    def _as_ct(self, name: str, left: dict[str, Array]) -> Iterator[Part]:
+        scheme, tensors = vendors.as_compressed_tensors(self.rules, left)
+        left.clear()
+        left |= tensors
+        yield from self._of_scheme(scheme, left)
+
+    def _of_scheme(self, scheme: Mapping[str, Any], left: dict[str, Array]) -> Iterator[Part]:
         asked = scheme.get("format") or self.settings.get("format")
         arguments = scheme["weights"]
         if asked not in _FORMATS:
@@ -129,25 +150,12 @@ class Decoder:
             yield from integers(bits, codes, scales, zeros)
             yield from order(left.pop("weight_g_idx", None), inputs, scales.shape[-1])
         elif (weight := left.pop("weight")).dtype == np.int8:
-            codes = pack((weight.view(np.uint8) + np.uint8(128)).astype(np.uint8), 8)
-            yield from integers(8, codes, scales, _offset(left.pop("weight_zero_point", None)))
+            bits = 4 if arguments.get("num_bits") == 4 else 8  # 4 bit for kernels that multiply int8: the same integers
+            yield from integers(bits, pack(_unsigned(weight, bits), bits), scales, _offset(left, bits))
         else:
             yield from floats(weight, scales)
         if "input_scale" in left:
             yield "input scale", left.pop("input_scale").astype("<f4").reshape(-1)
-
-    def _scheme(self, name: str) -> Mapping[str, Any]:
-        """The group of the configuration that speaks of a module: by its name, by a pattern, or by its class."""
-        groups = [group for group in self.settings["config_groups"].values() if isinstance(group, dict)]
-        by_class = [group for group in groups if "Linear" in group["targets"]]
-        for group in groups:
-            for target in group["targets"]:
-                pattern = target.removeprefix("re:")
-                if name == target or (target.startswith("re:") and _simple(pattern) and re.match(pattern, name)):
-                    return dict(group)
-        if len(by_class) != 1:
-            raise ValueError("no group, or several, for this module")
-        return dict(by_class[0])
 
     def _fp8(self, _: str, left: dict[str, Array]) -> Iterator[Part]:
         blocks = self.settings.get("weight_block_size")
@@ -166,19 +174,23 @@ def decoder(settings: Mapping[str, Any]) -> Decoder:
     """What reads checkpoints with these quantization settings; without any, nothing is quantized.
 
     Raises:
-        NotDecoded: the method is not decoded here, or single modules have settings of their own.
+        NotDecoded: the method is not decoded here, or the settings of single modules cannot be understood.
     """
     if not settings:
         return Decoder("")
-    method = settings.get("quant_method", "gptq" if "desc_act" in settings else "")
-    if not isinstance(method, str) or method not in ("gptq", "awq", "compressed-tensors", "fp8"):
-        raise NotDecoded(f"method {method!r}")
-    if settings.get("dynamic") or settings.get("sparsity_config") or settings.get("transform_config"):
-        raise NotDecoded(f"{method} with settings of single modules, sparsity or transforms")
+    method, settings = as_plain_gptq_or_awq(settings)
+    if method not in ("gptq", "awq", "compressed-tensors", "fp8", "quark", "modelopt"):
+        raise NotDecoded(f"method {method or settings.get('quant_method')!r}")
+    if settings.get("sparsity_config") or settings.get("transform_config"):
+        raise NotDecoded(f"{method} with sparsity or transforms")
     if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
         raise NotDecoded(f"AWQ version {settings.get('version')!r}")
-    cache = settings.get("kv_cache_scheme")
-    return Decoder(method, settings, f"KV cache {activations(cache)}" if isinstance(cache, dict) else "")
+    try:
+        Rules(settings)
+        cache = vendors.kv_cache(method, settings)
+    except MISFITS as error:
+        raise NotDecoded(f"{method}: {error}") from None
+    return Decoder(method, settings, f"KV cache {activations(cache)}" if cache is not None else "")
 
 
 def integers(bits: int, codes: Array, scales: Array, zeros: Array | None) -> Iterator[Part]:
@@ -220,21 +232,18 @@ def activations(arguments: Mapping[str, Any] | None) -> str:
 
 
 def unpacked(words: Array, bits: int) -> Array:
-    """int32 [R, n] -> uint8 [R, n * 32 / bits], the first integer in the lowest bits."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    spread = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
-    return np.asarray(spread.astype(np.uint8).reshape(len(words), -1))
+    """int32 [R, n] -> uint8 [R, n * 32 // bits], the first integer in the lowest bits; of 3 bits and the like some lie in two.
 
-
-def _simple(pattern: str) -> bool:
-    """Whether a pattern that somebody else wrote is matched in no time: few repetitions, and none of a group.
-
-    Raises:
-        ValueError: it may not be.
+    Integers that do not fill the last words are dropped by the caller, who knows how many there are.
     """
-    if len(pattern) > 500 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+?{]", pattern):
-        raise ValueError(f"pattern {pattern[:80]!r}")
-    return True
+    words = np.ascontiguousarray(words)
+    if 32 % bits == 0:
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        spread = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
+        return np.asarray(spread.astype(np.uint8).reshape(len(words), -1))
+    count = words.shape[1] * 32 // bits
+    single = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : count * bits]
+    return np.asarray(np.packbits(single.reshape(len(words), count, bits), axis=2, bitorder="little")[..., 0])
 
 
 def _straight(words: Array) -> Array:
@@ -245,5 +254,18 @@ def _straight(words: Array) -> Array:
     return np.asarray(straight.reshape(len(words), -1))
 
 
-def _offset(zeros: Array | None) -> Array | None:
-    return None if zeros is None else (zeros.view(np.uint8) + np.uint8(128)).astype(np.uint8)
+def _unsigned(values: Array, bits: int) -> Array:
+    """int8 of `bits` bits -> uint8, 2^(bits - 1) higher.
+
+    Raises:
+        ValueError: a value that has more bits.
+    """
+    half = 2 ** (bits - 1)
+    if bits < 8 and values.size and not -half <= int(values.min()) <= int(values.max()) < half:
+        raise ValueError(f"{bits}-bit integers from {values.min()} to {values.max()}")
+    return (values.view(np.uint8) + np.uint8(half)).astype(np.uint8)
+
+
+def _offset(left: dict[str, Array], bits: int) -> Array | None:
+    zeros = left.pop("weight_zero_point", None)
+    return None if zeros is None else _unsigned(zeros, bits)

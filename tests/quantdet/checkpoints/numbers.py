@@ -6,7 +6,7 @@ K with the first in the lowest bits; zero points uint8 [N, groups], or that ther
 exact for every narrower dtype; which group an input belongs to, where that is not its place (act-order); and how activations
 are quantized, with their static scales. Every other tensor is hashed by name, shape and values as float32.
 
-What is not decoded here (bitsandbytes, torchao, settings of single modules) has a digest over its stored bytes and its
+What is not decoded here (bitsandbytes, torchao, GGUF) has a digest over its stored bytes and its
 quantization settings: the same for copies of one checkpoint, another for everything else.
 """
 
@@ -64,26 +64,30 @@ def settings(folder: Path) -> dict[str, Any]:
 def of(folder: Path, tensors_sha256: str, cache: Path | None = None) -> str:
     """`decoded:SHA-256` of a checkpoint folder's numbers, or `bytes:SHA-256` where its layout is not decoded here.
 
+    A checkpoint whose tensors contradict its settings is not decoded: it is like no other.
+
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint; a `.gguf` file too, which is known by its bytes.
         tensors_sha256: `tensors.tensors_sha256` of it.
         cache: a folder that remembers digests, by the hashes of what they were made from.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be read.
     """
-    asked = settings(folder)
+    asked = {} if folder.is_file() else settings(folder)
     canonical = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{VERSION}\0{tensors_sha256}\0{canonical}".encode()).hexdigest()
     known = None if cache is None else cache / ".numbers" / f"{key[:32]}.txt"
     if known is not None and (text := _remembered(known)):
         return text
     try:
+        if folder.is_file():
+            raise NotDecoded("GGUF")
         text = f"decoded:{_digest(load_folder(folder), decoder(asked))}"
     except NotDecoded:
         text = f"bytes:{key}"
     if known is not None:
-        _remember(known, text)
+        write_whole(known, text)
     return text
 
 
@@ -94,8 +98,8 @@ def _remembered(path: Path) -> str:
     return ""
 
 
-def _remember(path: Path, text: str) -> None:
-    """Whole under its name or not at all; a cache that cannot be written costs time, and no cell."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a text of ASCII, whole under its name or not at all; a cache that cannot be written costs time, and no cell."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=path.parent, delete=False) as file:
@@ -113,7 +117,7 @@ def _digest(tensors: Mapping[str, Array], decode: Decoder) -> str:
     digest = hashlib.sha256(f"numbers {VERSION}\0{decode.whole}".encode())
     modules, rest = decode.split(tensors)
     jobs = [partial(_module, decode, name, parts) for name, parts in sorted(modules.items())]
-    jobs += [partial(_plain, name, array) for name, array in sorted(rest.items())]
+    jobs += [partial(plain_digest, array, name) for name, array in sorted(rest.items())]
     with closing(in_order(iter(jobs))) as results:
         for made in results:
             digest.update(made)
@@ -127,7 +131,8 @@ def _module(decode: Decoder, name: str, parts: dict[str, Array]) -> bytes:
     return digest.digest()
 
 
-def _plain(name: str, array: Array) -> bytes:
+def plain_digest(array: Array, name: str = "") -> bytes:
+    """SHA-256 of a tensor that is not quantized, and of its name: the same in every dtype that holds its values."""
     digest = hashlib.sha256(name.encode())
     floating = array.dtype.kind == "f" or word(array.dtype) in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
     for rows in _pieces(array):

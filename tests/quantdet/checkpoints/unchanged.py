@@ -7,8 +7,13 @@ from quantdet.checkpoints.cache import digest
 
 
 def files_sha256(folder: Path) -> str:
-    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out."""
+    """SHA-256 over the small files of a checkpoint (configuration, tokenizer), which its tensors' hash leaves out.
+
+    A checkpoint that is one file (.gguf) has none: all of it is in its own hash.
+    """
     digest = hashlib.sha256()
+    if folder.is_file():
+        return digest.hexdigest()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name != "checkpoint.json":
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
@@ -16,9 +21,9 @@ def files_sha256(folder: Path) -> str:
 
 
 def changed(folder: Path, tensors: str, files: str) -> str | None:
-    """What of a checkpoint folder changed since its tensors and its other files had these digests; None: nothing.
+    """What of a checkpoint (folder or `.gguf` file) changed since its tensors and its other files had these digests.
 
-    Tensors are read again only where size, time of change or inode of their files are others.
+    None: nothing. Tensors are read again only where size, time of change or inode of their files are others.
     """
     try:
         if digest(folder) != tensors:

@@ -189,7 +189,7 @@ def test_groups_of_modules_have_their_own_schemes(cache: Path, tmp_path: Path) -
     "settings",
     [
         {"quant_method": "quip"}, {"quant_method": "gptq", "bits": 3},
-        {"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"(.+)+Z": {}}}, {"quant_method": "gptq", "bits": 4, "group_size": 32},
         {"quant_method": "awq", "version": "gemv"},
     ],
 )  # fmt: skip
