@@ -25,7 +25,7 @@ MAX_BYTES = 16 * 2**20
 # A name is a file name: nothing in it can lead out of the directory.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _NAMES = "lower-case letters, digits, '.', '_', '-'"
-_MIN_JOINED = 4
+MIN_JOINED = 4  # tokens of a prompt and its continuation
 
 
 class WorkloadError(Exception):
@@ -96,8 +96,8 @@ class _PromptRow(BaseModel):
         if not self.token_ids or not self.forced_ids:
             raise ValueError("'token_ids' and 'forced_ids' belong together and must not be empty")
         joined = len(self.token_ids) + len(self.forced_ids)
-        if joined < _MIN_JOINED:
-            raise ValueError(f"prompt and forced ids together must be at least {_MIN_JOINED}; they are {joined}")
+        if joined < MIN_JOINED:
+            raise ValueError(f"prompt and forced ids together must be at least {MIN_JOINED}; they are {joined}")
         if self.content_start >= joined:
             raise ValueError(f"'content_start' {self.content_start} leaves no content in a sequence of {joined}")
         return self
