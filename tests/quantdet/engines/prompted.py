@@ -56,7 +56,7 @@ def _without_tokenizer(lines: Sequence[PromptLine], tokenized: Tokenized) -> lis
     if not tokenized.error:
         return []
     needing = [line.line for line in lines if line.needs_tokenizer]
-    which = f"line {needing[0]} needs" if len(needing) == 1 else f"lines {needing[0]} and {len(needing) - 1} more need"
+    which = f"line {needing[0]} needs" if len(needing) == 1 else f"line {needing[0]} and {len(needing) - 1} more need"
     return [f'{which} a tokenizer, have none: {tokenized.error}; token ids ("ids") need none']
 
 

@@ -33,6 +33,8 @@ class _Tokenizer:
         self.bos: int | None = tokenizer.bos_token_id
         self.adds_bos = self.bos is not None and self._ids("a", True)[:1] == [self.bos]
         self.warnings: list[str] = []
+        if "AutoTokenizer" in (getattr(tokenizer, "init_kwargs", {}).get("auto_map") or ()):
+            self.warnings.append("the checkpoint brings code for its tokenizer, which is not run: transformers' own is taken")
 
     def prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """Ids of a prompt and of its continuation, or the error that it is."""
