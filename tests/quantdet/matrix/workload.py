@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 MAX_BYTES = 16 * 2**20
 # A name is a file name: nothing in it can lead out of the directory.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_MIN_JOINED = 4
+_NAMES = "lower-case letters, digits, '.', '_', '-'"
+MIN_JOINED = 4  # tokens of a prompt and its continuation
 
 
 class WorkloadError(Exception):
@@ -95,8 +96,8 @@ class _PromptRow(BaseModel):
         if not self.token_ids or not self.forced_ids:
             raise ValueError("'token_ids' and 'forced_ids' belong together and must not be empty")
         joined = len(self.token_ids) + len(self.forced_ids)
-        if joined < _MIN_JOINED:
-            raise ValueError(f"prompt and forced ids together must be at least {_MIN_JOINED}; they are {joined}")
+        if joined < MIN_JOINED:
+            raise ValueError(f"prompt and forced ids together must be at least {MIN_JOINED}; they are {joined}")
         if self.content_start >= joined:
             raise ValueError(f"'content_start' {self.content_start} leaves no content in a sequence of {joined}")
         return self
@@ -126,27 +127,49 @@ def load(name: str, directory: Path) -> Workload:
         WorkloadError: no such workload, or its file is wrong; all mistakes at once.
     """
     if not _NAME.fullmatch(name):
-        raise WorkloadError(repr(name), ["a workload's name is lower-case letters, digits, '.', '_', '-'"])
+        raise WorkloadError(repr(name), [f"a workload's name is {_NAMES}"])
     path = directory / f"{name}.json"
+    found = load_file(path)
+    if found.id != name:
+        raise WorkloadError(path, [f"id: is {found.id!r}, the file's name says {name!r}"])
+    return found
+
+
+def load_file(path: Path) -> Workload:
+    """Read and check the workload at `path`, wherever that is and whatever the file is called; its id is the file's own.
+
+    Raises:
+        WorkloadError: no such workload, or its file is wrong; all mistakes at once.
+    """
     try:
         file = _File.model_validate(_read(path))
     except ValidationError as error:
         raise WorkloadError(path, [_mistake(e) for e in error.errors()]) from None
-    if file.id != name:
-        raise WorkloadError(path, [f"id: is {file.id!r}, the file's name says {name!r}"])
-    rows = [row.model_dump(exclude_none=True) for row in file.prompts]
-    canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    prompts = tuple(
-        Prompt(
-            row.id,
-            tuple(row.token_ids or ()),
-            tuple(row.forced_ids or ()),
-            row.content_start,
-            row.text,
-            row.forced_text,
-        )
-        for row in file.prompts
+    if not _NAME.fullmatch(file.id):
+        raise WorkloadError(path, [f"id: a workload's id is {_NAMES} (is {file.id[:80]!r})"])
+    return of_prompts(
+        file.id,
+        tuple(
+            Prompt(
+                row.id,
+                tuple(row.token_ids or ()),
+                tuple(row.forced_ids or ()),
+                row.content_start,
+                row.text,
+                row.forced_text,
+            )
+            for row in file.prompts
+        ),
     )
+
+
+def of_prompts(name: str, prompts: tuple[Prompt, ...]) -> Workload:
+    """The workload of these prompts, whose `sha256` is that of a file that holds the same."""
+    rows = [
+        {key: value for key, value in vars(prompt).items() if value is not None and value != ()}  # as a file leaves them out
+        for prompt in prompts
+    ]
+    canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return Workload(name, hashlib.sha256(canonical.encode("ascii")).hexdigest(), prompts)
 
 

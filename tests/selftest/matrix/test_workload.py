@@ -160,6 +160,35 @@ class TestLoad:
         assert ["extra", "prompts.0.token_ids.0", "prompts.1.id"] == sorted(m.split(":")[0] for m in found)
 
 
+class TestLoadFile:
+    def test_at_any_path(self, tmp_path: Path) -> None:
+        """Under any file name, with the id that stands in it, and the same hash as by its name."""
+        (tmp_path / "My prompts.txt").write_text(json.dumps(content()), encoding="utf-8")
+
+        assert load(tmp_path, content()) == workload.load_file(tmp_path / "My prompts.txt")
+
+    def test_mistakes_are_those_of_any_workload(self, tmp_path: Path) -> None:
+        """And an id that could be no name is one."""
+        path = tmp_path / "x"
+        for data, expected in (
+            (content(prompt(content_start=9)), "prompts.0: 'content_start' 9"),
+            (content(id="My Prompts"), "id: a workload's id is lower-case letters"),
+        ):
+            path.write_text(json.dumps(data), encoding="utf-8")
+            with pytest.raises(WorkloadError, match=expected):
+                workload.load_file(path)
+        with pytest.raises(WorkloadError, match="no such workload"):
+            workload.load_file(tmp_path / "absent")
+
+    def test_prompts_alone_are_the_same_workload(self, tmp_path: Path) -> None:
+        """The hash is over the prompts, whether they come from a file or not."""
+        text = prompt(id="p1", token_ids=..., forced_ids=..., text="Who", forced_text=" am I?")
+        loaded = load(tmp_path, content(prompt(text="note"), text))
+
+        assert loaded == workload.of_prompts("w", loaded.prompts)
+        assert loaded.sha256 != workload.of_prompts("w", loaded.prompts[::-1]).sha256
+
+
 def test_check_vocab() -> None:
     """A vocabulary must have every id of prompt and continuation; text is not judged; all prompts are reported."""
     prompts = (
