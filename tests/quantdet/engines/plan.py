@@ -1,7 +1,7 @@
 """Engines: a plan in, an observation out. Each runs in a child process of its own (`quantdet.engines.process.process`)."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Plan:
     `onednn_fp8` False: torch's own CPU code multiplies FP8. `least_repeats`: repeats that are made even if one differs, where
     `repeats` bounds a flip rate. `hidden_states`: they are taken too. `architecture`: compute capability or gfx name that the
     device has to have. `device`, `packages`: of the transformers engine, "cpu" or "cuda", and what the format needs.
+    `unfilled`: of vLLM, globs over parameters of its model that no tensor of a checkpoint has to fill, and why.
     """
 
     identity: dict[str, Any]
@@ -70,6 +71,7 @@ class Plan:
     architecture: str | None = None
     device: str | None = None
     packages: tuple[str, ...] = ()
+    unfilled: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -76,13 +76,15 @@ class EngineFacts(Row):
     name folders of compiled kernels and of choices among them; a lifetime with cold caches has them all empty.
     `unseen`: variables that change what a kernel computes, but nothing that a loaded layer shows: formats that differ in one
     are not the same numerics. `measured`: by kind of hardware, the vLLM versions whose kernels, pins and expectations were
-    measured; a newer one runs, and reports begin with saying so.
+    measured; a newer one runs, and reports begin with saying so. `unfilled`: globs over parameters of a loaded model that no
+    tensor of the checkpoint has to fill, and why; any other one that is not filled makes a cell INVALID.
     """
 
     env_at_start: tuple[str, ...] = ()
     caches: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     measured: dict[Kind, tuple[MeasuredVersion, ...]] = Field(default_factory=dict)
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
+    unfilled: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
 
 
 class Engine(EngineCall, EngineFacts):

@@ -193,6 +193,7 @@ def plan_for(
         hides=row.hides, onednn_fp8=call.onednn_fp8, least_repeats=None if max_flip_rate is None else least,
         hidden_states=hidden_states, architecture=None if row.kind == "cpu" else row.gfx or row.compute_capability,
         device=None if vllm else "cpu" if row.kind == "cpu" else "cuda", packages=() if vllm else format_.packages,
+        unfilled=matrix.engine.unfilled if vllm else {},
     )  # fmt: skip
     return plan if claims is None or claimed is None else _with_claims(plan, claims, claimed)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from quantdet.engines.child.executed_vllm import describe
+from quantdet.engines.child.stored import Stored
 from quantdet.observations.header import Executed, Layer
 
 
@@ -21,6 +22,11 @@ def model(*modules: Any) -> Any:
     return SimpleNamespace(named_modules=lambda: [(str(i), module) for i, module in enumerate(modules)])
 
 
+def walked(*named: tuple[str, Any]) -> Any:
+    """A model whose modules have names."""
+    return SimpleNamespace(named_modules=lambda: list(named))
+
+
 def only(module: Any) -> Layer:
     (layer,) = describe(model(module)).layers
     return layer
@@ -33,7 +39,7 @@ def test_unquantized() -> None:
 
     found = describe(model(norm, linear, linear, make("Dropout", quant_method=None)))
 
-    wanted = Layer(kind="linear", module="QKVParallelLinear", method="UnquantizedLinearMethod", count=2)
+    wanted = Layer(kind="linear", module="QKVParallelLinear", method="UnquantizedLinearMethod", count=2, names=("1", "2"))
     assert (wanted,) == found.layers
     assert "UnquantizedLinearMethod x2" == found.summary
 
@@ -197,9 +203,90 @@ def test_attention_backends() -> None:
 
 def test_the_order_of_layers_does_not_matter() -> None:
     """Two walks over the same layers in another order give the same record."""
-    layers = [make(name, quant_method=make("M", kernel=make("K"))) for name in ("QKVParallelLinear", "RowParallelLinear")]
+    names = ("QKVParallelLinear", "RowParallelLinear")
+    layers = [(name, make(name, quant_method=make("M", kernel=make("K")))) for name in names]
 
-    assert describe(model(*layers)) == describe(model(*reversed(layers)))
+    assert describe(walked(*layers)) == describe(walked(*reversed(layers)))
+
+
+def test_layers_that_hold_something_else_are_rows_of_their_own() -> None:
+    """One kernel, but other tensors of the checkpoint, another shape or other groups; what was not observed stays empty."""
+    one, two, three, four = (make("RowParallelLinear", quant_method=make("M", kernel=make("K"))) for _ in range(4))
+    held = Stored(("qweight:I32", "scales:F16"), k=64, n=32, bits=4, group=32)
+    layers = {id(one): held, id(two): held, id(three): Stored(held.stored, k=128, n=32, bits=4, group=32)}
+
+    found = describe(walked(("a", one), ("b", two), ("c", three), ("d", four)), layers).layers
+
+    assert {("a", "b"): (64, held.stored), ("c",): (128, held.stored), ("d",): (None, ())} == {
+        layer.names: (layer.k, layer.stored) for layer in found
+    }
+    assert [2, 1, 1] == sorted((layer.count for layer in found), reverse=True)
+
+
+def test_a_wrapper_is_no_second_layer() -> None:
+    """LoRA: the wrapper answers for what it wraps, which is walked too and has the wrapper's name."""
+    method = make("AutoGPTQLinearMethod", kernel=make("K"))
+    inner = make("QKVParallelLinear", quant_method=method)
+    wrapper = make("MergedQKVParallelLinearWithLoRA", base_layer=inner, quant_method=method)
+    router = make("ReplicatedLinear", quant_method=make("UnquantizedLinearMethod"))
+    around = make("ReplicatedLinearWithLoRA", base_layer=router, quant_method=router.quant_method)
+
+    found = describe(
+        walked(("a.qkv", wrapper), ("a.qkv.base_layer", inner), ("mlp.gate", around), ("mlp.gate.base_layer", router))
+    )
+
+    assert {("QKVParallelLinear", "linear", ("a.qkv",)), ("ReplicatedLinear", "router", ("mlp.gate",))} == {
+        (layer.module, layer.kind, layer.names) for layer in found.layers
+    }
+    assert "K x1" == found.summary
+
+
+def test_the_method_inside_another_one() -> None:
+    """auto-round's method holds a scheme, which holds the method that multiplies; a scheme without one is what multiplies."""
+    inside = make("AutoGPTQLinearMethod", kernel=make("CPUWNA16LinearKernel"))
+    found = only(make("RowParallelLinear", quant_method=make("INCLinearMethod", scheme=make("INCWNA16", linear_method=inside))))
+
+    assert ("AutoGPTQLinearMethod", "CPUWNA16LinearKernel") == (found.method, found.kernel)
+    plain = only(make("RowParallelLinear", quant_method=make("INCLinearMethod", scheme=make("INCMxfp8", kernel=make("X")))))
+    assert ("INCLinearMethod", "INCMxfp8", "X") == (plain.method, plain.scheme, plain.kernel)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"kv_cache_dtype": "auto"}, ("float16",)),
+        ({"kv_cache_dtype": "auto", "kv_cache_torch_dtype": "torch.bfloat16"}, ("bfloat16",)),
+        ({"kv_cache_dtype": "fp8", "_k_scale_float": 1.0, "_v_scale_float": 1.0}, ("fp8_e4m3",)),
+        (
+            {"kv_cache_dtype": "fp8_e4m3", "_k_scale_float": 0.05, "_v_scale_float": 0.04},
+            ("fp8_e4m3, k_scale 0.05, v_scale 0.04",),
+        ),
+        ({"kv_cache_dtype": "fp8_e5m2", "_q_scale_float": 0.5}, ("fp8_e5m2, q_scale 0.5",)),
+        ({}, ()),
+    ],
+)  # fmt: skip
+def test_the_kv_cache(attributes: dict[str, Any], words: tuple[str, ...]) -> None:
+    """Dtype and scales of each kind of attention layer, once; "auto" is the model's dtype."""
+    attention = make("Attention", attn_backend=make("Sdpa"), **attributes)
+
+    assert words == describe(model(attention, attention), dtype="float16").kv_cache
+
+
+def test_layers_may_keep_other_scales() -> None:
+    """Each kind is told."""
+    kept = [
+        make("Attention", attn_backend=make("Sdpa"), kv_cache_dtype="fp8_e4m3", _k_scale_float=scale) for scale in (0.5, 2.0)
+    ]
+
+    assert ("fp8_e4m3, k_scale 0.5", "fp8_e4m3, k_scale 2") == describe(model(*kept)).kv_cache
+
+
+def test_a_scale_of_each_head() -> None:
+    """The least and the largest."""
+    heads = make("Tensor", numel=lambda: 2, min=lambda: 0.25, max=lambda: 0.5)
+    found = describe(model(make("Attention", attn_backend=make("Sdpa"), kv_cache_dtype="fp8_e4m3", _k_scale=heads)))
+
+    assert ("fp8_e4m3, k_scale 0.25 to 0.5",) == found.kv_cache
 
 
 def test_the_record_is_json() -> None:

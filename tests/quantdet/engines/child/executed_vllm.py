@@ -5,11 +5,16 @@ plain objects. Kernels are chosen while the layers are created, so the walk is v
 a kernel decides per call (for example by the number of rows) is not visible here.
 """
 
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from quantdet.engines.child import executed_transformers
+from quantdet.engines.child.stored import Stored
 from quantdet.observations.header import Executed, Layer
+
+NOTHING: Mapping[int, Stored] = MappingProxyType({})
 
 # Where a quantization method or scheme keeps the object that multiplies, in order of preference.
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "linear_kernel")
@@ -20,23 +25,40 @@ _EXPERT_BACKENDS = (
     "unquantized_backend", "wna16_moe_backend", "wna16_backend", "fp8_backend", "int8_backend", "nvfp4_backend",
     "mxfp4_backend",
 )  # fmt: skip
+_CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale")
+_INSIDE = ".base_layer"  # of the name of a layer that another one wraps
 
 
-def describe(model: Any) -> Executed:
-    """Walk `model.named_modules()` and count layers by module class, method, scheme, kernel and detail."""
-    counts: Counter[tuple[str, str, str, str, str, str]] = Counter()
+def describe(model: Any, layers: Mapping[int, Stored] = NOTHING, dtype: str = "") -> Executed:
+    """Walk `model.named_modules()` and count layers by module class, method, scheme, kernel, detail and what they hold.
+
+    layers: by `id` of a module, what its parameters were loaded from. dtype: the model's, which a KV cache has by default.
+    """
+    alike: dict[tuple[tuple[str, str, str, str, str, str], Stored], list[str]] = {}
     attention: set[str] = set()
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if method is not None:
-            counts[(_kind(name, module), _name(module), _name(method), *_kernel(module, method))] += 1
-        if hasattr(module, "attn_backend"):
+    caches: set[str] = set()
+    for path, module in model.named_modules():
+        name = path.replace(_INSIDE, "") or _name(module)
+        method = _method(module)
+        if method is not None and not _wraps(module):
+            held = layers.get(id(module), Stored())
+            shown = (_kind(name, module), _name(module), _name(method), *_kernel(module, method))
+            alike.setdefault((shown, held), []).append(name)
+        if hasattr(module, "attn_backend") and not _wraps(module):
             attention.add(_attention(module))
-    layers = tuple(
-        Layer(kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail, count=n)
-        for (kind, module, method, scheme, kernel, detail), n in sorted(counts.items())
-    )
-    return Executed(layers=layers, attention=tuple(sorted(attention)))
+            caches |= _kv_cache(module, dtype)
+    rows = sorted(alike.items(), key=lambda row: (row[0][0], repr(row[0][1])))
+    return Executed(
+        layers=tuple(
+            Layer(
+                kind=kind, module=module, method=method, scheme=scheme, kernel=kernel, detail=detail,
+                count=len(names), names=tuple(names), **asdict(held),
+            )
+            for ((kind, module, method, scheme, kernel, detail), held), names in rows
+        ),
+        attention=tuple(sorted(attention)),
+        kv_cache=tuple(sorted(caches)),
+    )  # fmt: skip
 
 
 def of_layer(path: str, module: Any) -> tuple[str, str]:
@@ -46,11 +68,24 @@ def of_layer(path: str, module: Any) -> tuple[str, str]:
     """
     if hasattr(module, "attn_backend"):
         return "attention", _attention(module)
-    method = getattr(module, "quant_method", None)
+    method = _method(module)
     if method is None:
         return executed_transformers.of_layer(path, module)
     scheme, kernel, detail = _kernel(module, method)
     return _kind(path, module), (kernel or scheme or _name(method)) + (f"[{detail}]" if detail else "")
+
+
+def _wraps(module: Any) -> bool:
+    """Whether a module stands around one that is a layer itself, and is walked too (LoRA)."""
+    inner = getattr(module, "base_layer", None)
+    return getattr(inner, "quant_method", None) is not None or hasattr(inner, "attn_backend")
+
+
+def _method(module: Any) -> Any:
+    """How a layer multiplies. auto-round's own method holds a scheme, which holds the method that does it."""
+    method = getattr(module, "quant_method", None)
+    inner = getattr(getattr(method, "scheme", None), "linear_method", None)
+    return method if inner is None or callable(inner) else inner
 
 
 def _name(thing: Any) -> str:
@@ -69,7 +104,7 @@ def _kind(path: str, module: Any) -> str:
 
 
 def _kernel(module: Any, method: Any) -> tuple[str, str, str]:
-    scheme = getattr(module, "scheme", None)
+    scheme = getattr(module, "scheme", None) or getattr(method, "scheme", None)  # of auto-round, where it has no method
     kernel, details = None, []
     for owner in (scheme, method):
         for attribute in _KERNEL_ATTRIBUTES:
@@ -105,3 +140,29 @@ def _attention(module: Any) -> str:
     name = backend.get_name() if hasattr(backend, "get_name") else _name(backend)
     version = getattr(getattr(module, "impl", None), "vllm_flash_attn_version", None)
     return f"{name}{f' FA{version}' if version else ''}"
+
+
+def _kv_cache(module: Any, dtype: str) -> set[str]:
+    """What an attention layer keeps keys and values in: dtype, and scales that are not 1. Empty: it does not say."""
+    kept = getattr(module, "kv_cache_dtype", None)
+    if not kept:
+        return set()
+    if kept == "auto":
+        own = str(getattr(module, "kv_cache_torch_dtype", "")).removeprefix("torch.")
+        kept = own or dtype or kept
+    words = [{"fp8": "fp8_e4m3"}.get(str(kept), str(kept))]
+    for scale in _CACHE_SCALES:
+        value = _scale(module, f"_{scale}")
+        if value not in ("", "1"):
+            words.append(f"{scale} {value}")
+    return {", ".join(words)}
+
+
+def _scale(module: Any, name: str) -> str:
+    """One scale of a cache: a number, or where each head has one, the least and the largest."""
+    tensor: Any = getattr(module, name, None)
+    if hasattr(tensor, "numel") and tensor.numel() > 1:
+        low, high = float(tensor.min()), float(tensor.max())
+        return f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
+    value = getattr(module, f"{name}_float", None)
+    return f"{value:.9g}" if isinstance(value, int | float) else ""

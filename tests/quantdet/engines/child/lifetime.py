@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quantdet.engines.child import hidden_states, layers, packages, speed
+from quantdet.engines.child import hidden_states, layers, packages, requests, speed
 from quantdet.engines.child.recorder import Recorder
-from quantdet.engines.plan import EngineRefused, Plan, PlannedPrompt
+from quantdet.engines.plan import EngineRefused, InvalidMeasurement, Plan
 from quantdet.matrix.cell import Phase
 from quantdet.observations import trace as traces
-from quantdet.observations.header import SCHEMA, Executed, Header
+from quantdet.observations.header import SCHEMA, Executed, Header, Loading
 from quantdet.observations.hidden_states import HiddenStates
 from quantdet.observations.observation import Block, write
 from quantdet.observations.seeded_flips import FLIPS
@@ -40,6 +40,8 @@ _NO_CODE = re.compile(
     r"|Unsupported (?:ISA|instruction set|compute capability|architecture)",
     re.IGNORECASE,
 )
+# What an engine raises without meaning to: a mistake in its own code, or in how it is called, and no word about the format.
+_MISTAKES = (AttributeError, NameError, KeyError, IndexError)
 _PACKAGES = (
     "transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "humming-kernels", "triton",
 )  # fmt: skip
@@ -66,6 +68,9 @@ class Loaded(Protocol):
 
     def tokenizer(self) -> Any:
         """Of the checkpoint; asked for where a prompt is text."""
+
+    def limits(self) -> requests.Limits:
+        """What a request may be."""
 
     def noise(self) -> "SeededNoise":
         """The seeded defect `noise`, not armed yet."""
@@ -102,26 +107,27 @@ def whole(loaded: Loaded, plan: Plan) -> Done:
 
 
 def _whole(loaded: Loaded, plan: Plan) -> Done:
+    given = requests.encoded(loaded, plan)
     hidden = hidden_states.Recorded(loaded.model, plan)
-    recorder = execute(loaded, plan, hidden)
+    recorder = execute(loaded, plan, hidden, given)
     ended = time.monotonic()
-    hidden.repeat(lambda again: execute(loaded, again, hidden), recorder.generate_s)
+    hidden.repeat(lambda again: execute(loaded, again, hidden, given), recorder.generate_s)
     began = time.monotonic()
-    claims = execute(loaded, plan.claiming, hidden)
+    claims = execute(loaded, plan.claiming, hidden, given)
     claimed = time.monotonic() - began
     found = hidden.result(len(recorder.records))
-    longest = max((_ids(loaded, prompt)[0] for prompt in plan.prompts), key=len)
+    longest = max((given[prompt].ids for prompt in plan.prompts), key=len)
     pace = speed.timings(plan, loaded.generate, longest)
     return Done(recorder, claims, found, ended, {**({"claims_s": claimed} if plan.claims else {}), **pace})
 
 
-def execute(loaded: Loaded, plan: Plan, hidden: hidden_states.Recorded) -> Recorder:
+def execute(loaded: Loaded, plan: Plan, hidden: hidden_states.Recorded, requested: requests.Encoded) -> Recorder:
     """Every prompt of the plan, each repeat of one before the next."""
     recorder = Recorder(plan)
     noise = loaded.noise() if plan.inject == "noise" else None
     for prompt in plan.prompts:
-        given, forced_from = _ids(loaded, prompt)
-        recorder.begin(prompt, given, forced_from)
+        given = requested[prompt].ids
+        recorder.begin(prompt, given, requested[prompt].forced_from)
         for repeat in range(plan.repeats):
             if recorder.enough(repeat):
                 break
@@ -143,7 +149,7 @@ def trace(loaded: Loaded, plan: Plan, directory: Path) -> None:
     noise = loaded.noise() if plan.inject == "noise" else None  # before the hooks that have to see it
     tap = layers.LayerTap(loaded.model)
     (prompt,) = plan.prompts
-    given, _ = _ids(loaded, prompt)
+    given = requests.encoded(loaded, plan)[prompt].ids
     for repeat in range(plan.repeats):
         if noise is not None:
             noise.arm(repeat == plan.repeats - 1)
@@ -153,8 +159,13 @@ def trace(loaded: Loaded, plan: Plan, directory: Path) -> None:
     traces.write(tap.trace(prompt.id), directory / traces.TRACE_FILE)
 
 
-def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: Mapping[str, float]) -> None:
-    """Write the observation; `timings`: of what came before, seconds by the names of `stopwatch.PARTS`."""
+def save(
+    plan: Plan, directory: Path, executed: Executed, done: Done, timings: Mapping[str, float], loading: Loading | None = None
+) -> None:
+    """Write the observation; `timings`: of what came before, seconds by the names of `stopwatch.PARTS`.
+
+    loading: what filled the model's parameters; None: not known.
+    """
     recorder, claims = done.recorder, done.claims
     timed = recorder.generate_s - recorder.first_call_s
     header = Header.model_validate(
@@ -164,6 +175,7 @@ def save(plan: Plan, directory: Path, executed: Executed, done: Done, timings: M
             "kind": "observation",
             "environment": {**plan.identity.get("environment", {}), **environment(plan)},
             "executed": executed.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
+            "loading": None if loading is None else loading.model_dump(),
             "nonfinite": [row.model_dump() for row in (*recorder.nonfinite, *claims.nonfinite)],
             "divergences": [row.model_dump() for row in recorder.divergences],
             "prompts": [record.header.model_dump() for record in recorder.records],
@@ -210,7 +222,9 @@ def refusing(*not_refusals: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (OSError, MemoryError, EngineRefused, *not_refusals)):
+        if isinstance(error, (OSError, MemoryError, EngineRefused, InvalidMeasurement, *not_refusals)):
+            raise
+        if isinstance(error, _MISTAKES) and not _NO_CODE.search(_first_reason(error)):
             raise
         if _NOT_A_REFUSAL.search(str(error)) or "OutOfMemory" in type(error).__name__:
             raise
@@ -254,15 +268,6 @@ def environment(plan: Plan) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
     return facts
-
-
-def _ids(loaded: Loaded, prompt: PlannedPrompt) -> tuple[list[int], int]:
-    """Forced ids of the request, and where its continuation begins."""
-    if prompt.text is None:
-        return [*prompt.token_ids, *prompt.forced_ids], len(prompt.token_ids)
-    tokenizer = loaded.tokenizer()
-    ids = tokenizer.encode(prompt.text)
-    return [*ids, *tokenizer.encode(prompt.forced_text or "", add_special_tokens=False)], len(ids)
 
 
 def _first_reason(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from quantdet.engines.child import device, executed_transformers, faults, layers
 from quantdet.engines.child.capture import digest_rows, to_numpy, turn_over
 from quantdet.engines.child.lifetime import Answer
 from quantdet.engines.child.packages import module_is_here
+from quantdet.engines.child.requests import Limits
 from quantdet.engines.plan import EngineLacks, InvalidMeasurement, NeedsSpawn, Plan
 from quantdet.matrix.cell import PHASES, Phase
 from quantdet.metrics.bits import stable_topk
@@ -129,6 +130,10 @@ class _Loaded:
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint, local_files_only=True)
         return self._tokenizer
+
+    def limits(self) -> Limits:
+        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", None)
+        return Limits(None if vocabulary is None else int(vocabulary))
 
     def noise(self) -> layers.SeededNoise:
         return layers.SeededNoise(self.model)

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from quantdet.engines.child import device, executed_vllm, faults, layers, lifetime, packages
 from quantdet.engines.child.capture import LogitsTap, digest_rows
 from quantdet.engines.child.lifetime import Answer
+from quantdet.engines.child.requests import Limits
 from quantdet.engines.child.stopwatch import Stopwatch
+from quantdet.engines.child.stored import Stored
 from quantdet.engines.plan import NeedsSpawn, Plan
-from quantdet.engines.vllm import ranks
+from quantdet.engines.vllm import loading, ranks
 from quantdet.matrix.cell import Phase
 from quantdet.metrics.bits import stable_topk
 from quantdet.observations import trace
-from quantdet.observations.header import Executed
+from quantdet.observations.header import Executed, Loading
 from quantdet.observations.observation import Block
 
 
@@ -82,20 +84,22 @@ class VllmEngine:
             **{f"{part}_s": seconds for part, seconds in stopwatch.seconds.items()},
             "measure_s": done.ended - loaded - done.recorder.first_call_s,
         }
-        lifetime.save(plan, directory, executed, done, timings)
+        lifetime.save(plan, directory, executed, done, timings, engine.loading)
 
     @staticmethod
     def _load(vllm: Any, plan: Plan, others: ranks.OtherRanks | None) -> "_Loaded":
         launcher = {}
+        # Another rank than 0 says it once it has loaded: the others would wait for it, and not hear why.
+        watch = loading.Watch(plan.checkpoint, plan.unfilled, at_once=_size(plan) == 1 or others is not None)
         if _size(plan) > 1:
             launcher = {"distributed_executor_backend": ranks.LAUNCHER}
             _meet_by_address()
         try:
-            with lifetime.refusing(ImportError):
+            with lifetime.refusing(ImportError), watch.watching():
                 llm = vllm.LLM(model=plan.checkpoint, dtype=plan.dtype, **plan.args, **launcher)
         finally:  # not before: vLLM is the first to touch the device; not after a refusal: that says nothing of another one
             device.check(plan)
-        return _Loaded(vllm, llm, others)
+        return _Loaded(vllm, llm, others, watch.layers, watch.found())
 
     def _follow(self, vllm: Any, plan: Plan, connection: Connection) -> None:
         """As another rank than 0: load, say what is executed, then generate what rank 0 asks for."""
@@ -114,10 +118,13 @@ class VllmEngine:
 class _Loaded:
     """See `quantdet.engines.child.lifetime.Loaded`. `tap` is set once the model may be wrapped."""
 
-    def __init__(self, vllm: Any, llm: Any, others: ranks.OtherRanks | None) -> None:
+    def __init__(
+        self, vllm: Any, llm: Any, others: ranks.OtherRanks | None, layers: Mapping[int, Stored], found: Loading | None
+    ) -> None:
         self.model = _model(llm)
+        self.loading = found
         self.tap: LogitsTap | None = None
-        self._vllm, self._llm, self._others = vllm, llm, others
+        self._vllm, self._llm, self._others, self._layers = vllm, llm, others, layers
 
     def executed(self) -> Executed:
         """What the model runs, read from its layers."""
@@ -126,7 +133,12 @@ class _Loaded:
         runner = {True: "V2", False: "V1"}.get(bool(getattr(config, "use_v2_model_runner", False)), "")
         size = int(config.parallel_config.tensor_parallel_size)
         facts = {"mode": "eager" if eager else "compiled", "runner": runner, "tensor_parallel_size": size}
-        return executed_vllm.describe(self.model).model_copy(update=facts)
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        return executed_vllm.describe(self.model, self._layers, dtype).model_copy(update=facts)
+
+    def limits(self) -> Limits:
+        config = self._llm.llm_engine.vllm_config.model_config
+        return Limits(int(config.get_vocab_size()), int(config.max_model_len))
 
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
