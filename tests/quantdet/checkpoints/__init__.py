@@ -101,6 +101,8 @@ def _resolved(model_id: str, model: Model, format_: Format, cache: Path, allow_d
         repository = model.hub.get(format_.layout)
         if repository is None:
             raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
+        if repository.startswith(("/", ".", "~")):
+            return resolve_own(repository, Path(), cache=cache)
         folder, measured = hub.snapshot(repository, allow_download=allow_download)
         return Checkpoint(folder, _cache.digest(folder), f"hub {measured}")
     if format_.layout in ONLINE:  # the engine quantizes plain weights while it loads them

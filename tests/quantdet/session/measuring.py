@@ -14,7 +14,9 @@ from typing import Any
 
 from quantdet import checkpoints
 from quantdet.checkpoints import described
+from quantdet.checkpoints.flaws import flaws
 from quantdet.checkpoints.unchanged import changed
+from quantdet.checkpoints.unsound import told, unsound
 from quantdet.engines.clock import Clock
 from quantdet.engines.plan import Plan
 from quantdet.engines.process import outcome as outcomes
@@ -57,6 +59,9 @@ class Measuring:
             if model.synthetic is not None:
                 workload.check_vocab(work, model.synthetic.vocab_size)
             checkpoint = self._checkpoint(cell)
+            others = model.synthetic is None and model.package is None
+            if others and (why := unsound(checkpoint, scope.matrix.formats[cell.format_id], scope.options.checkpoints)):
+                return Missing(Verdict.INVALID, why)
             if work.has_text and not any(checkpoint.path.glob("tokenizer*")):
                 need = f"workload {work.id} is text: needs a tokenizer in the checkpoint"
                 return Missing(Verdict.INVALID, f"{need}, have none in {checkpoint.path.name}; a workload of ids needs none")
@@ -64,8 +69,10 @@ class Measuring:
             return Missing(Verdict.UNAVAILABLE, f"weights: {error}")
         except workload.WorkloadError as error:
             return Missing(Verdict.INVALID, str(error))
+        except described.Mistaken as error:
+            return Missing(Verdict.INVALID, f"checkpoint: {'; '.join(error.mistakes)}")
         except (OSError, ValueError, MemoryError) as error:
-            return Missing(Verdict.ERROR, f"checkpoint: {error}")
+            return self._damaged(cell, error)
         finally:
             self.clock.checkpoints += time.monotonic() - began
         ranks = scope.matrix.tensor_parallel_size(cell)
@@ -178,11 +185,18 @@ class Measuring:
         scope = self.scope
         place = scope.matrix.models[cell.model_id].checkpoints.get(cell.format_id)
         if place is not None:
-            return described.resolve(place, scope.options.checkpoints, allow_download=scope.options.allow_download)
+            cache, download = scope.options.checkpoints, scope.options.allow_download
+            return checkpoints.resolve_own(place, scope.options.matrix.parent, cache=cache, allow_download=download)
         return checkpoints.resolve(
             cell.model_id, scope.matrix.models[cell.model_id], scope.matrix.formats[cell.format_id],
             cache=scope.options.checkpoints, allow_download=scope.options.allow_download,
         )  # fmt: skip
+
+    def _damaged(self, cell: Cell, error: Exception) -> Missing:
+        """Of somebody's own checkpoint, what is wrong with its files; of others, what happened."""
+        place = self.scope.matrix.models[cell.model_id].checkpoints.get(cell.format_id)
+        reasons = list(flaws(Path(place))) if place is not None and isinstance(error, ValueError) else []
+        return Missing(Verdict.INVALID, told(reasons)) if reasons else Missing(Verdict.ERROR, f"checkpoint: {error}")
 
     def _claims(self, cell: Cell) -> workload.Workload | None:
         """The workload of the tokens that a recording of `cell` keeps for re-execution."""

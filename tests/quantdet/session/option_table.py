@@ -11,8 +11,9 @@ from typing import Literal
 class Option:
     """One option.
 
-    kind: what its value is; a "flag" has none, a "place" is a path or the name of a repository. many: may be
-    given again. decides: what a verdict says depends on it, so that a rerun command has to repeat it; an option that only chooses cases or workers, or only writes, is left out of that command.
+    kind: what its value is; a "flag" has none, a "place" is a path or the name of a repository. many: may be given again.
+    decides: what a verdict says depends on it, so that a rerun command has to repeat it; an option that only chooses cases or
+    workers, or only writes, is left out of that command.
     """
 
     name: str

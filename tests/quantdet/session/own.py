@@ -5,13 +5,13 @@ version can be told to use for the layout on this hardware, and one is the unqua
 declares of its own format with the same layout, numbers and kernel (expected noise, settings) holds for the made one too.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantdet.checkpoints import described
-from quantdet.checkpoints.described import Described
+from quantdet.checkpoints.described import Described, Mistaken
 from quantdet.matrix.cell import matches_any
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.matrix import Matrix
@@ -22,16 +22,9 @@ from quantdet.matrix.selectors import Setting, When
 # Arguments that choose kernels: with one of them there is nothing left to pin.
 _CHOOSES = frozenset({"linear_backend", "linear_backend_per_quant", "moe_backend", "kernel_config"})
 _SHORT: dict[Dtype, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_NAMES = {"half": "float16", "float": "float32"}  # vLLM's other words
 _COPIED = ("noisy", "may_be_noisy", "may_recompile", "may_drift")
 _REASON = "--engine-arg"
-
-
-class Mistakes(Exception):
-    """What is asked for cannot be had, for several reasons at once; `.mistakes` has each as `WHAT: need and have`."""
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        self.mistakes = list(mistakes)
-        super().__init__("\n".join(self.mistakes))
 
 
 @dataclass(frozen=True)
@@ -62,58 +55,79 @@ class Made:
         return [one for (model, _), one in self.checkpoints.items() if model == model_id]
 
 
-def alone(matrix: Matrix, asked: Asked) -> Matrix:
-    """`matrix` with the models of a command line in place of its own; questions are about those.
+@dataclass
+class Reader:
+    """Reads each checkpoint once. `mistakes`: of those that cannot be read."""
 
-    Raises:
-        Mistakes: two checkpoints have one name.
-    """
-    groups = [asked.models] if asked.same_base else [(one,) for one in dict.fromkeys(asked.models)]
+    relative_to: Path
+    allow_download: bool
+    mistakes: list[str] = field(default_factory=list)
+    _known: dict[str, Described | None] = field(default_factory=dict)
+
+    def read(self, spec: str) -> Described | None:
+        """What a checkpoint says of itself; None: nothing that can be used."""
+        if spec not in self._known:
+            try:
+                self._known[spec] = described.read(spec, self.relative_to, allow_download=self.allow_download)
+            except Mistaken as error:
+                self._known[spec] = None
+                self.mistakes += error.mistakes
+        return self._known[spec]
+
+
+def alone(matrix: Matrix, asked: Asked, reader: Reader) -> Matrix:
+    """`matrix` with the models of a command line in place of its own, and without questions, which are about those."""
+    specs = tuple(dict.fromkeys(asked.models))
     rows: dict[str, Model] = {}
-    for group in groups:
-        name = "-vs-".join(dict.fromkeys(map(described.short, group)))[:60].strip("-._")
+    for group in [specs] if asked.same_base else [(one,) for one in specs]:
+        found = [one for spec in group if (one := reader.read(spec)) is not None]
+        name = "-vs-".join(dict.fromkeys(one.id for one in found))[:60].strip("-._")
         if name in rows:
-            both = " and ".join([rows[name].title, *group])
-            raise Mistakes([f"--model: two checkpoints are called {name}: {both}; rename a folder"])
-        row: dict[str, Any] = {"title": ", ".join(group), "checkpoint": group, "base": asked.base, "hidden_states": True}
-        rows[name] = Model(**row, hardware=asked.hardware)
+            reader.mistakes.append(
+                f"{group[0]}: its cells would have the name of {rows[name].title}: {name}; rename one of them"
+            )
+        elif len(found) == len(group):
+            row: dict[str, Any] = {"title": ", ".join(group), "checkpoint": group, "base": asked.base, "hidden_states": True}
+            rows[name] = Model(**row, hardware=asked.hardware)
+    if asked.base is not None:
+        reader.read(asked.base)
     return matrix.model_copy(update={"models": rows, "questions": {}})
 
 
-def expanded(matrix: Matrix, asked: Asked, relative_to: Path, *, allow_download: bool) -> Made:
+def expanded(matrix: Matrix, asked: Asked, reader: Reader) -> Made:
     """`matrix` with formats for every model that has a `checkpoint`.
 
     Raises:
-        Mistakes: of every checkpoint.
+        Mistaken: of every checkpoint.
     """
-    work = _Work(matrix, asked, relative_to, allow_download)
+    work = _Work(matrix, asked, reader)
     for name, model in matrix.models.items():
         if model.checkpoint is not None:
             work.add(name, model)
-    if work.mistakes:
-        raise Mistakes(work.mistakes)
-    update = {"models": work.models, "formats": work.formats, "expect": (*work.expect, *matrix.expect), "setting": work.setting}
+    if reader.mistakes:
+        raise Mistaken(reader.mistakes)
+    update = {"models": work.models, "formats": work.formats, "setting": tuple(work.setting)}
+    update |= {"expect": (*work.expect, *matrix.expect)}
     return Made(matrix.model_copy(update=update), work.checkpoints)
 
 
 class _Work:
     """Models one after the other; mistakes are collected."""
 
-    def __init__(self, matrix: Matrix, asked: Asked, relative_to: Path, allow_download: bool) -> None:
-        self.matrix, self.asked, self.relative_to, self.allow_download = matrix, asked, relative_to, allow_download
+    def __init__(self, matrix: Matrix, asked: Asked, reader: Reader) -> None:
+        self.matrix, self.asked, self.reader = matrix, asked, reader
         self.models, self.formats = dict(matrix.models), dict(matrix.formats)
         self.expect: list[Expect] = []
         self.setting = list(matrix.setting)
         self.checkpoints: dict[tuple[str, str], Described] = {}
-        self.mistakes: list[str] = []
 
     def add(self, name: str, model: Model) -> None:
         """The formats of one model."""
         specs = model.checkpoint or ()
-        found = [one for spec in specs if (one := self._read(spec)) is not None]
-        base = None if model.base is None else self._read(model.base)
+        found = [one for spec in specs if (one := self.reader.read(spec)) is not None]
+        base = None if model.base is None else self.reader.read(model.base)
         if base is not None and base.method:
-            self.mistakes.append(f"base {model.base}: needs unquantized weights, have {base.method}")
+            self.reader.mistakes.append(f"base {model.base}: needs unquantized weights, have {base.method}")
         if len(found) < len(specs) or (model.base is not None and base is None):
             return
         several = len(found) > 1
@@ -167,16 +181,10 @@ class _Work:
         if method is not None and quantized:
             yield Setting(when=When(model=name, format=tuple(quantized)), reason=_REASON, args={"quantization": method})
 
-    def _read(self, spec: str) -> Described | None:
-        try:
-            return described.read(spec, self.relative_to, allow_download=self.allow_download)
-        except described.DescribedError as error:
-            self.mistakes += error.mistakes
-            return None
-
     def _dtype(self, one: Described) -> Dtype:
         asked = self.asked.args.get("dtype", "auto")
-        return one.dtype if asked in ("auto", None) else asked
+        found = one.dtype if asked in ("auto", None) else _NAMES.get(asked, asked)
+        return next((dtype for dtype in _SHORT if dtype == found), "bfloat16")
 
     def _mode(self) -> dict[str, Any]:
         return {"mode": "eager" if self.asked.args.get("enforce_eager", True) else "compiled"}
@@ -194,13 +202,13 @@ class _Work:
         words = {"layout": one.layout, "weights": one.weights, "activations": one.activations}
         if one.layout is None or one.weights is None:
             words = {"layout": "own", "weights": "own", "activations": "none"}
-        row = Format(title=f"{one.title}, vLLM's own choice", kernel="auto", dtype=dtype, **words, **self._mode())
+        row = Format(title=f"{one.short}, vLLM's own choice", kernel="auto", dtype=dtype, **words, **self._mode())
         picks = next((self.matrix.formats[like].picks for like in _alike(self.matrix, row)), {})
         yield name, row.model_copy(update={"picks": picks})
         if method is not None or _CHOOSES & set(self.asked.args):
             return
         for kernel in self._kernels(row, one):
-            pinned = row.model_copy(update={"kernel": kernel, "title": f"{one.title}, {kernel}"})
+            pinned = row.model_copy(update={"kernel": kernel, "title": f"{one.short}, {kernel}"})
             yield f"{name}-{kernel}", pinned
 
     def _kernels(self, row: Format, one: Described) -> Iterator[str]:
@@ -213,7 +221,7 @@ class _Work:
                 fits = found is not None and not found.unsupported
             else:
                 fits = any(asked.layout in pin.layout and (not pin.weights or asked.weights in pin.weights) for pin in rows)
-            if fits and bool(kernel.moe_classes) == one.has_experts and self._is_here(kernel.hardware):
+            if fits and bool(kernel.moe_classes) == one.experts and self._is_here(kernel.hardware):
                 yield name
 
     def _is_here(self, globs: Iterable[str]) -> bool:
@@ -224,7 +232,7 @@ class _Work:
 
 def _plain(one: Described, dtype: Dtype, *, title: str = "", kernel: str = "unquantized", **more: Any) -> Format:
     return Format(
-        title=title or f"{one.title}, unquantized", layout="plain", weights="bf16", kernel=kernel, dtype=dtype, **more
+        title=title or f"{one.short}, unquantized", layout="plain", weights="bf16", kernel=kernel, dtype=dtype, **more
     )  # fmt: skip
 
 
@@ -232,7 +240,7 @@ def _described(one: Described, dtype: Dtype) -> str:
     """A format's id: `gptq-int4-g128`, and the dtype where it is not bfloat16."""
     if not one.method:
         return _SHORT[dtype]
-    return one.description if dtype == "bfloat16" else f"{one.description}-{_SHORT[dtype]}"
+    return one.short if dtype == "bfloat16" else f"{one.short}-{_SHORT[dtype]}"
 
 
 def _word(text: str) -> str:

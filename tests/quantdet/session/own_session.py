@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from quantdet.checkpoints.described import Mistaken
+from quantdet.engines import arguments, signatures
 from quantdet.matrix.matrix import Matrix
-from quantdet.matrix.workload import Workload
-from quantdet.session import own
+from quantdet.matrix.workload import Workload, WorkloadError
+from quantdet.session import own, own_prompts
 from quantdet.session.machine.machine import Machine, Software
 from quantdet.session.options import Options
 from quantdet.untrusted import plain
@@ -24,23 +25,27 @@ def made(
     """
     if not options.model and all(model.checkpoint is None for model in matrix.models.values()):
         return matrix, {}
-    mistakes: list[str] = []
-    args: dict[str, Any] = {}
+    args, mistakes = arguments.asked(options.engine_arg, None if options.replay else signatures.known_arguments())
     asked = own.Asked(
         options.model, options.base, options.same_base, args,
         _hardware(options, matrix, machine, software), None if options.replay else software.vllm,
     )  # fmt: skip
+    reader = own.Reader(options.folder if options.model else options.matrix.parent, options.allow_download)
     try:
-        table = own.alone(matrix, asked) if options.model else matrix
-        folder = options.folder if options.model else options.matrix.parent
-        found = own.expanded(table, asked, folder, allow_download=options.allow_download)
-    except own.Mistakes as error:
-        raise _usage([*mistakes, *error.mistakes]) from None
+        found = own.expanded(own.alone(matrix, asked, reader) if options.model else matrix, asked, reader)
+    except Mistaken as error:
+        raise _usage([*(f"--engine-arg: {one}" for one in mistakes), *error.mistakes]) from None
+    mistakes = [f"--engine-arg: {one}" for one in mistakes]
+    workloads: dict[str, Workload] = {}
+    for name in found.matrix.models:
+        if (mine := found.of(name)) and not options.replay:
+            try:
+                workloads[name] = own_prompts.of(options, found.matrix, name, mine, prompts)
+            except WorkloadError as error:
+                mistakes += [f"prompts of {name}: {one}" for one in error.mistakes]
     if mistakes:
         raise _usage(mistakes)
-    from quantdet.matrix import workload
-
-    return found.matrix, {n: workload.load("synthetic-v1", prompts) for n, m in found.matrix.models.items() if m.checkpoint}
+    return found.matrix, workloads
 
 
 def _usage(mistakes: list[str]) -> pytest.UsageError:
