@@ -1,4 +1,4 @@
-"""Why numbers of a checkpoint would not be those of the row that it stands in: what it says of itself, and what its tensors are."""
+"""Why numbers of a checkpoint would not be those of its row: what it says of itself, and what its tensors are."""
 
 from pathlib import Path
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from quantdet.engines import signatures
 from quantdet.engines.process import process
 from quantdet.matrix import load
 from quantdet.matrix.matrix import Matrix
 from quantdet.observations.observation import ObservationError
-from quantdet.session import options, own_session, plans
+from quantdet.session import options, own_session, usable
 from quantdet.session.machine import machine
 from quantdet.session.replay import Replay
 from quantdet.session.session import Session
@@ -26,15 +27,17 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
         table = load.load(chosen.matrix, chosen.expect)
     except load.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
-    if unusable := plans.unusable(table, prompts):
+    engine = config.hook.pytest_quantdet_engine(config=config) or process.VLLM
+    known = signatures.known_arguments() if engine == process.VLLM and not chosen.replay else None
+    if unusable := [*usable.unusable(table, prompts), *(usable.unobeyed(table, known) if known is not None else ())]:
         raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
     _check_hardware(chosen, table)
     here, installed = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
-    table, workloads = own_session.made(chosen, table, here, installed, prompts)
+    table, workloads = own_session.made(chosen, table, here, installed, prompts, known)
     try:
         session = Session(
             chosen, table, machine=here, software=installed,
-            engine=config.hook.pytest_quantdet_engine(config=config) or process.VLLM,
+            engine=engine,
             prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())), workloads=workloads,
             run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
         )  # fmt: skip

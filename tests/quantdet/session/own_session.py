@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from quantdet.checkpoints.described import Mistaken
-from quantdet.engines import arguments, signatures
+from quantdet.engines import arguments
+from quantdet.engines.signatures import Type
 from quantdet.matrix.matrix import Matrix
 from quantdet.matrix.workload import Workload, WorkloadError
 from quantdet.session import own, own_prompts
@@ -16,16 +17,25 @@ from quantdet.untrusted import plain
 
 
 def made(
-    options: Options, matrix: Matrix, machine: Machine, software: Software, prompts: Path
+    options: Options,
+    matrix: Matrix,
+    machine: Machine,
+    software: Software,
+    prompts: Path,
+    known: Mapping[str, Type] | None,
 ) -> tuple[Matrix, Mapping[str, Workload]]:
     """The matrix with the cells of every checkpoint that describes itself, and by model the prompts of these.
+
+    Args:
+        prompts: the suite's workloads.
+        known: the engine's arguments, where they are known.
 
     Raises:
         pytest.UsageError: every mistake of checkpoints, prompts and arguments at once.
     """
     if not options.model and all(model.checkpoint is None for model in matrix.models.values()):
         return matrix, {}
-    args, mistakes = arguments.asked(options.engine_arg, None if options.replay else signatures.known_arguments())
+    args, mistakes = arguments.asked(options.engine_arg, known)
     asked = own.Asked(
         options.model, options.base, options.same_base, args,
         _hardware(options, matrix, machine, software), None if options.replay else software.vllm,

@@ -1,6 +1,6 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,20 +23,10 @@ from quantdet.metrics import bounds
 from quantdet.observations import store
 from quantdet.observations import trace as traces
 from quantdet.observations.claims import ROLE
+from quantdet.session import usable
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
 MEASUREMENT = 2
-
-# What a cell is has its own keys for these, so that an argument cannot say something else.
-ELSEWHERE = {
-    "model": "the model's source says it",
-    "dtype": "a format's 'dtype', or a setting's, says it",
-    "enforce_eager": "a format's 'mode' says it",
-    "skip_tokenizer_init": "it follows from the workload",
-}
-# Follow from the requests, unless a setting of the cell says something else.
-COMPUTED = ("max_model_len", "max_num_batched_tokens", "max_logprobs", "tensor_parallel_size")
-RESERVED = (*ELSEWHERE, *COMPUTED)
 
 
 # Packages that transformers computes with where they are installed, asked for or not.
@@ -52,7 +42,7 @@ def installed(packages: Iterable[str]) -> str:
 def known_arguments(matrix: Matrix) -> frozenset[str]:
     """Names of every engine argument that a cell of `matrix` may be given."""
     rows = (matrix.engine.args, *(pin.args for pin in matrix.pin), *(setting.args for setting in matrix.setting))
-    return frozenset({"enforce_eager", *RESERVED, *(name for row in rows for name in row)} - {"model"})
+    return frozenset({"enforce_eager", *usable.RESERVED, *(name for row in rows for name in row)} - {"model"})
 
 
 def key_of(plan: Plan, lifetime: int) -> str:
@@ -131,22 +121,6 @@ def _lengths(cell: Cell, matrix: Matrix, work: workload.Workload, claimed: workl
     }  # fmt: skip
 
 
-def too_small(args: Mapping[str, Any], computed: Mapping[str, Any]) -> list[str]:
-    """Arguments that are less than what the requests need, each as need and have.
-
-    A prompt longer than a chunk of the prefill would be computed in several, and its logits taken apart.
-    """
-    longest = {"max_num_batched_tokens": "max_model_len"}
-    return [
-        f"{name}: needs at least {need}, have {args[name]}"
-        for name in ("max_model_len", "max_num_batched_tokens", "max_logprobs")
-        if name in computed
-        and isinstance(args[name], int)
-        and args[name] != -1
-        and args[name] < (need := computed[longest.get(name, name)])
-    ]
-
-
 def plan_for(
     cell: Cell, matrix: Matrix, work: workload.Workload, checkpoint: Checkpoint, environment: dict[str, Any], *,
     vllm_version: str, engine: str, repeats: int | None, inject: tuple[str, str] | None, max_flip_rate: float | None = None,
@@ -167,7 +141,7 @@ def plan_for(
     if isinstance(call, Missing):
         return call
     args = call.args
-    if less := too_small(args, computed):
+    if less := usable.too_small(args, computed):
         return Missing(Verdict.INVALID, f"engine arguments: {'; '.join(less)}")
     least = repeats or run.repeats
     repeats = least if max_flip_rate is None else max(least, bounds.runs_needed(max_flip_rate))
@@ -268,25 +242,6 @@ def _planned(prompt: workload.Prompt) -> PlannedPrompt:
     if prompt.token_ids:  # a text beside ids is documentation
         return PlannedPrompt(prompt.id, prompt.token_ids, prompt.forced_ids, prompt.content_start)
     return PlannedPrompt(prompt.id, (), (), prompt.content_start, prompt.text, prompt.forced_text)
-
-
-def unusable(matrix: Matrix, prompts: Path) -> list[str]:
-    """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
-    mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
-    for index, setting in enumerate(matrix.setting):
-        mistakes += [f"setting.{index}.args.{name}: {why}" for name, why in ELSEWHERE.items() if name in setting.args]
-    for name, model in matrix.models.items():
-        if model.checkpoint is not None:  # its own is checked where it is made
-            continue
-        used = {"workload": model.workload, **({"claims.workload": model.claims.workload} if model.claims else {})}
-        for key, wanted in used.items():
-            try:
-                work = workload.load(wanted, prompts)
-                if model.synthetic is not None:
-                    workload.check_vocab(work, model.synthetic.vocab_size)
-            except workload.WorkloadError as error:
-                mistakes.append(f"models.{name}.{key}: {' '.join(str(error).split())}")
-    return mistakes
 
 
 def tracing_plan(plan: Plan, prompt: str, repeats: int) -> Plan:
