@@ -13,6 +13,8 @@ _REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[
 # Or a place on this machine: a folder, or a GGUF file.
 _PLACE = rf"^(?:{_REPOSITORY}|[/.~].*|.*\\.gguf)$"
 Place = Annotated[str, Field(pattern=_PLACE, max_length=4096)]
+# Of a checkpoint that is looked for: a path of any form, or a repository.
+Spec = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 def _inside(text: str) -> str:
@@ -86,9 +88,9 @@ class Model(Row):
     package: Package | None = None
     path: str | None = None
     hub: dict[Layout, Place] | None = None
-    checkpoint: Annotated[tuple[Place, ...], BeforeValidator(_several)] | None = Field(None, min_length=1)
-    base: Place | None = None
-    checkpoints: dict[str, Place] = Field(default_factory=dict)
+    checkpoint: Annotated[tuple[Spec, ...], BeforeValidator(_several)] | None = Field(None, min_length=1)
+    base: Spec | None = None
+    checkpoints: dict[str, Spec] = Field(default_factory=dict)
     layers_as: str | None = None
 
     @model_validator(mode="after")

@@ -1,0 +1,146 @@
+"""Whole runs with --model, the fake engine in vLLM's place: what is judged, what is told once, what fails."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantdet import checkpoints
+from quantdet.checkpoints.tensors import load, save
+from selftest.fakes.checkpoints import BF16, make_format, make_model
+from selftest.fakes.inner import Suite
+from selftest.fakes.matrix import MATRIX
+
+pytest_plugins = ["pytester"]
+CELL = "mine/gptq-int4-g128/cpu-here"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints `mine`, GPTQ, and `plain`."""
+    root = tmp_path_factory.mktemp("own")
+    for name, format_ in ("mine", make_format("gptq", "int4-sym")), ("plain", BF16):
+        shutil.copytree(checkpoints.resolve("m", make_model(), format_, cache=root / "cache").path, root / name)
+    return root
+
+
+def argument(**args: str) -> list[str]:
+    return [f"--engine-arg={name}={value}" for name, value in args.items()]
+
+
+def test_one_command_judges_a_checkpoint(suite: Suite, made: Path) -> None:
+    """vLLM's choice, the kernel that can be pinned, and the twin; nothing of the matrix's own models."""
+    run = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}")
+
+    assert {"mine"} == {case.properties["case.model"] for case in run.cases.values()}
+    formats = {case.properties["case.format"] for case in run.ran().values()}
+    assert {"gptq-int4-g128", "gptq-int4-g128-fake4", "bf16"} == formats
+    assert "BIT_EXACT" == run.cases[f"test_repeat[{CELL}-decode]"].verdict
+    assert "DISTINCT" == run.cases[f"test_distinct[{CELL}]"].verdict
+
+
+def test_relative_to_where_pytest_was_started(suite: Suite, made: Path, pytester: pytest.Pytester) -> None:
+    shutil.copytree(made / "mine", pytester.path / "mine")
+
+    assert CELL in str(suite("--model=mine").cases)
+
+
+def test_a_refusal_is_told_by_one_case_of_the_cell(suite: Suite, made: Path) -> None:
+    """Of vLLM's choice; a kernel that the suite tried is skipped with the engine's words. Nothing was measured: exit 1."""
+    run = suite(f"--model={made / 'mine'}", *argument(behaviour="refuse"))
+
+    assert 1 == run.code
+    assert ["UNSUPPORTED"] == list(run.failures().values())
+    skipped = [case.message for name, case in run.cases.items() if case.outcome == "skipped" and f"[{CELL}" in name]
+    assert skipped and all("told by test_repeat" in message for message in skipped)
+    tried = [case for name, case in run.cases.items() if "fake4/" in name]
+    assert tried and all(case.outcome == "skipped" and "the fake does not take this format" in case.message for case in tried)
+    assert "nothing was measured" in run.words
+
+
+def test_a_run_that_measured_nothing_fails_though_every_case_is_skipped(suite: Suite, made: Path) -> None:
+    run = suite(f"--model={made / 'mine'}", "-k", "fake4", *argument(behaviour="refuse"))
+
+    assert {} == run.failures()
+    assert 1 == run.code
+    assert f"--model {made / 'mine'}: nothing was measured" in run.words
+
+
+def test_each_model_counts(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """One of two that could not be measured is not hidden by the other."""
+    shutil.copytree(made / "mine", tmp_path / "broken")
+    path = tmp_path / "broken" / "model.safetensors"
+    tensors = dict(load(path))
+    name = next(name for name in tensors if name.endswith(".scales"))
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[0] = float("nan")
+    save(tensors, path)
+
+    run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'broken'}")
+
+    assert 1 == run.code
+    assert {"INVALID"} == set(run.failures().values())
+    told = [case.message for label, case in run.cases.items() if label in run.failures()]
+    assert all(name in message or "scales" in message for message in told)
+    assert "BIT_EXACT" == run.cases[f"test_repeat[{CELL}-decode]"].verdict
+
+
+def test_mistakes_come_at_once_before_anything_starts(suite: Suite, made: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"ids": [1, 2, 3, 4, 5_000]}) + "\n")
+    run = suite(
+        f"--model={made / 'mine'}", f"--prompts={prompts}", "--engine-arg=trust_remote_code=true", "--engine-arg=nonsense"
+    )
+
+    assert 4 == run.code
+    assert {} == run.cases
+    for part in "nothing runs the code of a checkpoint", "needs NAME=VALUE", "5000":
+        assert part in run.words
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--base=x"], "--base is about the checkpoints of --model"),
+        (["--prompts=x"], "--prompts is about"),
+        (["--engine-arg=a=1"], "--engine-arg is about"),
+        (["--same-base", "--model=mine"], "needs --model twice"),
+        (["--model=/no/such/folder"], "/no/such/folder: need a folder"),
+        (["--model="], "need an existing folder"),
+    ],
+)
+def test_options_that_make_no_sense(suite: Suite, args: list[str], words: str) -> None:
+    run = suite(*args)
+
+    assert 4 == run.code
+    assert words in run.words
+
+
+def test_arguments_are_part_of_what_an_observation_is_known_by(suite: Suite, made: Path) -> None:
+    """Another argument is measured anew; the same one is taken from the store."""
+    first = suite(f"--model={made / 'mine'}", "-k", "test_kernel", *argument(numerics="1"))
+    again = suite(f"--model={made / 'mine'}", "-k", "test_kernel", *argument(numerics="1"))
+    other = suite(f"--model={made / 'mine'}", "-k", "test_kernel", *argument(numerics="2"))
+
+    assert ["0 started" in run.words for run in (first, again, other)] == [False, True, False]
+
+
+def test_two_makers_of_one_base(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """Compared on the same tokens, and the message says what of the numbers differs."""
+    spec = make_model().synthetic
+    assert spec is not None
+    other = make_model(synthetic={**spec.model_dump(), "seed": 1})
+    second = checkpoints.resolve("m", other, make_format("gptq", "int4-sym"), cache=tmp_path / "cache").path
+    shutil.copytree(second, tmp_path / "second")
+    run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'second'}", "--same-base", "-k", "not fake4")
+
+    case = run.cases["test_distinct[mine-vs-second/mine-gptq-int4-g128/cpu-here]"]
+    assert ("passed", "DISTINCT") == (case.outcome, case.verdict)
+
+
+def test_a_row_of_the_matrix_does_the_same(suite: Suite, made: Path) -> None:
+    row = f'\n[models.mine]\ntitle = "mine"\ncheckpoint = "{made / "mine"}"\nhidden_states = true\n'
+    run = suite("-k", "mine", matrix=MATRIX + row)
+
+    assert "BIT_EXACT" == run.cases[f"test_repeat[{CELL}-decode]"].verdict
