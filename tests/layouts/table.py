@@ -8,9 +8,9 @@ _HEAD = """\
 # Checkpoint configurations
 
 {count} tiny checkpoints, each with the verdict that `--model` has to give it. Generated from `configurations.toml`; do not
-edit. On a CPU without AMX {exact} of them are BIT_EXACT, {unsupported} are refused by vLLM, and {invalid} have a fault. Of those
-with a fault, vLLM by itself runs {silent} without a word: **runs** in bold. A parameter that nothing fills is then whatever
-the memory held, which another process may see otherwise.
+edit. On a CPU without AMX {exact} of them are BIT_EXACT, {unsupported} are refused by vLLM, and {invalid} have a fault. Of
+those with a fault, vLLM by itself runs {silent} without a word: **runs** in bold. A parameter that nothing fills is then
+whatever the memory held, which another process may see otherwise.
 
 ```sh
 cd tests
