@@ -176,6 +176,11 @@ class Fires(Row):
             raise ValueError("'tokens_per_expert_above' and 'tokens_per_expert_at_most' exclude each other")
         return self
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether the condition is about layers of experts."""
+        return self.tokens_per_expert_at_most is not None or self.tokens_per_expert_above is not None
+
     def where(self, layers: Layers) -> Layers:
         """The layers that meet the condition for at least one row."""
         return tuple(layer for layer in layers if self._met(layer))

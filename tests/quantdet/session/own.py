@@ -156,13 +156,14 @@ class _Work:
             "claims": model.claims or Claims(workload=name),
         }
         self.models[name] = model.model_copy(update=more)
-        for format_id, (row, _) in rows.items():
+        for format_id, (row, source) in rows.items():
             alike = _alike(self.matrix, row)
             when = {"model": name, "format": format_id}
             self.expect += [
                 one.model_copy(update={"when": When(**when, hardware=one.when.hardware, phase=one.when.phase)})
                 for one in self.matrix.expect
                 if one.outcome in _COPIED and one.when.model == "*" and _speaks_of(one.when, alike)
+                if source.experts or one.fires is None or not one.fires.of_experts
             ]
             self.setting += [
                 one.model_copy(update={"when": When(**when, hardware=one.when.hardware)})
@@ -249,8 +250,11 @@ def _word(text: str) -> str:
 
 
 def _alike(matrix: Matrix, row: Format) -> list[str]:
-    """Formats of the matrix with the same layout, numbers, kernel and mode, in the same engine."""
-    return [] if row.layout == "own" else [name for name, other in matrix.formats.items() if _like(other, row)]
+    """The first format of the matrix with the same layout, numbers, kernel and mode, in the same engine, if there is one.
+
+    Others that are alike differ in what a setting of theirs says, such as Marlin with atomics.
+    """
+    return [] if row.layout == "own" else [name for name, other in matrix.formats.items() if _like(other, row)][:1]
 
 
 def _like(one: Format, other: Format) -> bool:

@@ -138,7 +138,7 @@ def test_every_mistake_at_once(matrix: Matrix, folder: Path) -> None:
 
 def test_two_checkpoints_of_one_name(matrix: Matrix, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "gptq", tmp_path / "gptq")
-    with pytest.raises(Mistaken, match="its cells would be called gptq as those of"):
+    with pytest.raises(Mistaken, match="its cells would have the name of gptq"):
         made(matrix, folder, "gptq", str(tmp_path / "gptq"))
 
 

@@ -75,7 +75,8 @@ def test_each_model_counts(suite: Suite, made: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith(".scales"))
     tensors[name] = tensors[name].copy()
     tensors[name].reshape(-1)[0] = float("nan")
-    save(tensors, path)
+    save(tensors, tmp_path / "new")  # the old file is mapped
+    (tmp_path / "new").replace(path)
 
     run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'broken'}")
 
