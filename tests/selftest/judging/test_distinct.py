@@ -68,13 +68,14 @@ def test_unknown_numbers_ask_for_nothing(verdict: Verdict) -> None:
 
 def test_words_of_the_matrix_make_strangers_but_no_twins() -> None:
     """Numbers that nobody told: other words are other numbers, so that equal logits fail; one word proves nothing."""
-    silent = with_header(CT, numbers="", checkpoint_sha256="9" * 64)
+    own, silent = (with_header(one, checkpoint_source="synthetic qwen3, seed 0") for one in (GPTQ, CT))
+    silent = with_header(silent, numbers="", checkpoint_sha256="9" * 64)
     words = {"gptq": "int4-sym/none", "ct": "int4-asym/none"}
 
-    strangers = judge(GPTQ, silent, expectations=Expectations((), words=words))
+    strangers = judge(own, silent, expectations=Expectations((), words=words))
     assert (Verdict.IDENTICAL, False) == (strangers.verdict, strangers.expected)
     assert "other numbers by the matrix (int4-sym/none against int4-asym/none)" in strangers.message
-    alike = judge(GPTQ, silent, expectations=Expectations((), words=dict.fromkeys(words, "int4-sym/none")))
+    alike = judge(own, silent, expectations=Expectations((), words=dict.fromkeys(words, "int4-sym/none")))
     assert alike.expected and "either verdict passes against ct: the same kernels" in alike.message
 
 

@@ -390,7 +390,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
         measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights, numbers="")),
         matrix=SimpleNamespace(
-            models={"alpha": SimpleNamespace(hub={"awq": "maker/x"})}, formats={"awq": format_},
+            models={"alpha": SimpleNamespace(synthetic=None, package=None)}, formats={"awq": format_},
             verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
