@@ -21,7 +21,7 @@ def kv_cache(header: Header) -> tuple[str, str]:
         right = [one for one in found if _dtype(one) in (asked, *_ALIKE.get(asked, ()))]
         if not right or (len(right) < len(found) and not header.engine_args.get("kv_cache_dtype_skip_layers")):
             return f"KV cache {asked} requested, executed {told}", ""
-    return "", "" if set(found) <= {header.dtype} else f"KV cache {told}"
+    return "", "" if set(found) <= {header.dtype, "auto"} else f"KV cache {told}"
 
 
 def _dtype(kind: str) -> str:
