@@ -9,8 +9,11 @@ from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.load import load
 from quantdet.observations.header import Executed, Layer
-from selftest.fakes.matrix import ROOT
+from selftest.fakes.inner import Suite
+from selftest.fakes.matrix import MATRIX, ROOT
 from selftest.fakes.observation import observation
+
+pytest_plugins = ["pytester"]
 
 INT4 = ("qweight:I32", "qzeros:I32", "scales:F16")
 INT8 = ("weight:I8", "weight_scale:BF16")
@@ -268,3 +271,25 @@ def test_picks_say_nothing_of_layers_of_other_numbers() -> None:
     said(picked(layer("MacheteLinearKernel"), head("CutlassFP8", bits=8, group=256), version="0.26.0"), Verdict.CONFIRMED)
     said(picked(layer("Whatever", group=16), version="0.26.0"), Verdict.CONFIRMED, "requested auto -> machete")
     said(picked(head("CPUFp8"), layer("CPUWNA16LinearKernel"), hardware="cpu-amx", version="0.32.0"), Verdict.CONFIRMED)
+
+
+BY_GROUPS = (
+    MATRIX.replace('classes = ["Fake4Kernel"]', 'classes = ["Fake4Kernel"]\ngroups = [64]', 1)
+    .replace('picks = { "cpu-*" = "fake4" }', 'picks = { "cpu-*" = { ">=0" = ["fake4", "fake8"] } }')
+    .replace(
+        'args = { executes = "Fake4Kernel" }', 'args = { executes = "Fake8Kernel", stored = "qweight:I32", group = GROUP }'
+    )
+)
+
+
+@pytest.mark.parametrize(("group", "verdict", "words"), [
+    (32, "CONFIRMED", "auto -> fake8: Fake8Kernel"),
+    (64, "INVALID", "requested auto -> fake4 (Fake4Kernel), executed Fake8Kernel x4"),
+])  # fmt: skip
+def test_the_session_asks_the_matrix_by_layer(suite: Suite, group: int, verdict: str, words: str) -> None:
+    """The layers' own groups decide which kernel of the list is expected of them."""
+    run = suite("-k", "alpha and awq and cpu-here and test_kernel", matrix=BY_GROUPS.replace("GROUP", str(group)))
+
+    case = run.cases["test_kernel[alpha/awq/cpu-here]"]
+    assert verdict == case.verdict, run.output
+    assert words in f"{case.message} {case.properties['expectation']}"
