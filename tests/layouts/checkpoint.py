@@ -12,7 +12,7 @@ import numpy as np
 from quantdet.checkpoints import architectures, synthetic, tensors
 from quantdet.checkpoints.quantize import largest
 from quantdet.checkpoints.tensors import Array
-from quantdet.matrix.rows import Synthetic
+from quantdet.matrix.shapes import Synthetic
 
 # Every matrix has multiples of 128 inputs and outputs, also where an engine fuses projections: legal for every kernel.
 _DENSE = Synthetic(

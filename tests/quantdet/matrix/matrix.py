@@ -8,6 +8,7 @@ from pydantic import Field
 from quantdet.matrix import pins
 from quantdet.matrix.cell import Cell, EngineName, matches_any
 from quantdet.matrix.expectations import Expect, Expectations
+from quantdet.matrix.kernels import Shape, chosen
 from quantdet.matrix.models import Model
 from quantdet.matrix.pins import Pin
 from quantdet.matrix.rows import ONLINE, Engine, EngineCall, Format, Hardware, Kernel, Picks, RunLengths
@@ -79,14 +80,14 @@ class Matrix(Row):
         return self.run.model_copy(update=self.models[cell.model_id].run.model_dump(exclude_none=True))
 
     def kernel_classes(
-        self, cell: Cell, vllm_version: str | None = None, packages: Collection[str] | None = None
+        self, cell: Cell, vllm_version: str | None = None, packages: Collection[str] | None = None, layer: Shape | None = None
     ) -> tuple[str, tuple[str, ...]]:
         """`(kernel, class names)` that `cell` has to show; no class names where `auto` is not judged here.
 
-        What `auto` has to be given may depend on the version, and on the `packages` beside vLLM (distributions); without these,
-        it is what any version has to give, with any of them.
+        What `auto` has to be given may depend on the version, on the `packages` beside vLLM (distributions), and on the
+        `layer`; without these, it is what any version has to give, with any of them, in a layer that every kernel takes.
         """
-        names = self._kernels(cell, vllm_version, packages)
+        names = self._kernels(cell, vllm_version, packages, layer)
         return " or ".join(names), tuple(c for name in names for c in self.kernels[name].classes)
 
     def expert_classes(
@@ -95,16 +96,15 @@ class Matrix(Row):
         """Class names that the cell's layers of experts have to show; none: not judged, but for mixing."""
         return tuple(c for name in self._kernels(cell, vllm_version, packages) for c in self.kernels[name].moe_classes)
 
-    def _kernels(self, cell: Cell, vllm_version: str | None, packages: Collection[str] | None) -> tuple[str, ...]:
+    def _kernels(
+        self, cell: Cell, vllm_version: str | None, packages: Collection[str] | None, layer: Shape | None = None
+    ) -> tuple[str, ...]:
         format_ = self.formats[cell.format_id]
-
-        def here(name: str) -> bool:
-            package = self.kernels[name].package
-            return not package or packages is None or package in packages
-
-        auto = format_.kernel == "auto"
-        picked = pins.picked(format_, cell.hardware_id, vllm_version, None if packages is None else here) if auto else ()
-        return picked or (format_.kernel,)
+        if format_.kernel != "auto" or not pins.speaks_of(format_, layer):
+            return (format_.kernel,)
+        lists = pins.picked(format_, cell.hardware_id, vllm_version)
+        names = [name for one in lists for name in chosen(one, self.kernels, vllm_version, packages, layer)]
+        return tuple(dict.fromkeys(names)) or (format_.kernel,)
 
     def verifying_dtype(self, cell: Cell, claimed: str) -> str:
         """The dtype in which `cell` re-executes what was computed in `claimed`: that one, where the format is not bound."""

@@ -1,6 +1,6 @@
 """How vLLM versions are told to use a kernel, and what they use when told nothing: rows of the matrix, looked up by version."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -10,6 +10,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import Field, model_validator
 
+from quantdet.matrix.kernels import PACKED, Shape
+from quantdet.matrix.kernels import holds as holds
 from quantdet.matrix.rows import Args, Format, Layout, Picks, Weights
 from quantdet.matrix.shapes import Layers
 from quantdet.matrix.values import Environment, Row, Specifier
@@ -62,11 +64,6 @@ class Pin(Row):
         return self.args, self.env, self.unsupported
 
 
-def holds(specifier: str, version: str) -> bool:
-    """Whether `version` is in `specifier`; pre-releases count as their version, no specifier holds always."""
-    return not specifier or SpecifierSet(specifier).contains(Version(version), prereleases=True)
-
-
 def filled(args: Mapping[str, Any], group_size: int) -> dict[str, Any]:
     """`args` with the model's group size in the place of `$group_size`."""
 
@@ -78,21 +75,29 @@ def filled(args: Mapping[str, Any], group_size: int) -> dict[str, Any]:
     return {key: fill(value) for key, value in args.items()}
 
 
-def picked(
-    format_: Format, hardware_id: str, version: str | None, here: Callable[[str], bool] | None = None
-) -> tuple[str, ...]:
-    """The kernels of which an `auto` format has to be given one on this hardware; none: not judged.
+# What the weights of a format are stored in: its picks speak of such layers.
+_STORED_IN = {
+    "int4-sym": PACKED, "int4-asym": PACKED, "int8-sym": PACKED, "int8-asym": PACKED, "int8-channel": "I8",
+    "fp8-tensor": "F8_E4M3", "fp8-channel": "F8_E4M3", "fp8-block": "F8_E4M3", "nvfp4": "U8", "mxfp4": "U8", "mxfp8": "F8_E4M3",
+}  # fmt: skip
 
-    Without a version, those of every version. `here`: whether a kernel is installed; of several the first that is counts.
+
+def picked(format_: Format, hardware_id: str, version: str | None) -> tuple[tuple[str, ...], ...]:
+    """The kernels of which an `auto` format has to be given one on this hardware, in vLLM's order; none: not judged.
+
+    One list for the version; without one, that of every range of versions.
     """
     pick = next((pick for glob, pick in format_.picks.items() if fnmatchcase(hardware_id, glob)), None)
     if pick is None or isinstance(pick, str):
-        return () if pick is None else (pick,)
+        return () if pick is None else ((pick,),)
     named = [kernels for spec, kernels in pick.items() if version is None or holds(spec, version)]
-    several = [(kernels,) if isinstance(kernels, str) else kernels for kernels in named]
-    if here is not None:
-        several = [tuple(filter(here, kernels))[:1] for kernels in several]
-    return tuple(dict.fromkeys(one for kernels in several for one in kernels))
+    return tuple((kernels,) if isinstance(kernels, str) else kernels for kernels in named)
+
+
+def speaks_of(format_: Format, shape: Shape | None) -> bool:
+    """Whether a format's picks are about a layer: one whose weights are stored as the format's are, as far as is known."""
+    stored = _STORED_IN.get(format_.weights, "")
+    return shape is None or not stored or shape.dtype in ("", stored)
 
 
 def probes(specifiers: Iterable[str]) -> list[str]:

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from quantdet.matrix.cell import EngineName
+from quantdet.matrix.kernels import Kernel as Kernel
+from quantdet.matrix.kernels import Picks as Picks
 from quantdet.matrix.shapes import PositiveInt
-from quantdet.matrix.values import Environment, MeasuredVersion, Row, Specifier
+from quantdet.matrix.values import Environment, MeasuredVersion, Row
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -123,26 +125,6 @@ class Hardware(Row):
             if getattr(self, other):
                 raise ValueError(f"kind {self.kind!r} has no {other!r}")
         return self
-
-
-class Kernel(Row):
-    """A kernel family: the class names vLLM shows for it and the hardware it can exist on (globs).
-
-    `weight_only`: it multiplies activations in the model's dtype, whatever the checkpoint asks for.
-    `moe_classes`: those of the layers of experts, in a family that says how these are multiplied. `package`: the distribution
-    that it is in, where that is not vLLM's own: of several kernels of a pick the first counts whose package was installed.
-    """
-
-    hardware: tuple[str, ...] = Field(min_length=1)
-    classes: tuple[str, ...] = ()
-    weight_only: bool = False
-    package: str = ""
-    moe_classes: tuple[str, ...] = ()
-
-
-# By hardware glob (the first that matches), a kernel, or a kernel for each range of vLLM versions; several where it depends on
-# what is installed beside vLLM.
-Picks = dict[str, str | dict[Specifier, str | tuple[str, ...]]]
 
 
 class Format(Row):

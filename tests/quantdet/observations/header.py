@@ -89,11 +89,19 @@ class Executed(Part):
         return tuple(layer for layer in self.layers if layer.kind == "moe")
 
     @property
+    def heads(self) -> tuple[Layer, ...]:
+        """What gives the logits, one or none, of vLLM's models."""
+        return tuple(layer for layer in self.layers if layer.kind == "embedding" and "LMHead" in layer.module)
+
+    @property
     def summary(self) -> str:
-        """For example `CPUWNA16LinearKernel[vec] x8`; experts, a layer of them counted once, come last."""
+        """For example `CPUWNA16LinearKernel[vec] x8`; experts, a layer of them counted once, and a quantized head come last."""
         counts: dict[str, int] = {}
-        for layer in self.linear + self.moe:
-            name = layer.executed + (f"[{layer.detail}]" if layer.detail else "")
+        # Of heads the first recordings do not tell what is stored, and their summaries stay as they were.
+        heads = (layer for layer in self.heads if layer.stored and not layer.multiplied_plain)
+        for layer in (*self.linear, *self.moe, *heads):
+            name = ("head " if layer.kind == "embedding" else "") + layer.executed
+            name += f"[{layer.detail}]" if layer.detail else ""
             counts[name] = counts.get(name, 0) + layer.count
         divided = f", each on {self.tensor_parallel_size} ranks" if self.tensor_parallel_size > 1 else ""
         return (" + ".join(f"{name} x{count}" for name, count in counts.items()) or "no linear layer") + divided

@@ -9,6 +9,7 @@ from quantdet.judging.reexecution import claim as attribution
 from quantdet.judging.results import Lack, Measured, Missing, Refusal
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
+from quantdet.matrix.models import Model
 from quantdet.matrix.rows import ONLINE, Format
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
@@ -49,10 +50,26 @@ def gate(claim: Claim, session: Session) -> Lack | None:
     if header.dtype not in dtypes:
         need = f"a format with weights {weights} in {header.dtype} on {claim.hardware_id}"
         return Lack("reexecution", need, ", ".join(sorted(dtypes)))
-    # Of one source and one word: the same numbers. Two makers' may be others, which their checkpoints tell later.
-    if len(own) == len(here) and session.matrix.models[claim.model_id].hub is None:
+    # Made here of one source, and one word: the same numbers. Two makers' may be others, which their checkpoints tell later.
+    if len(own) == len(here) and _made_here(session.matrix.models[claim.model_id]):
         return _alone(claim, [cell.format_id for cell in here])
     return None
+
+
+def _made_here(model: Model) -> bool:
+    """Whether the suite makes every format of a model itself."""
+    return model.synthetic is not None or model.package is not None
+
+
+def _made_while_loading(claim: Claim, session: Session, recorded: Observation) -> bool:
+    """Whether the engine makes the claimed format, so that the numbers of its folder are not those that it computes with."""
+    layout = session.matrix.formats[claim.format_id].layout
+    if layout in ONLINE or same_numerics.made_while_loading(recorded.header):
+        return True
+    if layout != "plain":  # its own quantization may be named too
+        return False
+    rows = session.matrix.settings(Cell(claim.model_id, claim.format_id, claim.hardware_id))
+    return any(args.get("quantization") for args in (session.matrix.engine.args, *(row.args for row in rows)))
 
 
 def _alone(claim: Claim, verified: Iterable[str]) -> Lack:
@@ -95,9 +112,9 @@ def judge(claim: Claim, session: Session) -> Judgement | str:
     if not verified and failed and all(one.verdict is Verdict.UNAVAILABLE for one in failed.values()):
         return next(iter(failed.values())).reason
     # Of the claim as the checkpoint of its name is here, not as it says: it may be sealed under another's name.
-    held = {name: same_numerics.numbers(one) for name, one in verified.items()}
-    made = session.matrix.formats[claim.format_id].layout in ONLINE  # by the engine: the folder's numbers are the plain ones
-    held |= {claim.format_id: held.get(claim.format_id) or ("" if made else weights.numbers)}
+    held = {name: same_numerics.held(one) for name, one in verified.items()}
+    if not held.get(claim.format_id):
+        held[claim.format_id] = "" if _made_while_loading(claim, session, recorded) else weights.numbers
     labels = labelled(held, {name: numbers(session.matrix.formats[name]) for name in held}, claim.format_id)
     if not failed and all(labels[name] != labels[claim.format_id] for name in verified):
         told = same_numerics.short(held[claim.format_id]) or "not known here"
@@ -127,8 +144,8 @@ def labelled(held: Mapping[str, str], words: Mapping[str, str], claimed: str) ->
     by_numbers: dict[str, str] = {}
     for name in (claimed, *(name for name in held if name != claimed)):
         digest = held[name] or f"unknown of {name}"
-        word = words[name]
         if digest not in by_numbers:
-            taken = word in by_numbers.values()
-            by_numbers[digest] = f"{word} ({same_numerics.short(held[name]) if held[name] else digest})" if taken else word
+            # The beginning of a digest may be another's too.
+            texts = (words[name], f"{words[name]} ({same_numerics.short(digest)})", f"{words[name]} ({digest})")
+            by_numbers[digest] = next(text for text in texts if text not in by_numbers.values())
     return {name: by_numbers[held[name] or f"unknown of {name}"] for name in held}

@@ -40,7 +40,8 @@ class FakeEngine:
     """Logits are normal numbers seeded by (numerics, token ids). `plan.args` say how it behaves.
 
     numerics: formats with the same value have the same logits (default: the format's id);
-    executes: kernel class that every layer shows; experts: that of layers of experts; behaviour: see `_ACTIONS` and `_distort`;
+    executes: kernel class that every layer shows; experts: that of layers of experts; stored, group: what the checkpoint stores
+    of every layer, words with blanks between, in a layer [128, 64] of 4 bits; behaviour: see `_ACTIONS` and `_distort`;
     only_not: while this file exists the engine dies;
     pace: milliseconds of a prompt and of a further token, for the figures of speed;
     only_if: the behaviour holds while this file exists; starts: file that gets a line per engine start;
@@ -276,14 +277,22 @@ def _header(plan: Plan, behaviour: str, recorder: Recorder) -> Header:
     experts = (str(plan.args["experts"]),) if "experts" in plan.args else ()
     if behaviour == "wrong_experts":
         experts = ("OtherExperts",)
+    ran = executed(*names, experts=experts)
+    if "stored" in plan.args:
+        told = {
+            "stored": tuple(str(plan.args["stored"]).split()),
+            "k": 64,
+            "n": 128,
+            "bits": 4,
+            "group": plan.args.get("group"),
+        }
+        ran = ran.model_copy(update={"layers": tuple(layer.model_copy(update=told) for layer in ran.layers)})
     return Header.model_validate(
         {
             **plan.identity,
             "schema": SCHEMA,
             "kind": "observation",
-            "executed": executed(*names, experts=experts)
-            .model_copy(update={"logits_dtype": recorder.logits_dtype})
-            .model_dump(),
+            "executed": ran.model_copy(update={"logits_dtype": recorder.logits_dtype}).model_dump(),
             "nonfinite": [row.model_dump() for row in recorder.nonfinite],
             "repeats": recorder.repeats,
             "divergences": [row.model_dump() for row in recorder.divergences],

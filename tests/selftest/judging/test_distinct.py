@@ -68,14 +68,52 @@ def test_unknown_numbers_ask_for_nothing(verdict: Verdict) -> None:
 
 def test_words_of_the_matrix_make_strangers_but_no_twins() -> None:
     """Numbers that nobody told: other words are other numbers, so that equal logits fail; one word proves nothing."""
-    silent = with_header(CT, numbers="", checkpoint_sha256="9" * 64)
+    own, silent = (with_header(one, checkpoint_source="synthetic qwen3, seed 0") for one in (GPTQ, CT))
+    silent = with_header(silent, numbers="", checkpoint_sha256="9" * 64)
     words = {"gptq": "int4-sym/none", "ct": "int4-asym/none"}
 
-    strangers = judge(GPTQ, silent, expectations=Expectations((), words=words))
+    strangers = judge(own, silent, expectations=Expectations((), words=words))
     assert (Verdict.IDENTICAL, False) == (strangers.verdict, strangers.expected)
     assert "other numbers by the matrix (int4-sym/none against int4-asym/none)" in strangers.message
-    alike = judge(GPTQ, silent, expectations=Expectations((), words=dict.fromkeys(words, "int4-sym/none")))
+    alike = judge(own, silent, expectations=Expectations((), words=dict.fromkeys(words, "int4-sym/none")))
     assert alike.expected and "either verdict passes against ct: the same kernels" in alike.message
+
+
+@pytest.mark.parametrize("source", ["hub maker/x@0123", "folder /weights", ""])
+def test_words_say_nothing_of_somebody_elses_checkpoint(source: str) -> None:
+    """A row may call it what it is not: only what this suite made holds what its words say."""
+    own, silent = (with_header(one, checkpoint_source=source) for one in (GPTQ, CT))
+    silent = with_header(silent, numbers="", checkpoint_sha256="9" * 64)
+    words = {"gptq": "int4-sym/none", "ct": "int4-asym/none"}
+
+    assert judge(own, silent, expectations=Expectations((), words=words)).expected
+
+
+@pytest.mark.parametrize("verdict", [Verdict.IDENTICAL, Verdict.DISTINCT])
+def test_false_red_online_fp8_against_the_fp8_checkpoint(verdict: Verdict) -> None:
+    """Made while loading of the same base, it may be the same or not: either verdict passes, whatever the rows call them."""
+    online = CT if verdict is Verdict.IDENTICAL else nudged(GPTQ, "ct", "prefill", 1, 2)
+    own, online = (with_header(one, checkpoint_source="synthetic qwen3, seed 0") for one in (GPTQ, online))
+    online = with_header(online, numbers=f"online:{'4' * 64}", checkpoint_sha256="9" * 64)
+    words = {"gptq": "fp8-channel/fp8", "ct": "bf16/none"}
+
+    found = judge(own, online, expectations=Expectations((), words=words))
+
+    assert (verdict, True) == (found.verdict, found.expected)
+    assert "either verdict passes against ct" in found.message
+
+
+@pytest.mark.parametrize("verdict", [Verdict.IDENTICAL, Verdict.DISTINCT])
+@pytest.mark.parametrize("numbers", [f"bytes:{'4' * 64}", OTHER_NUMBERS])
+def test_false_red_two_makers_of_one_base(verdict: Verdict, numbers: str) -> None:
+    """One word for both in the matrix, other tensors: DISTINCT is right, and where one is not decoded so is IDENTICAL."""
+    other = CT if verdict is Verdict.IDENTICAL else nudged(GPTQ, "ct", "prefill", 1, 2)
+    other = with_header(other, numbers=numbers, checkpoint_sha256="9" * 64)
+    words = dict.fromkeys(("gptq", "ct"), "int4-sym/none")
+
+    found = judge(GPTQ, other, expectations=Expectations((), words=words))
+
+    assert found.expected is (verdict is Verdict.DISTINCT or numbers != OTHER_NUMBERS)
 
 
 def test_a_declared_surprise_is_a_departure() -> None:

@@ -96,6 +96,123 @@ def test_evidence_without_kernels_is_never_the_same() -> None:
     assert sameness(OWN, silent).same is False
 
 
+DECODED, BYTES = f"decoded:{'5' * 64}", f"bytes:{'6' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "same"),
+    [
+        (DECODED, DECODED, True), (DECODED, f"decoded:{'7' * 64}", False), (BYTES, BYTES, True),
+        (BYTES, f"bytes:{'7' * 64}", None), (DECODED, BYTES, None), (BYTES, DECODED, None),
+    ],
+)  # fmt: skip
+def test_false_red_digests_of_stored_bytes_make_no_strangers(mine: str, its: str, same: bool | None) -> None:
+    """Two layouts that nobody decodes may hold the same numbers: only decoded ones are others."""
+    found = sameness(format_of(numbers=mine), format_of("ct", numbers=its, checkpoint_sha256="9" * 64))
+
+    assert same is found.same
+    if same is None:
+        assert "it is not known whether " in found.why and "are the same numbers" in found.why
+
+
+FP8, PLAIN = ("weight:F8_E4M3", "weight_scale:F32"), ("weight:BF16",)
+
+
+def loaded(name: str, stored: tuple[str, ...], asked: str = "", kernel: str = "Fp8Kernel", **header: Any) -> Observation:
+    """A format whose checkpoint stores `stored`, under `quantization=asked`."""
+    args = {"quantization": asked} if asked else {}
+    sha256 = ("7" if stored is PLAIN else "8") * 64
+    given: dict[str, Any] = {"numbers": f"decoded:{sha256}", "checkpoint_sha256": sha256, "engine_args": args}
+    return executed(format_of(name, (kernel,), **(given | header)), layers={"stored": stored})
+
+
+def test_false_red_what_is_made_while_loading_may_be_a_checkpoints_numbers() -> None:
+    """Online FP8 against the FP8 checkpoint of the same base: neither the same by digest, nor others."""
+    checkpoint, online = loaded("fp8", FP8), loaded("online", PLAIN, "fp8_per_channel")
+
+    for found in (sameness(checkpoint, online), sameness(online, checkpoint)):
+        assert (None, True) == (found.same, found.made)
+        assert "which the engine made while loading" in found.why
+    told = sameness(checkpoint, loaded("online", FP8, numbers=f"online:{'4' * 64}"))
+    assert (None, True) == (told.same, told.made)
+    asked = sameness(checkpoint, loaded("own", FP8, "fp8"))  # the name of its own quantization makes nothing
+    assert (True, False) == (asked.same, asked.made)
+
+
+def test_what_is_made_while_loading_is_the_same_by_what_it_is_made_of() -> None:
+    """The same plain numbers and the same arguments; the digest of the plain ones says nothing by itself."""
+    one = loaded("a", PLAIN, "fp8_per_tensor")
+
+    assert sameness(one, loaded("b", PLAIN, "fp8_per_tensor")).same is True
+    assert sameness(one, loaded("b", PLAIN, "fp8_per_channel")).same is None
+    assert sameness(one, loaded("b", PLAIN, "fp8_per_tensor", numbers=DECODED)).same is None
+    silent = [loaded(name, PLAIN, how, numbers="") for name, how in (("a", "x"), ("b", "x"), ("c", "y"))]
+    assert sameness(silent[0], silent[1]).same is True
+    assert sameness(silent[0], silent[2]).same is None
+    assert sameness(silent[0], format_of("c", ("Fp8Kernel",), numbers="", checkpoint_sha256="7" * 64)).same is None
+
+
+UNQUANTIZED = "UnquantizedLinearMethod"
+
+
+@pytest.mark.parametrize("numbers", [f"decoded:{'7' * 64}", f"online:{'4' * 64}", ""])
+@pytest.mark.parametrize("stored", [PLAIN, ()])
+def test_a_quantization_that_quantized_nothing_has_the_plain_numbers(numbers: str, stored: tuple[str, ...]) -> None:
+    """By the layers that ran, whatever was asked for: the same as the plain checkpoint, and its copies."""
+    own = loaded("bf16", PLAIN, kernel=UNQUANTIZED)
+    asked = loaded("asked", stored, "nvfp4_per_token", UNQUANTIZED, numbers=numbers, checkpoint_sha256="7" * 64)
+
+    assert sameness(own, asked).same is True and sameness(asked, own).same is True
+    other = loaded("other", stored, "nvfp4_per_token", UNQUANTIZED, numbers=numbers, checkpoint_sha256="9" * 64)
+    assert sameness(own, other).same is (True if numbers == own.header.numbers else None)
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "words"),
+    [
+        (("fp8_e4m3",), ("bfloat16",), "KV cache fp8_e4m3 against bfloat16"),
+        (("fp8_e4m3, k_scale 0.5",), ("fp8_e4m3, k_scale 0.25",), "k_scale 0.5 against fp8_e4m3, k_scale 0.25"),
+        (("fp8_e4m3", "bfloat16"), ("bfloat16", "fp8_e4m3"), ""),
+        (("bfloat16",), ("bfloat16",), ""),
+    ],
+)
+def test_the_kv_cache_that_was_loaded_counts(mine: tuple[str, ...], its: tuple[str, ...], words: str) -> None:
+    """Dtype and scales; where both are known, not what was asked for."""
+    own = executed(OWN, kv_cache=mine)
+    peer = executed(format_of("ct", engine_args={"kv_cache_dtype": "bfloat16"}), kv_cache=its)
+
+    found = sameness(own, peer)
+
+    assert (not words) is found.same
+    assert words in found.why
+    assert sameness(OWN, peer).same is False  # an older recording: by what was asked for
+
+
+@pytest.mark.parametrize(
+    "args", [{"max_model_len": 8192}, {"enable_lora": True, "max_lora_rank": 8}, {"max_num_batched_tokens": 4096}]
+)
+def test_false_red_arguments_that_change_nothing(args: dict[str, Any]) -> None:
+    """A longer `max_model_len`, LoRA without an adapter: the same numerics."""
+    assert sameness(OWN, format_of("ct", engine_args=args)).same is True
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "module"),
+    [
+        ("RowParallelLinearWithLoRA", "RowParallelLinear"), ("MergedQKVParallelLinearWithLoRA", "QKVParallelLinear"),
+        ("QKVParallelLinearWithShardedLoRA", "QKVParallelLinear"),
+        ("MergedColumnParallelLinearWithLoRA", "MergedColumnParallelLinear"),
+        ("MergedColumnParallelLinearVariableSliceWithLoRA", "MergedColumnParallelLinear"),
+    ],
+)  # fmt: skip
+def test_false_red_loras_wrappers_are_the_layers_in_them(wrapper: str, module: str) -> None:
+    """Whatever they wrap; another layer stays another one."""
+    own = executed(OWN, layers={"module": module})
+
+    assert sameness(own, executed(format_of("ct"), layers={"module": wrapper})).same is True
+    assert sameness(own, executed(format_of("ct"), layers={"module": f"Other{wrapper}"})).same is False
+
+
 def test_older_recordings_are_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """By the hashes of tensors and other files, both."""
     table = tmp_path / "numbers.json"

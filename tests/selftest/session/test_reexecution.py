@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantdet import checkpoints
-from quantdet.judging.results import Missing
+from quantdet.judging.results import Measured, Missing
 from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix import load
 from quantdet.matrix.cell import Cell
@@ -160,15 +160,110 @@ def test_one_makers_tokens_do_not_pass_under_another_makers_name(suite: Suite, t
     honest = suite("-k", "reexecution and gamma", f"--reference={tmp_path / 'kept'}", matrix=TWO_MAKERS)
     assert 2 == len(verdicts(honest)) and {} == honest.failures(), honest.output
 
-    a, b = (
-        read(path.parent) for name in ("gptq", "ct") for path in (tmp_path / "kept").rglob(f"gamma/{name}/*/observation.json")
-    )
-    rewrite(a.path, Observation(a.header, a.prompts, claims=b.claims), claims=b.header.claims)  # type: ignore[arg-type]
+    forge(tmp_path / "kept")
     forged = suite("-k", "reexecution and gamma and gptq", f"--reference={tmp_path / 'kept'}", matrix=TWO_MAKERS)
 
     assert ["DETECTABLE"] == list(forged.failures().values()), forged.output
     (case,) = (case for name, case in forged.cases.items() if name.startswith("test_reexecution"))
     assert "not what it claims: ct matches it better than gptq" in case.message
+
+
+OTHER, BYTES, BYTES_TOO = f"decoded:{'0' * 64}", f"bytes:{'1' * 64}", f"bytes:{'2' * 64}"
+
+
+def told(monkeypatch: pytest.MonkeyPatch, a: str | None, b: str | None) -> None:
+    """What is known of the makers' numbers: these texts; None: what their tensors say."""
+    real = checkpoints.numbers.of
+
+    def of(path: Path, sha256: str, cache: Path) -> str:
+        said = a if "maker-a" in str(path) else b
+        return real(path, sha256, cache) if said is None else said
+
+    monkeypatch.setattr(checkpoints.numbers, "of", of)
+
+
+def forge(kept: Path) -> None:
+    """Claims of B sealed anew under A's name and A's checkpoint hash."""
+    a, b = (read(path.parent) for name in ("gptq", "ct") for path in kept.rglob(f"gamma/{name}/*/observation.json"))
+    rewrite(a.path, Observation(a.header, a.prompts, claims=b.claims), claims=b.header.claims)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("a", "b"), [("", None), (None, ""), ("", ""), (None, BYTES), (BYTES, BYTES_TOO)])
+def test_false_accept_of_another_makers_tokens_whatever_is_known_of_the_numbers(
+    suite: Suite, two_makers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a: str | None, b: str | None
+) -> None:
+    """Numbers that nobody knows, or decodes, are nobody else's: honest makers pass, B's tokens under A's name do not."""
+    told(monkeypatch, a, b)
+    kept = tmp_path / "kept"
+    run = suite("-k", "gamma and (test_kernel or test_distinct)", f"--record={kept}", matrix=TWO_MAKERS)
+    assert {} == run.failures(), run.output
+    honest = suite("-k", "reexecution and gamma", f"--reference={kept}", "--store=s", matrix=TWO_MAKERS)
+    assert ["DETECTABLE"] * 2 == list(verdicts(honest).values()) and {} == honest.failures(), honest.output
+
+    forge(kept)
+    forged = suite("-k", "reexecution and gamma and gptq", f"--reference={kept}", matrix=TWO_MAKERS)
+
+    assert ["DETECTABLE"] == list(forged.failures().values()), forged.output
+    assert "not what it claims: ct matches it better than gptq" in forged.words
+
+
+@pytest.mark.parametrize("b", [None, BYTES])
+def test_two_layouts_of_the_same_numbers_pass_whether_or_not_that_is_known(
+    suite: Suite, two_makers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b: str | None
+) -> None:
+    """Equal logits: expected of equal digests, and no contradiction where one layout is not decoded."""
+    told(monkeypatch, OTHER, b or OTHER)
+    kept, same = tmp_path / "kept", TWO_MAKERS.replace('numerics = "maker-b"', 'numerics = "int4-sym"')
+    run = suite("-k", "gamma and (test_kernel or test_distinct)", f"--record={kept}", matrix=same)
+    assert {} == run.failures() and "IDENTICAL" == run.cases["test_distinct[gamma/ct/cpu-here]"].verdict, run.output
+
+    found = suite("-k", "reexecution and gamma", f"--reference={kept}", matrix=same)
+
+    assert {} == found.failures(), found.output
+    wanted = {"skipped"} if b is None else {"passed"}  # nothing with other numbers is here, or nothing that is known to be
+    assert wanted == {case.outcome for name, case in found.cases.items() if "gamma" in name}
+
+
+# A plain model, the same quantized while loading, and a third format that both can be told from.
+ONLINE = (
+    WITH_CLAIMS.partition("\n[[expect]]")[0].replace('"gptq", "ct", "awq"', '"half", "online", "awq"')
+    + """
+[formats.half]
+title = "unquantized in half precision"
+layout = "plain"
+weights = "bf16"
+kernel = "unquantized"
+dtype = "float16"
+
+[formats.online]
+title = "the same weights, quantized while loading"
+layout = "plain"
+weights = "bf16"
+kernel = "auto"
+dtype = "float16"
+
+[[setting]]
+when = { format = "online" }
+args = { quantization = "fp8", executes = "Fake8Kernel", stored = "weight:BF16" }
+reason = "asked for"
+"""
+)
+
+
+def test_plain_tokens_do_not_pass_as_those_of_a_quantization_while_loading(suite: Suite, tmp_path: Path) -> None:
+    """Both read one folder, whose digest says what one of them computes with and not what the other does."""
+    kept = tmp_path / "kept"
+    run = suite("-k", "alpha and cpu-here and test_kernel", f"--record={kept}", matrix=ONLINE)
+    assert {} == run.failures() and 3 == len(run.ran()), run.output
+    honest = suite("-k", "reexecution and alpha", f"--reference={kept}", "--store=s", matrix=ONLINE)
+    assert 3 == len(verdicts(honest)) and {} == honest.failures(), honest.output
+
+    online, half = (read(folder_of(kept, name)) for name in ("online", "half"))
+    rewrite(online.path, Observation(online.header, online.prompts, claims=half.claims), claims=half.header.claims)  # type: ignore[arg-type]
+    forged = suite("-k", "reexecution and alpha and online", f"--reference={kept}", "--store=s", matrix=ONLINE)
+
+    assert ["DETECTABLE"] == list(forged.failures().values()), forged.output
+    assert "not what it claims: half matches it better than online" in forged.words
 
 
 def test_tokens_of_one_format_under_logprobs_of_another(suite: Suite, recordings: Path) -> None:
@@ -390,7 +485,7 @@ def session(recorded: Observation, weights: str = "1" * 64, dtype: str = "float1
         references=SimpleNamespace(observation=lambda claim: recorded, header=lambda claim: recorded.header),
         measuring=SimpleNamespace(weights=lambda model, name: SimpleNamespace(sha256=weights, numbers="")),
         matrix=SimpleNamespace(
-            models={"alpha": SimpleNamespace(hub={"awq": "maker/x"})}, formats={"awq": format_},
+            models={"alpha": SimpleNamespace(synthetic=None, package=None)}, formats={"awq": format_},
             verifying_dtype=lambda cell, claimed: dtype,
             cells=lambda: [Cell("alpha", "awq", "cpu-here")],
         ),
@@ -428,6 +523,29 @@ def test_a_claim_in_a_dtype_that_nothing_computes_here_is_unavailable() -> None:
     assert need == reexecution.gate(CLAIM, session(recorded, dtype="bfloat16"))
 
 
+def test_the_folders_numbers_are_not_those_of_what_the_engine_makes_of_it() -> None:
+    """A format that is quantized while loading and cannot run here: the plain one beside it does not answer for it."""
+    recorded, plain = observation("awq"), observation("bf16", numbers=f"decoded:{'5' * 64}")
+    found = session(recorded)
+    formats = {
+        name: SimpleNamespace(weights="bf16", activations="none", engine="vllm", layout="plain") for name in ("awq", "bf16")
+    }
+    found.measuring = SimpleNamespace(
+        weights=lambda model, name: SimpleNamespace(sha256="1" * 64, numbers=plain.header.numbers)
+    )
+    found.matrix.formats, found.matrix.engine = formats, SimpleNamespace(args={})
+    found.verified = lambda cell, claimed: (
+        Measured((plain,)) if cell.format_id == "bf16" else Missing(Verdict.UNAVAILABLE, "needs a GPU")
+    )
+    found.evidence = SimpleNamespace(verifies=lambda cell: cell.format_id == "bf16")
+
+    for args, words in (({"quantization": "fp8"}, "have bf16 with others"), ({}, "a format with other numbers than awq")):
+        found.matrix.settings = lambda cell, args=args: [SimpleNamespace(args=args)]
+        assert words in str(reexecution.judge(CLAIM, found))
+    found.matrix.formats["awq"].layout = "torchao"
+    assert "have bf16 with others" in str(reexecution.judge(CLAIM, found))
+
+
 def test_a_missing_reference_folder_is_a_usage_error(suite: Suite) -> None:
     """Exit code 4, naming the option."""
     run = suite("--reference=/no/such/folder")
@@ -445,3 +563,5 @@ def test_labels_are_the_numbers_and_not_the_words() -> None:
 
     assert ("int4-sym", "int4-sym (33334444)", "int4-sym") == (found["a"], found["b"], found["c"])
     assert 4 == len(set(found.values()))
+    alike = {"a": "decoded:11112222x", "b": "decoded:33334444x", "c": "decoded:33334444y"}  # not in the part that is shown
+    assert 3 == len(set(reexecution.labelled(alike, dict.fromkeys(alike, "int4-sym"), "a").values()))

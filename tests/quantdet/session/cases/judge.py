@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from quantdet.engines.child.stopwatch import PARTS
-from quantdet.judging import causes, distinct, hidden_states, kernel, refusal, repeat, reported, restart, versions
+from quantdet.judging import causes, distinct, hidden_states, kernel, layers, refusal, repeat, reported, restart, versions
 from quantdet.judging import controls as control_judgements
 from quantdet.judging.questions import Asked, answer
 from quantdet.judging.results import Measured, Missing, Refusal
 from quantdet.judging.verdicts import Cause, Judgement, Verdict
 from quantdet.matrix.cell import Cell, Phase
+from quantdet.matrix.rows import ONLINE
 from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
@@ -109,17 +110,18 @@ class Judge:
         self._say(judgement, observations)
 
     def kernel(self, cell: Cell) -> None:
-        """The executed kernel is the requested one in every layer."""
+        """The executed kernel is the requested one in every layer that the checkpoint has quantized."""
         observations = self._measured(cell)
-        format_ = self.session.matrix.formats[cell.format_id]
-        packages = observations[0].header.environment
-        name, classes = self.session.matrix.kernel_classes(cell, self.session.vllm(cell), packages)
-        requested = name if name == format_.kernel else f"{format_.kernel} -> {name}"
-        experts = self.session.matrix.expert_classes(cell, self.session.vllm(cell), packages)
+        matrix, version = self.session.matrix, self.session.vllm(cell)
+        format_, packages = matrix.formats[cell.format_id], observations[0].header.environment
+        name, classes = matrix.kernel_classes(cell, version, packages)
         verdicts = [
             kernel.kernel(
-                one, requested, classes, format_.quantizes if format_.quantized else "", experts, precision=format_.precision,
-                weight_only=self.session.matrix.weight_only_classes, native=self.session.matrix.multiplies(cell),
+                one, name if name == format_.kernel else f"{format_.kernel} -> {name}", classes,
+                format_.quantizes if format_.quantized else "", matrix.expert_classes(cell, version, packages),
+                precision=format_.precision, weight_only=matrix.weight_only_classes, native=matrix.multiplies(cell),
+                expected=lambda layer: matrix.kernel_classes(cell, version, packages, layers.shape_of(layer)),
+                online=format_.layout in ONLINE,
             )
             for one in observations
         ]  # fmt: skip
