@@ -41,7 +41,7 @@ def of(parameters: dict[str, Parameter], module: Any = None) -> Stored:
         ({"qweight": Parameter(24, 64, size=4), "scales": Parameter(2, 64), "g_idx": Parameter(256, size=4)}, 3, 128),
         ({"qweight": Parameter(256, 8, size=4), "scales": Parameter(4, 64)}, 4, 64),  # AWQ
         (
-            {"weight_packed": Parameter(64, 32, size=4), "weight_scale": Parameter(64, 2), "weight_shape": Parameter(2, size=8)},
+            {"weight_packed": Parameter(64, 32, size=4), "weight_scale": Parameter(64, 2), "weight_shape": Parameter(2)},
             4, 128,
         ),
         (
