@@ -258,7 +258,7 @@ def test_the_method_inside_another_one() -> None:
         ({"kv_cache_dtype": "auto", "kv_cache_torch_dtype": "torch.bfloat16"}, ("bfloat16",)),
         ({"kv_cache_dtype": "fp8", "_k_scale_float": 1.0, "_v_scale_float": 1.0}, ("fp8_e4m3",)),
         (
-            {"kv_cache_dtype": "fp8_e4m3", "_k_scale_float": 0.05, "_v_scale_float": 0.04},
+            {"kv_cache_dtype": "fp8_e4m3", "_k_scale_float": 0.05000000074505806, "_v_scale_float": 0.04},
             ("fp8_e4m3, k_scale 0.05, v_scale 0.04",),
         ),
         ({"kv_cache_dtype": "fp8_e5m2", "_q_scale_float": 0.5}, ("fp8_e5m2, q_scale 0.5",)),

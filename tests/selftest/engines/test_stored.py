@@ -37,11 +37,12 @@ def of(parameters: dict[str, Parameter], module: Any = None) -> Stored:
         ({"weight": Parameter(64, 256, size=1), "weight_scale": Parameter(64, 1, size=4)}, 8, 256),  # of each channel
         ({"weight": Parameter(64, 256, size=1), "weight_scale": Parameter(3, size=4)}, 8, None),  # of three projections
         ({"weight": Parameter(64, 256, size=1), "weight_scale_inv": Parameter(2, 4, size=4)}, 8, None),  # blocks of 32 x 64
+        ({"weight": Parameter(64, 256, size=1), "weight_scale_inv": Parameter(8, 32, size=4)}, 8, None),  # blocks of 8 x 8
         ({"qweight": Parameter(32, 64, size=4), "qzeros": Parameter(8, 8, size=4), "scales": Parameter(8, 64)}, 4, 32),
         ({"qweight": Parameter(24, 64, size=4), "scales": Parameter(2, 64), "g_idx": Parameter(256, size=4)}, 3, 128),
         ({"qweight": Parameter(256, 8, size=4), "scales": Parameter(4, 64)}, 4, 64),  # AWQ
         (
-            {"weight_packed": Parameter(64, 32, size=4), "weight_scale": Parameter(64, 2), "weight_shape": Parameter(2, size=8)},
+            {"weight_packed": Parameter(64, 32, size=4), "weight_scale": Parameter(64, 2), "weight_shape": Parameter(2)},
             4, 128,
         ),
         (
@@ -53,7 +54,8 @@ def of(parameters: dict[str, Parameter], module: Any = None) -> Stored:
         ({"bias": Parameter(64, 256)}, None, None),
     ],
     ids=[
-        "bf16", "channel", "tensor", "block", "gptq", "gptq 3 bits", "awq", "packed", "nvfp4", "inputs", "padded", "no weight",
+        "bf16", "channel", "tensor", "block", "small block", "gptq", "gptq 3 bits", "awq", "packed", "nvfp4", "inputs", "padded",
+        "no weight",
     ],
 )  # fmt: skip
 def test_bits_and_groups(parameters: dict[str, Parameter], bits: int | None, group: int | None) -> None:

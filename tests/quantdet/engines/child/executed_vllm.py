@@ -10,6 +10,8 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from quantdet.engines.child import executed_transformers
 from quantdet.engines.child.stored import Stored
 from quantdet.observations.header import Executed, Layer
@@ -162,7 +164,12 @@ def _scale(module: Any, name: str) -> str:
     """One scale of a cache: a number, or where each head has one, the least and the largest."""
     tensor: Any = getattr(module, name, None)
     if hasattr(tensor, "numel") and tensor.numel() > 1:
-        low, high = float(tensor.min()), float(tensor.max())
-        return f"{low:.9g}" if low == high else f"{low:.9g} to {high:.9g}"
+        low, high = _number(tensor.min()), _number(tensor.max())
+        return low if low == high else f"{low} to {high}"
     value = getattr(module, f"{name}_float", None)
-    return f"{value:.9g}" if isinstance(value, int | float) else ""
+    return _number(value) if isinstance(value, int | float) else ""
+
+
+def _number(value: Any) -> str:
+    """A float32, with as many digits as tell it from every other one."""
+    return str(np.float32(float(value))).removesuffix(".0")

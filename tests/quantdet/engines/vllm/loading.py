@@ -182,9 +182,11 @@ class Watch:
         parameters = dict(module.named_parameters(recurse=False))
         for name, parameter in parameters.items():
             full = f"{path}.{name}".lstrip(".")
-            lacking, came = _coverage(module, parameter)
+            lacking, came = _coverage(module, name, parameter)
             filling |= came
             rule = next((reason for glob, reason in self._rules.items() if fnmatchcase(full, glob)), None)
+            if name.endswith("g_idx") and _ordered(module):
+                rule = None
             if not lacking:
                 self._filled += 1
                 self._kinds.add(name)
@@ -209,11 +211,11 @@ class Watch:
             raise InvalidMeasurement(f"the model holds what the checkpoint does not: {', '.join(self._wrong[:_TOLD])}{more}")
 
 
-def _coverage(module: Any, parameter: Any) -> tuple[str, frozenset[str]]:
+def _coverage(module: Any, name: str, parameter: Any) -> tuple[str, frozenset[str]]:
     """What of a parameter nothing filled, in words ("": nothing is missing), and the tensors that filled the rest."""
     parts = getattr(parameter, "partitions", None)
     if isinstance(parts, dict):  # several parameters that share memory with those of other layers
-        each = [_coverage(module, part) for part in parts.values()]
+        each = [_coverage(module, name, part) for part in parts.values()]
         return next((lacking for lacking, _ in each if lacking), ""), frozenset[str]().union(*(came for _, came in each))
     if _made_later(parameter):  # GGUF, up to vLLM 0.26: a list of what came, which is put together when it is repacked
         came = list(getattr(parameter, "data_container", ()))
@@ -223,8 +225,17 @@ def _coverage(module: Any, parameter: Any) -> tuple[str, frozenset[str]]:
             return f"nothing filled {wanted - len(came)} of {wanted} parts", names
         return "", names
     count, lacking = parameter.numel(), writes.missing(parameter)
+    if 0 < lacking < count and parameter.dim() + ("bias" in name) > 2 and writes.is_padding(parameter):
+        lacking = 0
     words = f"nothing filled {'any' if lacking == count else lacking} of {count} element{'s' * (count > 1)}" if lacking else ""
     return words, writes.names_of(parameter)
+
+
+def _ordered(module: Any) -> bool:
+    """Whether a layer's weights are in the order of activations (GPTQ's `desc_act`), which its g_idx tells."""
+    method = getattr(module, "quant_method", None)
+    owners = (method, getattr(method, "quant_config", None), getattr(module, "scheme", None))
+    return any(getattr(one, name, None) not in (None, False, "") for one in owners for name in ("desc_act", "actorder"))
 
 
 def _made_later(parameter: Any) -> bool:

@@ -147,23 +147,40 @@ def missing(tensor: Any) -> int:
 
     A number that a loader filled in counts where the tensor that was at hand went into the same memory: padding.
     """
-    return sum(_missing(leaf) for leaf in _leaves(tensor))
+    return sum(leaf.numel() if (mask := _lacking(leaf)) is True else int(mask.sum()) for leaf in _leaves(tensor))
 
 
-def _missing(leaf: Any) -> int:
+def is_padding(tensor: Any) -> bool:
+    """Whether what is missing of a stack of matrices or vectors is their rims, of zeros: some kernels want larger experts.
+
+    More than half of each side is filled, of every expert alike; what a lost shard leaves is a half, or another one's place.
+    """
+    if tensor.dim() < 2 or (mask := _lacking(tensor)) is True:
+        return False
+    sides, filled = range(tensor.dim()), ~mask
+    kept = [filled.any(dim=[side for side in sides if side != one]) for one in sides]
+    corner = kept[0]
+    for side in kept[1:]:
+        corner = corner.unsqueeze(-1) & side
+    enough = bool(kept[0].all()) and all(2 * int(side.sum()) > side.numel() for side in kept[1:])
+    return enough and bool((corner == filled).all()) and not bool(tensor.detach().cpu()[mask].view(torch.uint8).any())
+
+
+def _lacking(leaf: Any) -> Any:
+    """Which elements of a plain tensor are missing: bool, of its size; True: all of them."""
     there = regions(leaf)
     came = frozenset[str]().union(*(one.names for one in there if not one.constant))
     low, high, _ = _extent(leaf)
     counted = [one for one in there if (not one.constant or one.names <= came) and one.low < high and low < one.high]
-    if not counted:
-        return int(leaf.numel())
+    if not counted and leaf.numel():
+        return True
     reached = low
     for one in sorted((one for one in counted if one.view is None), key=lambda one: one.low):
         if one.low > reached:
             break
         reached = max(reached, one.high)
     if reached >= high:
-        return 0
+        return torch.zeros((), dtype=torch.bool, device="cpu")
     mask = _Mask(min(low, *(one.low for one in counted)), max(high, *(one.high for one in counted)), leaf, counted)
     return mask.unset(leaf)
 
@@ -186,9 +203,9 @@ class _Mask:
                 chosen = True if one.chosen is None else place | one.chosen.to("cpu").unsqueeze(-1)
                 place[...] = chosen
 
-    def unset(self, leaf: Any) -> int:
+    def unset(self, leaf: Any) -> Any:
         place = self._place(tuple(leaf.shape), tuple(leaf.stride()), leaf.storage_offset(), leaf.element_size())
-        return int((~place).any(-1).sum())
+        return (~place).any(-1)
 
     def _place(self, size: tuple[int, ...], stride: tuple[int, ...], offset: int, width: int) -> Any:
         times = width // self._unit
