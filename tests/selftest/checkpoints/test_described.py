@@ -120,7 +120,7 @@ def ct(*groups: tuple[dict[str, Any], dict[str, Any] | None], form: str) -> dict
         ({**GPTQ, "group_size": -1}, "gptq-int8-channel", ("gptq", "int8-sym", "none")),
         ({**GPTQ, "bits": 3}, "gptq-int3-g32-actorder", None), ({**GPTQ, "dynamic": {".*x": {"bits": 4}}}, "gptq-mixed", None),
         ({**GPTQ, "dynamic": {"-:.*x": {}}}, "gptq-int8-g32-actorder", ("gptq", "int8-sym", "none")),
-        ({"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "awq-int4-g128", 
+        ({"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "awq-int4-g128",
          ("awq", "int4-asym", "none")),
         ({"quant_method": "intel/auto-round", "bits": 4, "group_size": 128, "sym": True,
           "packing_format": "auto_round:auto_gptq"}, "autoround-int4-g128", ("gptq", "int4-sym", "none")),
@@ -179,7 +179,8 @@ def mistakes(spec: str, relative_to: Path) -> list[str]:
         ("/a\0b", "have none of this name"),
         ("", "need an existing folder, a .gguf file or ORG/NAME[@REVISION], have neither"),
         ("name", "have neither"),
-        ("a/b/c", "have neither"), ("org/name@../x", "have neither"), ("-org/name", "have neither"), ("x" * 5000, "have neither"),
+        ("a/b/c", "have neither"), ("org/name@../x", "have neither"), ("-org/name", "have neither"),
+        ("x" * 5000, "have neither"),
         ("other.txt", "other.txt: need a folder or a .gguf file, have another file"),
     ],
 )  # fmt: skip
