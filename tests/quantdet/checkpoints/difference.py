@@ -18,9 +18,9 @@ from quantdet.untrusted import plain
 _MOST_NAMED = 3
 # What `Decoder.module` yields beside codes and scales, and how a message calls it.
 _OTHERS = {
-    "zero points": "zero points", "activations": "the activations' scheme", "group of each input": "the inputs' groups",
-    "input scale": "the activations' scales", "input_global_scale": "the activations' scales",
-    "weight_global_scale": "the tensors' scales", "bias": "biases",
+    "zero points": "zero points", "activations": "activations' schemes", "group of each input": "inputs' groups",
+    "input scale": "activations' scales", "input_global_scale": "activations' scales",
+    "weight_global_scale": "tensors' scales", "bias": "biases",
 }  # fmt: skip
 _CODES, _SCALES = ("codes", "weight_packed", "weight"), ("scales", "weight_scale")
 
@@ -92,18 +92,18 @@ class Difference:
         if apart := [one for one in self.modules if one.scales_apart]:
             differ, of = sum(one.scales_apart for one in apart), sum(one.scales for one in self.modules)
             most = f"by {max(one.largest_relative for one in apart):.3g} of the larger one at most"
-            yield f"scales differ in {len(apart)} modules ({100 * differ / of:.3g} % of {_count(of)}, {most})"
+            yield f"scales differ in {len(apart)} of {total} ({100 * differ / of:.3g} % of {_count(of)}, {most})"
         for what in sorted({other for one in self.modules for other in one.others}):
-            yield f"{what} differ in {sum(what in one.others for one in self.modules)}"
+            yield f"{what} differ in {sum(what in one.others for one in self.modules)} of {total}"
         if self.cache:
             yield "the KV cache is quantized differently"
         for names, words in (
-            (self.only_a, "modules are quantized in the first only"), (self.only_b, "modules are quantized in the second only"),
-            (self.plain_apart, "unquantized tensors differ"), (self.plain_only_a, "unquantized tensors are in the first only"),
-            (self.plain_only_b, "unquantized tensors are in the second only"),
+            (self.only_a, "quantized in the first only"), (self.only_b, "quantized in the second only"),
+            (self.plain_apart, "unquantized tensors that differ"), (self.plain_only_a, "unquantized tensors of the first only"),
+            (self.plain_only_b, "unquantized tensors of the second only"),
         ):  # fmt: skip
             if names:
-                yield f"{len(names)} {words} ({_some(names)})"
+                yield f"{words}: {_some(names)}"
 
 
 def difference(a: Path, b: Path) -> Difference:

@@ -18,7 +18,7 @@ from quantdet.checkpoints import numbers, values
 from quantdet.checkpoints.pool import in_order
 from quantdet.checkpoints.rules import Rules
 from quantdet.checkpoints.shapes import MISFITS, contradictions, quantized
-from quantdet.checkpoints.tensors import INDEX_NAME, Array, Entry, load, read_header
+from quantdet.checkpoints.tensors import INDEX_NAME, Array, Entry, load, read_header, word
 from quantdet.untrusted import parse_json, plain, read_bounded
 
 # Part of every key of the cache: raise it when another flaw is looked for.
@@ -28,6 +28,8 @@ _MAX_INDEX_BYTES = 64 << 20
 _MOST_NAMED = 3
 _MOST_FLAWS = 50
 _KV_SCALE = re.compile(r"(?:^|[._])(?:k|v|kv)(?:_cache)?_scale$|[kv]_proj\.output_scale$")
+
+_NARROW = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
 _Found = tuple[str, str]  # what is wrong, and of which tensor or module
 
@@ -127,13 +129,16 @@ def _of_tensors(folder: Path, tensors: Mapping[str, Array]) -> Iterator[str]:
         return
     modules = quantized(tensors)
     rows: list[_Found] = []
+    misread: set[str] = set()  # their values would be read with settings that they do not have
     for module, parts in modules.items():
-        rows += [(text, module) for text in contradictions(rules, module, parts)]
+        wrong = contradictions(rules, module, parts)
+        misread |= {module} if wrong else set()
+        rows += [(text, module) for text in wrong]
         rows += [(text, module) for text in (_guarded(_left_out, rules, module),) if text]
     rows += _stored_plain(rules, tensors, modules)
     yield from _told(rows)
     yield from _of_the_whole(rules, settings, tensors, modules)
-    yield from _told(_of_values(rules, tensors, modules))
+    yield from _told(_of_values(rules, tensors, modules, misread))
 
 
 def _left_out(rules: Rules, module: str) -> str:
@@ -160,7 +165,9 @@ def _stored_plain(rules: Rules, tensors: Mapping[str, Array], modules: Mapping[s
         except MISFITS:
             free = True
         if not free:
-            yield "is stored unquantized, and the configuration quantizes it as in other layers", module
+            narrow = word(array.dtype) in _NARROW
+            how = f"as {word(array.dtype)} without scales" if narrow else "unquantized"
+            yield f"is stored {how}, and the configuration quantizes it as in other layers", module
 
 
 def _of_the_whole(
@@ -184,11 +191,14 @@ def _asks_for_weights(rules: Rules) -> bool:
     return True
 
 
-def _of_values(rules: Rules, tensors: Mapping[str, Array], modules: Mapping[str, Mapping[str, Array]]) -> list[_Found]:
+def _of_values(
+    rules: Rules, tensors: Mapping[str, Array], modules: Mapping[str, Mapping[str, Array]], misread: set[str]
+) -> list[_Found]:
     def of_module(module: str, parts: Mapping[str, Array]) -> list[_Found]:
         found = [(values.zero_scales(local, array, parts), f"{module}.{local}") for local, array in parts.items()]
         found.append((values.e8m0_nan(parts), f"{module}.weight_scale"))
-        found.append((_guarded(values.ignored_zero_points, rules, module, parts), module))
+        if module not in misread:
+            found.append((_guarded(values.ignored_zero_points, rules, module, parts), module))
         return found
 
     def of_tensor(name: str, array: Array) -> list[_Found]:

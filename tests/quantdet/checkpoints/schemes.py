@@ -93,8 +93,9 @@ def _bitsandbytes(rules: Rules) -> Scheme:
     if own.get("load_in_8bit"):
         return _words("bnb-int8", None, "bnb", "bnb-int8", "int8")
     kind = _plain(own.get("bnb_4bit_quant_type", "fp4"))
-    short = f"bnb-{kind}{'-nested' if own.get('bnb_4bit_use_double_quant') else ''}"
-    return _words(short, None, "bnb", kind)
+    if own.get("bnb_4bit_use_double_quant"):  # its scales are quantized too: the matrix has no word for that
+        return Scheme(f"bnb-{kind}-nested")
+    return _words(f"bnb-{kind}", None, "bnb", kind)
 
 
 def _modelopt(rules: Rules) -> Scheme:

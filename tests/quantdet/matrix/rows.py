@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from quantdet.matrix.cell import EngineName
 from quantdet.matrix.kernels import Kernel as Kernel
@@ -51,6 +51,7 @@ def _safe(args: dict[str, Any]) -> dict[str, Any]:
 
 
 Args = Annotated[dict[str, Scalar | dict[str, Scalar]], AfterValidator(_safe)]  # engine arguments
+SettingArgs = Annotated[dict[str, JsonValue], AfterValidator(_safe)]  # of any form that vLLM may have
 
 
 class RunLengths(Row):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from quantdet.matrix.cell import Cell, EngineName, Phase, matches_any
-from quantdet.matrix.rows import Args, Dtype
+from quantdet.matrix.rows import Dtype, SettingArgs
 from quantdet.matrix.values import Environment, Row
 
 
@@ -58,7 +58,7 @@ class Setting(Row):
 
     when: When
     reason: Annotated[str, Field(min_length=1)]
-    args: Args = Field(default_factory=dict)
+    args: SettingArgs = Field(default_factory=dict)
     env: Environment = Field(default_factory=dict)
     dtype: Dtype | None = None
     onednn_fp8: bool | None = None

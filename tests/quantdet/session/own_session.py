@@ -37,7 +37,7 @@ def made(
         return matrix, {}
     args, mistakes = arguments.asked(options.engine_arg, known)
     asked = own.Asked(
-        options.model, options.base, options.same_base, args,
+        options.model, options.base, options.same_base, {} if mistakes else args,
         _hardware(options, matrix, machine, software), None if options.replay else software.vllm,
     )  # fmt: skip
     reader = own.Reader(options.folder if options.model else options.matrix.parent, options.allow_download)
