@@ -41,7 +41,11 @@ def installed(packages: Iterable[str]) -> str:
 
 def known_arguments(matrix: Matrix) -> frozenset[str]:
     """Names of every engine argument that a cell of `matrix` may be given."""
-    rows = (matrix.engine.args, *(pin.args for pin in matrix.pin), *(setting.args for setting in matrix.setting))
+    rows: list[Mapping[str, Any]] = [
+        matrix.engine.args,
+        *(pin.args for pin in matrix.pin),
+        *(row.args for row in matrix.setting),
+    ]
     return frozenset({"enforce_eager", *usable.RESERVED, *(name for row in rows for name in row)} - {"model"})
 
 

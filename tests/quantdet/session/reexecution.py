@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from quantdet import checkpoints
 from quantdet.judging import causes, same_numerics
@@ -69,7 +70,8 @@ def _made_while_loading(claim: Claim, session: Session, recorded: Observation) -
     if layout != "plain":  # its own quantization may be named too
         return False
     rows = session.matrix.settings(Cell(claim.model_id, claim.format_id, claim.hardware_id))
-    return any(args.get("quantization") for args in (session.matrix.engine.args, *(row.args for row in rows)))
+    given: list[Mapping[str, Any]] = [session.matrix.engine.args, *(row.args for row in rows)]
+    return any(args.get("quantization") for args in given)
 
 
 def _alone(claim: Claim, verified: Iterable[str]) -> Lack:

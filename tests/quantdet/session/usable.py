@@ -48,7 +48,7 @@ def unobeyed(matrix: Matrix, known: Mapping[str, Type]) -> list[str]:
         known: vLLM's arguments.
     """
     engines = {name: format_.engine for name, format_ in matrix.formats.items()}
-    rows = [("engine.args", matrix.engine.args)]
+    rows: list[tuple[str, Mapping[str, Any]]] = [("engine.args", matrix.engine.args)]
     for index, setting in enumerate(matrix.setting):
         if any(engines[name] == "vllm" and matches_any(name, setting.when.format) for name in engines):
             rows.append((f"setting.{index}.args", setting.args))
