@@ -1,6 +1,6 @@
 """The plan of a cell: engine arguments, environment and requests, and the identity that its observations are keyed by."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path

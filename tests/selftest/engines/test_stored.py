@@ -54,8 +54,8 @@ def of(parameters: dict[str, Parameter], module: Any = None) -> Stored:
         ({"bias": Parameter(64, 256)}, None, None),
     ],
     ids=[
-        "bf16", "channel", "tensor", "block", "small block", "gptq", "gptq 3 bits", "awq", "packed", "nvfp4", "inputs", "padded",
-        "no weight",
+        "bf16", "channel", "tensor", "block", "small block", "gptq", "gptq 3 bits", "awq", "packed", "nvfp4", "inputs",
+        "padded", "no weight",
     ],
 )  # fmt: skip
 def test_bits_and_groups(parameters: dict[str, Parameter], bits: int | None, group: int | None) -> None:
