@@ -1,4 +1,4 @@
-"""The one exception of the package."""
+"""What is raised where a model of the matrix has no weights here; a user's own checkpoint raises `described.Mistaken`."""
 
 
 class Unavailable(Exception):

@@ -31,6 +31,9 @@ from quantdet.untrusted import parse_json, read_bounded
 # Part of every digest: raise it when what is hashed changes.
 VERSION = 1
 
+# Part of the names in the cache: raise it when more or less is decoded; what was known by its bytes is then asked again.
+_DECODES = 2
+
 _MAX_CONFIG_BYTES = 16 << 20
 _TEXT = re.compile(r"(?:decoded|bytes):[0-9a-f]{64}")
 # Where a checkpoint says how it is quantized, first found: transformers' file (of a model with vision inside of its text
@@ -77,7 +80,7 @@ def of(folder: Path, tensors_sha256: str, cache: Path | None = None) -> str:
     asked = {} if folder.is_file() else settings(folder)
     canonical = json.dumps(asked, sort_keys=True)
     key = hashlib.sha256(f"{VERSION}\0{tensors_sha256}\0{canonical}".encode()).hexdigest()
-    known = None if cache is None else cache / ".numbers" / f"{key[:32]}.txt"
+    known = None if cache is None else cache / ".numbers" / f"{key[:32]}-{_DECODES}.txt"
     if known is not None and (text := _remembered(known)):
         return text
     try:
