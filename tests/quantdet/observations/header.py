@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -53,7 +54,7 @@ class Layer(Part):
     @property
     def quantized(self) -> bool | None:
         """Whether the checkpoint holds these layers quantized; None: not known."""
-        return any(one not in _PLAIN_STORED for one in self.stored) if self.stored else None
+        return any(not _PLAIN_STORED.fullmatch(one) for one in self.stored) if self.stored else None
 
     @property
     def multiplied_plain(self) -> bool:
@@ -62,7 +63,7 @@ class Layer(Part):
 
 
 # Tensors of a layer that nobody quantized.
-_PLAIN_STORED = frozenset(f"{name}:{dtype}" for name in ("weight", "bias") for dtype in ("BF16", "F16", "F32", "F64"))
+_PLAIN_STORED = re.compile(r"(?!\w*(?:scale|zero|absmax|q_?weight|packed|blocks))\w+:(?:BF16|F16|F32|F64)", re.IGNORECASE)
 
 
 class Executed(Part):

@@ -5,7 +5,8 @@ version can be told to use for the layout on this hardware, and one is the unqua
 declares of its own format with the same layout, numbers and kernel (expected noise, settings) holds for the made one too.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,21 @@ class Reader:
 def alone(matrix: Matrix, asked: Asked, reader: Reader) -> Matrix:
     """`matrix` with the models of a command line in place of its own, and without questions, which are about those."""
     specs = tuple(dict.fromkeys(asked.models))
+    groups = [specs] if asked.same_base else [(one,) for one in specs]
+    read = {group: [one for spec in group if (one := reader.read(spec)) is not None] for group in groups}
+    names = Counter(_name(found) for found in read.values())
     rows: dict[str, Model] = {}
-    for group in [specs] if asked.same_base else [(one,) for one in specs]:
-        found = [one for spec in group if (one := reader.read(spec)) is not None]
-        name = "-vs-".join(dict.fromkeys(one.id for one in found))[:60].strip("-._")
+    for group, found in read.items():
+        if len(found) < len(group):
+            continue
+        name = _name(found, apart=names[_name(found)] > 1)
         if name in rows:
             reader.mistakes.append(
                 f"{group[0]}: its cells would have the name of {rows[name].title}: {name}; rename one of them"
             )
-        elif len(found) == len(group):
-            row: dict[str, Any] = {"title": ", ".join(group), "checkpoint": group, "base": asked.base, "hidden_states": True}
-            rows[name] = Model(**row, hardware=asked.hardware)
+            continue
+        row: dict[str, Any] = {"title": ", ".join(group), "checkpoint": group, "base": asked.base, "hidden_states": True}
+        rows[name] = Model(**row, hardware=asked.hardware)
     if asked.base is not None:
         reader.read(asked.base)
     return matrix.model_copy(update={"models": rows, "questions": {}})
@@ -229,6 +234,13 @@ class _Work:
         wanted = self.asked.hardware
         names = self.matrix.hardware if wanted == ("*",) else wanted
         return any(matches_any(name, tuple(globs)) for name in names)
+
+
+def _name(found: Sequence[Described], *, apart: bool = False) -> str:
+    """The id of a model. `apart`: with the folders that its checkpoints lie in, where another one has the same name."""
+    folders = [f"{_word(one.path.absolute().parent.name)}-" if apart else "" for one in found]
+    names = [f"{folder}{one.id}" for folder, one in zip(folders, found, strict=True)]
+    return "-vs-".join(dict.fromkeys(names))[:60].strip("-._")
 
 
 def _plain(one: Described, dtype: Dtype, *, title: str = "", kernel: str = "unquantized", **more: Any) -> Format:

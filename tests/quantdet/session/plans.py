@@ -26,7 +26,7 @@ from quantdet.observations.claims import ROLE
 from quantdet.session import usable
 
 # Raised when what is measured, or how, changes: older observations are then no longer taken for new ones.
-MEASUREMENT = 2
+MEASUREMENT = 3
 
 
 # Packages that transformers computes with where they are installed, asked for or not.

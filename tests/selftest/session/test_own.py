@@ -137,9 +137,16 @@ def test_every_mistake_at_once(matrix: Matrix, folder: Path) -> None:
 
 
 def test_two_checkpoints_of_one_name(matrix: Matrix, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "gptq", tmp_path / "gptq")
-    with pytest.raises(Mistaken, match="its cells would have the name of gptq"):
-        made(matrix, folder, "gptq", str(tmp_path / "gptq"))
+    """Their folders tell them apart; where these have one name too, one has to be renamed."""
+    for place in "here", "there/here":
+        shutil.copytree(folder / "gptq", tmp_path / place / "gptq")
+    shutil.copytree(folder / "gptq", tmp_path / "elsewhere" / "gptq")
+
+    found = made(matrix, tmp_path, "here/gptq", "elsewhere/gptq", **H200)
+
+    assert ["here-gptq", "elsewhere-gptq"] == list(found.matrix.models)
+    with pytest.raises(Mistaken, match="its cells would have the name of here/gptq: here-gptq"):
+        made(matrix, tmp_path, "here/gptq", "there/here/gptq")
 
 
 def test_a_row_of_the_matrix_asks_for_the_same(matrix: Matrix, folder: Path) -> None:
