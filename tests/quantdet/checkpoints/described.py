@@ -50,6 +50,7 @@ class Described:
         source: where it is from, "folder NAME", "file NAME" or "hub ORG/NAME@COMMIT".
         id: of its name, as ids of the matrix are written, at most 40 characters.
         settings: how it is quantized, as its maker wrote it; empty: it is not.
+        settings_file: which file has that; of GGUF its own.
         method: vLLM's word for that ("gptq"); "": unquantized.
         short: the scheme in a few letters, as a format's id ("gptq-int4-g128", "ct-mixed", "bf16").
         layout, weights, activations: the matrix's words, where all modules have one scheme and it has such; else None.
@@ -68,6 +69,7 @@ class Described:
     source: str
     id: str
     settings: Mapping[str, Any] = field(repr=False)
+    settings_file: str
     method: str
     short: str
     layout: Layout | None
@@ -131,9 +133,9 @@ def _folder(path: Path, source: str) -> Described:
     mistakes: list[str] = []
     config = _config(path, mistakes)
     weights = _weights(path, mistakes)
-    settings: dict[str, Any] = {}
+    place, settings = "", dict[str, Any]()
     try:
-        settings = numbers.settings(path) if config is not None else {}
+        place, settings = numbers.settings_in(path) if config is not None else ("", {})
     except (OSError, ValueError) as error:
         mistakes.append(f"need quantization settings in JSON, have {_reason(error)}")
     told = config or {}
@@ -143,8 +145,9 @@ def _folder(path: Path, source: str) -> Described:
     dtype = _dtype(told) or _stored_dtype(weights)
     one = scheme(settings) if settings else _unquantized(dtype)
     return Described(
-        path=path, source=source, id=_id(path, source), settings=settings, method=vllm_method(settings),
-        short=one.short, layout=one.layout, weights=one.weights, activations=one.activations, group_size=one.group_size,
+        path=path, source=source, id=_id(path, source), settings=settings, settings_file=place,
+        method=vllm_method(settings), short=one.short, layout=one.layout, weights=one.weights, activations=one.activations,
+        group_size=one.group_size,
         declared_dtype=dtype, vocab_size=figures["vocab_size"], max_positions=figures["max_position_embeddings"],
         tokenizer=any(all((path / name).is_file() for name in names) for names in _TOKENIZERS),
         experts=any(isinstance(count, int) and count > 1 for count in (_either(told, name) for name in _EXPERTS)),
@@ -268,7 +271,8 @@ def _gguf(path: Path, source: str) -> Described:
     tokens = header.values.get("tokenizer.ggml.tokens")
     return Described(
         path=path, source=source, id=_id(path, source), settings={"quant_method": "gguf", "file_type": word, "types": types},
-        method="gguf", short=short, layout=None, weights=None, activations=None, group_size=None, declared_dtype=None,
+        settings_file=path.name, method="gguf", short=short, layout=None, weights=None, activations=None, group_size=None,
+        declared_dtype=None,
         vocab_size=figure("vocab_size") or (tokens if isinstance(tokens, int) and tokens > 0 else None),
         max_positions=figure("context_length"), tokenizer=bool(tokens), experts=(figure("expert_count") or 0) > 1,
         size_bytes=path.stat().st_size, architecture=plain(family)[:80], kv_cache="",

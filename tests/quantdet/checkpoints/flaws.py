@@ -198,7 +198,9 @@ def _of_values(
         found = [(values.zero_scales(local, array, parts), f"{module}.{local}") for local, array in parts.items()]
         found.append((values.e8m0_nan(parts), f"{module}.weight_scale"))
         if module not in misread:
-            found.append((_guarded(values.ignored_zero_points, rules, module, parts), module))
+            found += [
+                (_guarded(check, rules, module, parts), module) for check in (values.ignored_zero_points, values.out_of_range)
+            ]
         return found
 
     def of_tensor(name: str, array: Array) -> list[_Found]:

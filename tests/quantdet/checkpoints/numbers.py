@@ -51,6 +51,11 @@ def settings(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: a file that cannot be read, or is no JSON object.
     """
+    return settings_in(folder)[1]
+
+
+def settings_in(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the file that has a checkpoint's quantization settings ("": none has), and these, as `settings`."""
     for name, keys in _SETTINGS:
         if not (folder / name).is_file():
             continue
@@ -60,8 +65,8 @@ def settings(folder: Path) -> dict[str, Any]:
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         if isinstance(found, dict) and found:
-            return found
-    return {}
+            return name, found
+    return "", {}
 
 
 def of(folder: Path, tensors_sha256: str, cache: Path | None = None) -> str:

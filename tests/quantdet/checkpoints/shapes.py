@@ -126,6 +126,7 @@ def _gptq(rules: Rules, module: str, parts: Parts) -> Iterator[str]:
 
 
 def _index(needed: bool, name: str, index: Array | None, inputs: int, groups: int, why: str) -> Iterator[str]:
+    """`needed`: whether the settings say that inputs are in another order than that of their groups."""
     if index is None or not index.size:
         if needed:
             yield f"lacks {name}, and {why} asks for it"
@@ -133,6 +134,8 @@ def _index(needed: bool, name: str, index: Array | None, inputs: int, groups: in
     yield from _unlike(name, index, (inputs,), f"a weight of {inputs} inputs")
     if int(index.min()) < 0 or int(index.max()) >= groups:
         yield f"{name} names group {int(index.max() if index.max() >= groups else index.min())}, and there are {groups}"
+    elif not needed and groups and len(index) == inputs and np.any(np.diff(index.astype(np.int64)) < 0):
+        yield f"{name} has inputs in another order than their groups', and the configuration does not say so ({why})"
 
 
 def _awq(rules: Rules, module: str, parts: Parts) -> Iterator[str]:

@@ -70,6 +70,21 @@ def zero_scales(local: str, array: Array, module: Mapping[str, Array]) -> str:
     return f"{count} of {array.size} scales are zero" if count else ""
 
 
+def out_of_range(rules: Rules, module: str, parts: Mapping[str, Array]) -> str:
+    """Integers of fewer bits that are stored as int8 (compressed-tensors), outside of what these bits hold; "": none."""
+    weight = parts.get("weight")
+    if rules.method != "compressed-tensors" or weight is None or word(weight.dtype) != "I8":
+        return ""
+    scheme = rules.scheme(module)
+    asked = scheme.get("weights") if scheme is not None else None
+    bits = asked.get("num_bits") if isinstance(asked, Mapping) else None
+    if not isinstance(bits, int) or not 0 < bits < 8:
+        return ""
+    half = 1 << (bits - 1)
+    count = sum(int(np.count_nonzero((piece < -half) | (piece >= half))) for _, piece in _pieces(weight))
+    return f"{count} of {weight.size} integers are outside of {bits} bits" if count else ""
+
+
 def ignored_zero_points(rules: Rules, module: str, parts: Mapping[str, Array]) -> str:
     """Whether zero points are stored that are not in the middle, and the settings say that they are (symmetric)."""
     if rules.method == "gptq":

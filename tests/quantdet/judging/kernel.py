@@ -49,6 +49,7 @@ def kernel(
     asks = layers.Asked(requested, classes, moe_classes, quantizes, each, loading)
     wrong = _parts(header, executed, asks)
     cache, told = loaded.kv_cache(header)
+    figures |= {"kv_cache": told.removeprefix("KV cache ")} if told else {}
     found = layers.Found(wrong) if wrong else _found(executed, asks)
     if found.wrong or cache:
         return invalid(found.wrong or cache)

@@ -8,7 +8,7 @@ from quantdet.matrix.cell import EngineName
 from quantdet.matrix.kernels import Kernel as Kernel
 from quantdet.matrix.kernels import Picks as Picks
 from quantdet.matrix.shapes import PositiveInt
-from quantdet.matrix.values import Environment, MeasuredVersion, Row
+from quantdet.matrix.values import Environment, MeasuredVersion, Row, Specifier
 
 Kind = Literal["cpu", "cuda", "rocm"]
 Native = Literal["fp32", "bf16", "fp16", "int8", "fp8", "fp4"]
@@ -80,7 +80,9 @@ class EngineFacts(Row):
     `unseen`: variables that change what a kernel computes, but nothing that a loaded layer shows: formats that differ in one
     are not the same numerics. `measured`: by kind of hardware, the vLLM versions whose kernels, pins and expectations were
     measured; a newer one runs, and reports begin with saying so. `unfilled`: globs over parameters of a loaded model that no
-    tensor of the checkpoint has to fill, and why; any other one that is not filled makes a cell INVALID.
+    tensor of the checkpoint has to fill, and why; any other one that is not filled makes a cell INVALID. `told`: files with
+    quantization settings that vLLM reads only where it is told the method. `plugins`: by method, versions (ranges) that need
+    another package for it.
     """
 
     env_at_start: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ class EngineFacts(Row):
     measured: dict[Kind, tuple[MeasuredVersion, ...]] = Field(default_factory=dict)
     unseen: tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] = ()
     unfilled: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    plugins: dict[str, dict[Specifier, str]] = Field(default_factory=dict)
 
 
 class Engine(EngineCall, EngineFacts):

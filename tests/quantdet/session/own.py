@@ -17,6 +17,7 @@ from quantdet.matrix.cell import matches_any
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.matrix import Matrix
 from quantdet.matrix.models import Claims, Model
+from quantdet.matrix.pins import holds
 from quantdet.matrix.rows import Dtype, Format
 from quantdet.matrix.selectors import Setting, When
 
@@ -138,10 +139,11 @@ class _Work:
         several = len(found) > 1
         rows: dict[str, tuple[Format, Described]] = {}
         for one in found:
-            rows |= {format_id: (row, one) for format_id, row in self._formats(name, one, f"{one.id}-" if several else "")}
+            made = self._formats(one, f"{one.id}-" if several else "")
+            rows |= {self._id(format_id, row): (row, one) for format_id, row in made}
         if base is not None:
             row = _plain(base, self._dtype(base))
-            rows.setdefault(_described(base, row.dtype_on("cpu")), (row, base))
+            rows.setdefault(self._id(_described(base, row.dtype_on("cpu")), row), (row, base))
         self._keep(name, model, rows)
 
     def _keep(self, name: str, model: Model, rows: Mapping[str, tuple[Format, Described]]) -> None:
@@ -183,9 +185,18 @@ class _Work:
         method = args.pop("quantization", None)
         if args:
             yield Setting(when=When(model=name), reason=_REASON, args=args)
+        for format_id, (_, one) in rows.items():
+            if one.settings_file in self.matrix.engine.told and method is None:
+                when = When(model=name, format=format_id)
+                yield Setting(when=when, reason=f"vLLM is told of {one.settings_file}", args={"quantization": one.method})
         quantized = [format_id for format_id, (row, _) in rows.items() if row.kernel != "unquantized"]
         if method is not None and quantized:
             yield Setting(when=When(model=name, format=tuple(quantized)), reason=_REASON, args={"quantization": method})
+
+    def _id(self, name: str, row: Format) -> str:
+        """`name`, unless it is the matrix's own word for something else, of which its rows say what is not so of this."""
+        known = self.matrix.formats.get(name)
+        return name if known is None or _like(known, row) else f"{name}-own"
 
     def _dtype(self, one: Described) -> Dtype:
         asked = self.asked.args.get("dtype", "auto")
@@ -195,7 +206,7 @@ class _Work:
     def _mode(self) -> dict[str, Any]:
         return {"mode": "eager" if self.asked.args.get("enforce_eager", True) else "compiled"}
 
-    def _formats(self, model: str, one: Described, prefix: str) -> Iterator[tuple[str, Format]]:
+    def _formats(self, one: Described, prefix: str) -> Iterator[tuple[str, Format]]:
         """What vLLM picks for a checkpoint, then each kernel that it can be told to use."""
         dtype, method = self._dtype(one), self.asked.args.get("quantization")
         name = prefix + _described(one, dtype)
@@ -205,9 +216,10 @@ class _Work:
                 title = f"{method}, quantized while loading"
                 yield f"{name}-{_word(str(method))}", _plain(one, dtype, title=title, kernel="auto", **self._mode())
             return
-        words = {"layout": one.layout, "weights": one.weights, "activations": one.activations}
+        words: dict[str, Any] = {"layout": one.layout, "weights": one.weights, "activations": one.activations}
         if one.layout is None or one.weights is None:
             words = {"layout": "own", "weights": "own", "activations": "none"}
+        words |= {"packages": tuple(self._plugins(one.method))}
         row = Format(title=f"{one.short}, vLLM's own choice", kernel="auto", dtype=dtype, **words, **self._mode())
         picks = next((self.matrix.formats[like].picks for like in _alike(self.matrix, row)), {})
         yield name, row.model_copy(update={"picks": picks})
@@ -216,6 +228,12 @@ class _Work:
         for kernel in self._kernels(row, one):
             pinned = row.model_copy(update={"kernel": kernel, "title": f"{one.short}, {kernel}"})
             yield f"{name}-{kernel}", pinned
+
+    def _plugins(self, method: str) -> Iterator[str]:
+        """Packages without which this vLLM does not know a method."""
+        for versions, package in self.matrix.engine.plugins.get(method, {}).items():
+            if self.asked.vllm is not None and holds(versions, self.asked.vllm):
+                yield package
 
     def _kernels(self, row: Format, one: Described) -> Iterator[str]:
         """Kernels that can be pinned for a format in this version, on hardware of the run."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantdet.engines.child import stored
-from quantdet.engines.plan import InvalidMeasurement
+from quantdet.engines.plan import EngineRefused, InvalidMeasurement
 from quantdet.engines.vllm import writes
 from quantdet.observations.header import Loading
 
@@ -45,6 +45,7 @@ class Watch:
         self._models: list[Any] = []
         self._loaded = False
         self._dtypes: dict[str, str] = {}  # of every tensor that was handed out
+        self._handing = "the first tensor"
         self._used: set[str] = set()
         self._filled = 0
         self._by_rule: dict[str, list[str]] = {}
@@ -121,8 +122,11 @@ class Watch:
         @functools.wraps(load)
         def loading(weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             self._loaded = True
-            with self._writes:
-                answer = load(self._handed(weights), *args, **kwargs)
+            try:
+                with self._writes:
+                    answer = load(self._handed(weights), *args, **kwargs)
+            except AssertionError as error:  # loaders compare shapes, and say nothing
+                raise EngineRefused(f"AssertionError: {error or 'no message'} (while it loaded {self._handing})") from error
             with writes.paused():
                 self._look_at_all(model)
             return answer
@@ -155,6 +159,7 @@ class Watch:
         for item in weights:
             name, tensor = item[0], item[1]
             self._dtypes[name] = dtypes.get(name) or _word(tensor)
+            self._handing = f"{name}, {self._dtypes[name]} {list(tensor.shape)}"
             self._writes.hand_out(name, tensor)
             yield item
 
