@@ -102,9 +102,8 @@ def read(spec: str, relative_to: Path, *, allow_download: bool = False) -> Descr
         Mistaken: it is not here, or what is here is no checkpoint; with every mistake that was found.
     """
     path, source = _found(spec, relative_to, allow_download)
-    if path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.safetensors")):
-        several = sorted(path.glob("*.gguf"))
-        path = several[0] if len(several) == 1 else path
+    if path.is_dir() and not (path / "config.json").exists() and len(files := list(path.glob("*.gguf"))) == 1:
+        path = files[0]
     return _gguf(path, source) if path.is_file() else _folder(path, source)
 
 

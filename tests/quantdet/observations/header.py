@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -52,18 +51,9 @@ class Layer(Part):
         return self.kernel or self.scheme or self.method
 
     @property
-    def quantized(self) -> bool | None:
-        """Whether the checkpoint holds these layers quantized; None: not known."""
-        return any(not _PLAIN_STORED.fullmatch(one) for one in self.stored) if self.stored else None
-
-    @property
     def multiplied_plain(self) -> bool:
         """Whether these layers multiply by unquantized weights."""
         return self.method.startswith("Unquantized")
-
-
-# Tensors of a layer that nobody quantized.
-_PLAIN_STORED = re.compile(r"(?!\w*(?:scale|zero|absmax|q_?weight|packed|blocks))\w+:(?:BF16|F16|F32|F64)", re.IGNORECASE)
 
 
 class Executed(Part):
