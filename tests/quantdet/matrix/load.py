@@ -51,6 +51,25 @@ def load(path: Path, expect: Sequence[Path] = ()) -> Matrix:
     return matrix.model_copy(update={"expect": (*more, *matrix.expect)}) if more else matrix
 
 
+def with_expectations(matrix: Matrix, expect: Sequence[Path]) -> Matrix:
+    """`matrix` with the rows of more files before its own, whatever its models were made of.
+
+    Raises:
+        MatrixError: all mistakes of these files at once.
+    """
+    names: dict[str, Any] = {name: dict.fromkeys(getattr(matrix, name)) for name in ("formats", "models", "hardware")}
+    more: list[Expect] = []
+    wrong = []
+    for one in expect:
+        try:
+            more += _expected(read(one), names, matrix)
+        except MatrixError as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0].beside(*wrong[1:])
+    return matrix.model_copy(update={"expect": (*more, *matrix.expect)}) if more else matrix
+
+
 def _checked(file: Document) -> Matrix:
     kernel_file.without_flaw(file)
     below = kernel_file.read_for(file)

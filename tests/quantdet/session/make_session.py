@@ -24,7 +24,7 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
     """
     chosen = options.parse(config)
     try:
-        table = load.load(chosen.matrix, chosen.expect)
+        table = load.load(chosen.matrix, () if chosen.model else chosen.expect)
     except load.MatrixError as error:
         raise pytest.UsageError(str(error)) from None
     engine = config.hook.pytest_quantdet_engine(config=config) or process.VLLM
@@ -34,6 +34,10 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
     _check_hardware(chosen, table)
     here, installed = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
     table, workloads = own_session.made(chosen, table, here, installed, prompts, known)
+    try:
+        table = load.with_expectations(table, chosen.expect if chosen.model else ())
+    except load.MatrixError as error:
+        raise pytest.UsageError(str(error)) from None
     try:
         session = Session(
             chosen, table, machine=here, software=installed,

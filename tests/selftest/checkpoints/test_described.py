@@ -64,7 +64,8 @@ def test_all_that_is_told(folder: Path, tmp_path: Path) -> None:
     found = read("My Model-GPTQ", tmp_path)
     told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert found == Described(
-        path=folder, source="folder My Model-GPTQ", id="my-model-gptq", settings=told, method="gptq", short="gptq-int4-g64",
+        path=folder, source="folder My Model-GPTQ", id="my-model-gptq", settings=told, settings_file="config.json",
+        method="gptq", short="gptq-int4-g64",
         layout="gptq", weights="int4-sym", activations="none", group_size=64, declared_dtype="bfloat16", vocab_size=64,
         max_positions=4096, tokenizer=True, experts=False, size_bytes=(folder / "model.safetensors").stat().st_size,
         architecture="Qwen3ForCausalLM", kv_cache="",

@@ -83,6 +83,8 @@ class Judge:
             case Measured():
                 (seeded,) = result.observations
             case Refusal():
+                if own_cells.told_by_another(self.session, self.item.name, cell):
+                    self._refused(cell, result)
                 cause = causes.of(cell, result, self.session.expectations(cell))
                 self._say(Judgement(Verdict.ERROR, cell, "", f"control: refused: {result.message}", False, cause=cause), ())
             case Missing():

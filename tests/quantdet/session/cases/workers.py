@@ -99,16 +99,19 @@ def require_models(session: pytest.Session) -> None:
     config = session.config
     if hasattr(config, "workerinput") or config.getoption("collectonly") or not config.stash[SESSION].options.model:
         return
-    records = config.stash[RECORDS]
-    for name, model in config.stash[SESSION].matrix.models.items():
-        mine = [case for case in records.cases if case.model == name]
-        if any(case.number("runs") for case in mine):
-            continue
-        reasons = [case.message for case in mine] + [why for nodeid, why in records.skipped if f"[{name}/" in nodeid]
-        reason = next(filter(None, reasons), "no case of it ran")
-        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        config.get_terminal_writer().line(f"--model {model.title}: nothing was measured: {reason}", red=True)
+    records, matrix = config.stash[RECORDS], config.stash[SESSION].matrix
+    for name, model in matrix.models.items():
+        twin = {one for one in model.checkpoints if model.base is not None and matrix.formats[one].layout == "plain"}
+        for place in dict.fromkeys(place for one, place in model.checkpoints.items() if one not in twin):
+            formats = {one for one, other in model.checkpoints.items() if other == place}
+            mine = [case for case in records.cases if case.model == name and case.format in formats]
+            if any(case.number("runs") for case in mine):
+                continue
+            skipped = [why for nodeid, why in records.skipped if any(f"[{name}/{one}/" in nodeid for one in formats)]
+            reason = next(filter(None, [*(case.message for case in mine), *skipped]), "no case of it ran")
+            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            config.get_terminal_writer().line(f"--model {place}: nothing was measured: {reason}", red=True)
 
 
 def require(session: pytest.Session) -> None:
