@@ -10,7 +10,7 @@ FILE = Path(__file__).resolve().parent / "configurations.toml"
 
 BARE_RUNS = "runs"  # what `bare` says where vLLM loads a folder and generates
 AT_THE_START = "exit 4"  # beside the words of verdicts: refused before there is a cell
-VERDICTS = ("BIT_EXACT", "INVALID", "UNSUPPORTED", AT_THE_START)
+VERDICTS = ("BIT_EXACT", "INVALID", "UNSUPPORTED", "UNAVAILABLE", AT_THE_START)
 SM90 = ("0.26.0", "0.33.0")  # versions of vLLM
 _OF_THE_CHECKPOINT = ("INVALID", AT_THE_START)  # wherever it is judged, with whatever kernels
 

@@ -22,7 +22,7 @@ from quantdet.checkpoints.tensors import INDEX_NAME, Array, Entry, load, read_he
 from quantdet.untrusted import parse_json, plain, read_bounded
 
 # Part of every key of the cache: raise it when another flaw is looked for.
-VERSION = 1
+VERSION = 2
 
 _MAX_INDEX_BYTES = 64 << 20
 _MOST_NAMED = 3

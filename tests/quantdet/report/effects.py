@@ -131,6 +131,23 @@ def comparison_results(cases: Iterable[Case], width: int) -> list[str]:
     return [prose(title, width), prose(f"({legend})", width), render(made, width)]
 
 
+def checkpoints_apart(cases: Iterable[Case], width: int) -> list[str]:
+    """What the numbers of two checkpoints differ in, and whether the same kernels ran: each pair once, with its distance."""
+    told: list[str] = []
+    seen: set[frozenset[str]] = set()
+    for case in cases:
+        distances = {pair.b: pair.l2 for pair in case.pairs}
+        for name in case.figures:
+            other = name.removeprefix("apart.")
+            if other == name or (both := frozenset({case.format, other})) in seen:
+                continue
+            seen.add(both)
+            l2 = distances.get(other)
+            size = "" if l2 is None else f"{nats(l2)} nats (own L2, prefill); "
+            told.append(prose(f"{case.format} | {other}: {size}{case.text(name)}", width))
+    return told
+
+
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 

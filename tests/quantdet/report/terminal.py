@@ -43,6 +43,7 @@ def summary(reporter: Any, config: pytest.Config) -> None:
             reporter.write_line(table)
         _section(reporter, "effects", effects.within_hardware(records.cases, order, width))
         _section(reporter, "comparisons", effects.comparison_results(records.cases, width))
+        _section(reporter, "checkpoints", effects.checkpoints_apart(records.cases, width))
         _section(reporter, "published questions", questions(records, width))
         _section(reporter, "re-executions", nearest.sections(records.cases, order, width))
         _section(reporter, "hidden states", hidden_states.sections(reexecution.verifications(records.cases, order), width))

@@ -59,6 +59,28 @@ def test_a_refusal_is_told_by_one_case_of_the_cell(suite: Suite, made: Path) -> 
     assert "nothing was measured" in run.words
 
 
+def test_a_twin_does_not_count_for_its_checkpoint(suite: Suite, made: Path) -> None:
+    """It was measured, and nothing of what was asked for."""
+    run = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", "bf16")
+
+    assert {} == run.failures()
+    assert (1, True) == (run.code, f"--model {made / 'mine'}: nothing was measured" in run.words)
+
+
+def test_expectations_may_speak_of_made_formats(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """A file with a row about a cell of --model; a row about none is a mistake as in any run."""
+    row = '[[expect]]\nwhen = {{ format = "{}" }}\noutcome = "unsupported"\nmatch = "the fake"\nreason = "r"\nsource = "s"\n'
+    for name, format_id in ("right", "gptq-int4-g128"), ("wrong", "gptq-int8"):
+        (tmp_path / f"{name}.toml").write_text(row.format(format_id))
+    right, wrong = (
+        suite(f"--model={made / 'mine'}", f"--expect={tmp_path / name}.toml", *argument(behaviour="refuse"))
+        for name in ("right", "wrong")
+    )
+
+    assert "passed" == right.cases[f"test_refusal[{CELL}]"].outcome
+    assert (4, True) == (wrong.code, "'gptq-int8' matches no format" in wrong.words)
+
+
 def test_a_run_that_measured_nothing_fails_though_every_case_is_skipped(suite: Suite, made: Path) -> None:
     run = suite(f"--model={made / 'mine'}", "-k", "fake4", *argument(behaviour="refuse"))
 
@@ -78,7 +100,9 @@ def test_each_model_counts(suite: Suite, made: Path, tmp_path: Path) -> None:
     save(tensors, tmp_path / "new")  # the old file is mapped
     (tmp_path / "new").replace(path)
 
-    run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'broken'}", *argument(executes="Fake4Kernel"))
+    run = suite(
+        f"--model={made / 'mine'}", f"--model={tmp_path / 'broken'}", *argument(executes="Fake4Kernel", numerics="int4-sym")
+    )
 
     assert 1 == run.code
     assert {"INVALID"} == set(run.failures().values())
@@ -138,6 +162,9 @@ def test_two_makers_of_one_base(suite: Suite, made: Path, tmp_path: Path) -> Non
 
     case = run.cases["test_distinct[mine-vs-second/mine-gptq-int4-g128/cpu-here]"]
     assert ("passed", "DISTINCT") == (case.outcome, case.verdict)
+    told = case.properties["apart.second-gptq-int4-g128"]
+    assert "integers" in told and "the same kernels" in told
+    assert "mine-gptq-int4-g128 | second-gptq-int4-g128:" in run.words
 
 
 def test_a_row_of_the_matrix_does_the_same(suite: Suite, made: Path) -> None:

@@ -109,6 +109,7 @@ class Judge:
         judgement = distinct.distinctness(observations[0], peers, known, self.session.compare, spreads)
         if judgement.verdict is Verdict.INVALID:
             judgement = replace(judgement, cause=self._cause(cell))
+        judgement = replace(judgement, figures={**judgement.figures, **own_cells.apart(self.session, observations[0], peers)})
         self._say(judgement, observations)
 
     def kernel(self, cell: Cell) -> None:
