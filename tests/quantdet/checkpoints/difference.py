@@ -29,18 +29,18 @@ _CODES, _SCALES = ("codes", "weight_packed", "weight"), ("scales", "weight_scale
 class ModuleDifference:
     """One module that both have quantized. `kind`: they cannot be compared code by code, and why; "": they can.
 
-    `codes`, `scales`: how many there are; `largest_step`: between two integers, None: not of integers, or none differ;
+    `codes`, `scales`: how many there are, None: not compared; `largest_step`: between two integers, None: not of integers, or none differ;
     `largest_relative`: |a - b| / max(|a|, |b|) of two scales, 0 to 1. `others`: what else differs, in words.
     """
 
     name: str
     kind: str = ""
-    codes: int = 0
-    codes_apart: int = 0
+    codes: int | None = None
+    codes_apart: int | None = None
     largest_step: int | None = None
-    scales: int = 0
-    scales_apart: int = 0
-    largest_relative: float = 0.0
+    scales: int | None = None
+    scales_apart: int | None = None
+    largest_relative: float | None = None
     others: tuple[str, ...] = ()
 
     @property
@@ -53,14 +53,14 @@ class Difference:
     """Two checkpoints, `a` and `b`. `not_decoded`: why they cannot be compared, and which of them; "": they can.
 
     `modules`: those that both have quantized. `only_a`, `only_b`: modules that one alone has quantized. `plain`: how many
-    other tensors both have; `plain_apart`, `plain_only_a`, `plain_only_b`: their names. `cache`: the KV cache's scheme differs.
+    other tensors both have, None: not compared; `plain_apart`, `plain_only_a`, `plain_only_b`: their names. `cache`: the KV cache's scheme differs.
     """
 
     not_decoded: str = ""
     modules: tuple[ModuleDifference, ...] = field(default=(), repr=False)
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
-    plain: int = 0
+    plain: int | None = None
     plain_apart: tuple[str, ...] = ()
     plain_only_a: tuple[str, ...] = ()
     plain_only_b: tuple[str, ...] = ()
@@ -84,14 +84,14 @@ class Difference:
         if kinds := [one for one in self.modules if one.kind]:
             yield f"other numerics in {len(kinds)} of {total} modules ({kinds[0].kind})"
         if apart := [one for one in self.modules if one.codes_apart]:
-            differ, of = sum(one.codes_apart for one in apart), sum(one.codes for one in self.modules)
+            differ, of = (sum(getattr(one, name) or 0 for one in self.modules) for name in ("codes_apart", "codes"))
             steps = [one.largest_step for one in apart if one.largest_step is not None]
             what = "integers" if steps else "codes"
             most = f", at most by {max(steps)}" if steps else ""
             yield f"other {what}: {100 * differ / of:.3g} % of {_count(of)} in {len(apart)} of {total} modules differ{most}"
         if apart := [one for one in self.modules if one.scales_apart]:
-            differ, of = sum(one.scales_apart for one in apart), sum(one.scales for one in self.modules)
-            most = f"by {max(one.largest_relative for one in apart):.3g} of the larger one at most"
+            differ, of = (sum(getattr(one, name) or 0 for one in self.modules) for name in ("scales_apart", "scales"))
+            most = f"by {max(one.largest_relative or 0 for one in apart):.3g} of the larger one at most"
             yield f"scales differ in {len(apart)} of {total} ({100 * differ / of:.3g} % of {_count(of)}, {most})"
         for what in sorted({other for one in self.modules for other in one.others}):
             yield f"{what} differ in {sum(what in one.others for one in self.modules)} of {total}"

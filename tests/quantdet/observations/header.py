@@ -110,7 +110,7 @@ class Loading(Part):
     tensors: int = Field(ge=0)
     by_rule: dict[Words, tuple[Annotated[str, Field(min_length=1, max_length=300)], ...]] = {}
     unused: tuple[Words, ...] = Field((), max_length=100)
-    unused_count: int = Field(0, ge=0)
+    unused_count: int = Field(ge=0)
 
 
 class Divergence(Part):

@@ -265,7 +265,7 @@ MATRICES: dict[str, str] = {
     + "}\n"
     + "".join(f"[formats.f{i}]\nlike = 'big'\n" for i in range(5_000)),
     "mx-like-circle": MATRIX + "".join(f"\n[formats.f{i}]\ntitle = 'f'\nlike = 'f{(i + 1) % 5_000}'\n" for i in range(5_000)),
-    "mx-hub-path": model('hub = { plain = "../../x" }'),
+    "mx-hub-path": model('hub = { plain = "o/../x" }'),
     "mx-hub-revision": model('hub = { plain = "o/x@../../y" }'),
 }
 

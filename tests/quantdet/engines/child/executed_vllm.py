@@ -86,7 +86,8 @@ def _wraps(module: Any) -> bool:
 def _method(module: Any) -> Any:
     """How a layer multiplies. auto-round's own method holds a scheme, which holds the method that does it."""
     method = getattr(module, "quant_method", None)
-    inner = getattr(getattr(method, "scheme", None), "linear_method", None)
+    scheme = getattr(method, "scheme", None)
+    inner = getattr(scheme, "linear_method", None) or getattr(scheme, "inner_method", None)  # the second up to vLLM 0.26
     return method if inner is None or callable(inner) else inner
 
 
