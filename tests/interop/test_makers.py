@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -103,3 +104,16 @@ def test_vllm_runs_it(made: Made) -> None:
     assert all(0 <= token < config["vocab_size"] for token in seen["tokens"])
     if made.answer is not None:
         assert made.answer in seen["tokens"]
+
+
+def test_model_judges_it_alone(made: Made, tmp_path: Path) -> None:
+    """One command, nothing edited: repeatable, and the kernel that ran is the one for what the checkpoint stores."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "QUANTDET_", "GITHUB_"))}
+    report = tmp_path / "report.xml"
+    options = ["--no-controls", "--no-hidden-states", f"--store={tmp_path / 'store'}", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", f"--model={made.folder}", "-k", "test_repeat or test_kernel", *options]
+    done = subprocess.run(command, cwd=TESTS.parent, env=clean, capture_output=True, text=True, check=False, timeout=600)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = [str(one.get("value")) for one in ET.parse(report).getroot().iter("property") if one.get("name") == "verdict"]
+    assert sorted(verdicts) == ["BIT_EXACT", "BIT_EXACT", "CONFIRMED"]

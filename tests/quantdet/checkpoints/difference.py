@@ -29,8 +29,8 @@ _CODES, _SCALES = ("codes", "weight_packed", "weight"), ("scales", "weight_scale
 class ModuleDifference:
     """One module that both have quantized. `kind`: they cannot be compared code by code, and why; "": they can.
 
-    `codes`, `scales`: how many there are, None: not compared; `largest_step`: between two integers, None: not of integers, or none differ;
-    `largest_relative`: |a - b| / max(|a|, |b|) of two scales, 0 to 1. `others`: what else differs, in words.
+    `codes`, `scales`: how many there are, None: not compared; `largest_step`: between two integers, None: not of integers, or
+    none differ; `largest_relative`: |a - b| / max(|a|, |b|) of two scales, 0 to 1. `others`: what else differs, in words.
     """
 
     name: str
@@ -53,7 +53,8 @@ class Difference:
     """Two checkpoints, `a` and `b`. `not_decoded`: why they cannot be compared, and which of them; "": they can.
 
     `modules`: those that both have quantized. `only_a`, `only_b`: modules that one alone has quantized. `plain`: how many
-    other tensors both have, None: not compared; `plain_apart`, `plain_only_a`, `plain_only_b`: their names. `cache`: the KV cache's scheme differs.
+    other tensors both have, None: not compared; `plain_apart`, `plain_only_a`, `plain_only_b`: their names. `cache`: the KV
+    cache's scheme differs.
     """
 
     not_decoded: str = ""
