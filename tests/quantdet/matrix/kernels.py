@@ -7,7 +7,7 @@ from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quantdet.matrix.shapes import PositiveInt
 from quantdet.matrix.values import Row, Specifier
@@ -28,8 +28,6 @@ class Kernel(Row):
     Which layers of packed integers (in words of 32 bits) it takes; what is not given, it takes all of: `bits` of a weight;
     `groups`, inputs that share a scale (-1: all of a channel's); `group_multiple_of`; and of the matrix W [N, K] on one rank
     `k_multiple_of` and `n_multiple_of`.
-
-    `noise`: why it is known not to repeat, and where that was read or seen (`noise_source`).
     """
 
     hardware: tuple[str, ...] = Field(min_length=1)
@@ -42,14 +40,6 @@ class Kernel(Row):
     group_multiple_of: PositiveInt | None = None
     k_multiple_of: ByVersion | None = None
     n_multiple_of: ByVersion | None = None
-    noise: str = ""
-    noise_source: str = ""
-
-    @model_validator(mode="after")
-    def _noise_is_explained(self) -> "Kernel":
-        if bool(self.noise) != bool(self.noise_source):
-            raise ValueError("'noise' says why, 'noise_source' where that was read or seen: both, or neither")
-        return self
 
 
 # By hardware glob (the first that matches), a kernel, or a kernel for each range of vLLM versions; several, in vLLM's order,

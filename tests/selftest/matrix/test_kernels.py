@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.kernels import Kernel, Shape, chosen, takes
@@ -112,12 +111,3 @@ def test_what_is_not_known_leaves_several() -> None:
     assert ("choosy", "any") == chosen(names, rows, None, (), Shape())
     assert ("extra",) == chosen(names, rows, None, ("p",), Shape(group=32))
     assert () == chosen(["choosy"], rows, None, None, Shape(group=32))
-
-
-def test_noise_has_a_reason_and_a_source(matrix: Matrix) -> None:
-    """Of the families that are known not to repeat, and of no other."""
-    with pytest.raises(ValidationError, match="both, or neither"):
-        Kernel(hardware=("*",), noise="atomics")
-    with pytest.raises(ValidationError, match="both, or neither"):
-        Kernel(hardware=("*",), noise_source="seen")
-    assert {"exllama", "moe_wna16"} == {name for name, row in matrix.kernels.items() if row.noise}
