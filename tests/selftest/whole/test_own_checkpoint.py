@@ -172,3 +172,15 @@ def test_a_row_of_the_matrix_does_the_same(suite: Suite, made: Path) -> None:
     run = suite("-k", "mine", matrix=MATRIX + row)
 
     assert "BIT_EXACT" == run.cases[f"test_repeat[{CELL}-decode]"].verdict
+
+
+def test_false_green_a_repository_of_another_layout_under_a_row(suite: Suite, made: Path) -> None:
+    """The row's word is no evidence: INVALID before an engine starts, and a folder may stand where a repository does."""
+    hub = ", ".join(f'{layout} = "{made / "mine"}"' for layout in ("gptq", "awq"))
+    row = f'\n[models.mine]\ntitle = "mine"\nworkload = "synthetic-v1"\nformats = ["gptq", "awq"]\nhub = {{ {hub} }}\n'
+    run = suite("-k", "mine and test_kernel", "--store=s", matrix=MATRIX + row)
+
+    wrong, right = (run.cases[f"test_kernel[mine/{name}/cpu-here]"] for name in ("awq", "gptq"))
+    assert ("failure", "INVALID") == (wrong.outcome, wrong.verdict)
+    assert "the row needs layout awq, the checkpoint has gptq" in wrong.message
+    assert "passed" == right.outcome
