@@ -60,11 +60,13 @@ def test_a_refusal_is_told_by_one_case_of_the_cell(suite: Suite, made: Path) -> 
 
 
 def test_a_twin_does_not_count_for_its_checkpoint(suite: Suite, made: Path) -> None:
-    """It was measured, and nothing of what was asked for."""
+    """It was measured, and nothing of what was asked for; the other way round nothing is missing."""
     run = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", "bf16")
 
     assert {} == run.failures()
     assert (1, True) == (run.code, f"--model {made / 'mine'}: nothing was measured" in run.words)
+    alone = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", f"{CELL} and test_repeat")
+    assert (0, False) == (alone.code, "nothing was measured" in alone.words)
 
 
 def test_expectations_may_speak_of_made_formats(suite: Suite, made: Path, tmp_path: Path) -> None:
