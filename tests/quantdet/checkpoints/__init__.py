@@ -101,7 +101,7 @@ def _resolved(model_id: str, model: Model, format_: Format, cache: Path, allow_d
         repository = model.hub.get(format_.layout)
         if repository is None:
             raise Unavailable(f"{model_id}: need a hub repository in layout {format_.layout!r}, have none in the matrix")
-        if repository.startswith(("/", ".", "~")):
+        if repository.startswith(("/", ".", "~")) or repository.endswith(".gguf"):
             return resolve_own(repository, Path(), cache=cache)
         folder, measured = hub.snapshot(repository, allow_download=allow_download)
         return Checkpoint(folder, _cache.digest(folder), f"hub {measured}")

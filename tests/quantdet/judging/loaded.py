@@ -29,9 +29,15 @@ def _dtype(kind: str) -> str:
 
 
 def unused(header: Header) -> str:
-    """How many tensors of the checkpoint filled nothing, and the first of them; empty where there are none, or not known."""
+    """How many tensors of the checkpoint filled nothing, and the first of them; empty where there are none.
+
+    Where vLLM's layers are told by name and nobody saw what filled them: that. Older recordings have no names.
+    """
     loading = header.loading
-    if loading is None or not loading.unused_count:
+    if loading is None:
+        new = header.engine == "vllm" and header.executed is not None and any(layer.names for layer in header.executed.layers)
+        return "what filled its parameters was not seen: this vLLM loads them in another way" if new else ""
+    if not loading.unused_count:
         return ""
     names = ", ".join(loading.unused[:_TOLD]) + (", ..." if loading.unused_count > _TOLD else "")
     count = loading.unused_count

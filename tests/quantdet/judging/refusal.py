@@ -6,6 +6,9 @@ from quantdet.judging.verdicts import Judgement, Verdict
 from quantdet.matrix.cell import Cell
 from quantdet.matrix.expectations import Expectations, describe
 
+# A file of rows, since a checkpoint of somebody's own is in no matrix.
+_HINT = "not declared: if this is right, add an [[expect]] row with outcome = 'unsupported' (--expect FILE)"
+
 
 def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judgement:
     """The engine refused (`message`) or took (None) a cell; the matrix may have said that it would refuse."""
@@ -20,5 +23,5 @@ def refusal(cell: Cell, message: str | None, expectations: Expectations) -> Judg
     short = message if len(message) <= 300 else message[:297] + "..."
     return Judgement(
         Verdict.UNSUPPORTED, cell, "", f"engine refused: {short}", row is not None, figures,
-        "" if row is not None else "not declared: add an [[expect]] row with outcome = 'unsupported' if this is right",
+        "" if row is not None else _HINT,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from quantdet.matrix import shapes
-from quantdet.matrix.cell import ID_PATTERN, Cell, EngineName
+from quantdet.matrix.cell import ID_PATTERN, Cell, EngineName, matches_any
 from quantdet.matrix.document import rows, table
 from quantdet.matrix.expectations import Expect
 from quantdet.matrix.selectors import Setting
@@ -122,9 +122,16 @@ def row_references(listed: list[Any], name: str, matrix: dict[str, Any]) -> list
             names.stale(f"{name}.{index}.formats", "format", row.get("formats"), table(matrix, "formats"))
             when = row.get("when")
             for key, known in ("model", "models"), ("format", "formats"), ("hardware", "hardware"):
-                if isinstance(when, dict):
+                if isinstance(when, dict) and not (key == "format" and _made_later(when.get("model"), matrix)):
                     names.stale(f"{name}.{index}.when.{key}", key, when.get(key), table(matrix, known))
     return names.found
+
+
+def _made_later(models: object, matrix: dict[str, Any]) -> bool:
+    """Whether the formats of a model that is named are made of what its checkpoint says."""
+    named = [models] if isinstance(models, str) else models if isinstance(models, list) else []
+    known = table(matrix, "models")
+    return any(isinstance(row, dict) and "checkpoint" in row for row in (known.get(str(name)) for name in named))
 
 
 def undividable(matrix: "Matrix") -> list[str]:
@@ -155,7 +162,10 @@ def stale_rows(matrix: "Matrix") -> list[str]:
 def without_cell(matrix: "Matrix", name: str, listed: Sequence[Setting | Expect]) -> list[str]:
     """Rows `[[name]]` that hold for no cell of `matrix`."""
     found, cells = [], list(matrix.cells())
+    later = [model_id for model_id, model in matrix.models.items() if model.checkpoint is not None and not model.formats]
     for index, row in enumerate(listed):
+        if any(matches_any(model_id, row.when.model) for model_id in later if row.when.model != "*"):
+            continue  # its cells are made when its checkpoint has been read
         mine = [cell for cell in cells if _about(row, cell, matrix.engine_of(cell))]
         if not mine:
             found.append(f"{name}.{index}: matches no cell of this matrix")

@@ -11,7 +11,7 @@ from quantdet.matrix.values import Row
 # A commit, tag or branch after "@"; no part starts with a dash or a dot, since names go to the hub client and into paths.
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*)?"
 # Or a place on this machine: a folder, or a GGUF file.
-_PLACE = rf"^(?:{_REPOSITORY}|[/.~].*|.*\\.gguf)$"
+_PLACE = rf"^(?:[/.~].*|.*\.gguf|{_REPOSITORY})$"
 Place = Annotated[str, Field(pattern=_PLACE, max_length=4096)]
 # Of a checkpoint that is looked for: a path of any form, or a repository.
 Spec = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -103,6 +103,8 @@ class Model(Row):
             raise ValueError("needs 'workload'")
         if self.checkpoint is None and not self.formats:
             raise ValueError("needs 'formats'")
+        if self.checkpoint is not None and self.formats and not self.checkpoints:
+            raise ValueError("'formats' of a 'checkpoint' are made from what it says")
         if self.base is not None and self.checkpoint is None:
             raise ValueError("'base' is the unquantized twin of 'checkpoint'")
         return self

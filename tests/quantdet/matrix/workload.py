@@ -173,6 +173,24 @@ def of_prompts(name: str, prompts: tuple[Prompt, ...]) -> Workload:
     return Workload(name, hashlib.sha256(canonical.encode("ascii")).hexdigest(), prompts)
 
 
+def find(name: str, directory: Path, relative_to: Path) -> Workload:
+    """The workload of the suite with this name, or the file at a path: a name has no slash and no `.json` at its end.
+
+    Args:
+        directory: the suite's workloads.
+        relative_to: the folder that relative paths start from.
+
+    Raises:
+        WorkloadError: see `load`.
+    """
+    return load_file(relative_to / name) if is_path(name) else load(name, directory)
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's `workload` names a file, and no workload of the suite."""
+    return "/" in name or name.endswith((".json", ".jsonl"))
+
+
 def max_tokens(workload: Workload) -> int:
     """Length in tokens of the longest joined sequence; prompts given as text count 0."""
     return max(len(prompt.joined) for prompt in workload.prompts)

@@ -27,6 +27,7 @@ def lines(session: Session) -> list[str]:
         ),
         f"quantdet: variables {variables or 'none set'}",
     ]
+    found += [f"quantdet: {line}" for line in session.about]
     if newer := session.newer():
         found.append(f"quantdet: NEWER THAN MEASURED: {newer}")
     if session.inject is not None:

@@ -29,11 +29,14 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
         raise pytest.UsageError(str(error)) from None
     engine = config.hook.pytest_quantdet_engine(config=config) or process.VLLM
     known = signatures.known_arguments() if engine == process.VLLM and not chosen.replay else None
-    if unusable := [*usable.unusable(table, prompts), *(usable.unobeyed(table, known) if known is not None else ())]:
+    if unusable := [
+        *usable.unusable(table, prompts, chosen.matrix.parent),
+        *(usable.unobeyed(table, known) if known is not None else ()),
+    ]:
         raise pytest.UsageError(str(load.MatrixError(chosen.matrix, unusable)))
     _check_hardware(chosen, table)
     here, installed = config.hook.pytest_quantdet_machine(config=config) or (machine.detect(), machine.software())
-    table, workloads = own_session.made(chosen, table, here, installed, prompts, known)
+    table, workloads, about = own_session.made(chosen, table, here, installed, prompts, known)
     try:
         table = load.with_expectations(table, chosen.expect if chosen.model else ())
     except load.MatrixError as error:
@@ -42,7 +45,7 @@ def session_of(config: pytest.Config, prompts: Path) -> Session:
         session = Session(
             chosen, table, machine=here, software=installed,
             engine=engine,
-            prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())), workloads=workloads,
+            prompts=prompts, inject=options.injection(chosen.inject, list(table.cells())), workloads=workloads, about=about,
             run=str(getattr(config, "workerinput", {}).get("testrunuid", "")),
         )  # fmt: skip
     except ObservationError as error:

@@ -209,7 +209,7 @@ class Measuring:
         if model_id in self.scope.workloads:
             return self.scope.workloads[model_id]
         if name not in self._workloads:
-            self._workloads[name] = workload.load(name, self.scope.prompts)
+            self._workloads[name] = workload.find(name, self.scope.prompts, self.scope.options.matrix.parent)
         return self._workloads[name]
 
     def close(self) -> None:

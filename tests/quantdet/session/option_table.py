@@ -107,4 +107,5 @@ PATHS = tuple(option.name for option in OPTIONS if option.kind in ("path", "plac
 
 def markdown() -> str:
     """The rows of the table for people (tests/determinism/running.md)."""
-    return "".join(f"| `{' '.join(filter(None, (one.name, one.metavar)))}` | {one.help} |\n" for one in OPTIONS)
+    names = {one: " ".join(filter(None, (one.name, one.metavar))).replace("|", "\\|") for one in OPTIONS}
+    return "".join(f"| `{names[one]}` | {one.help} |\n" for one in OPTIONS)

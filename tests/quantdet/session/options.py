@@ -158,7 +158,8 @@ def _check_together(config: pytest.Config) -> None:
     """Options that exclude each other."""
     if config.getoption("--max-flip-rate") is not None and config.getoption("--repeats") is not None:
         raise pytest.UsageError("--max-flip-rate decides the number of repeats: --repeats does not go with it")
-    for other in ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats"):
+    measuring = ("--record", "--fresh", "--allow-download", "--max-flip-rate", "--lifetimes", "--repeats")
+    for other in (*measuring, "--prompts", "--engine-arg"):
         if config.getoption("--replay") and config.getoption(other):
             raise pytest.UsageError(f"--replay starts no engine: {other} does not go with it")
     for other in ("--base", "--same-base", "--prompts", "--engine-arg"):

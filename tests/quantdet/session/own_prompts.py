@@ -14,8 +14,12 @@ from quantdet.matrix.workload import Workload, WorkloadError
 from quantdet.session.options import Options
 
 
-def of(options: Options, matrix: Matrix, model_id: str, checkpoints: Sequence[Described], directory: Path) -> Workload:
-    """Ids that all checkpoints of a model can take; texts by the tokenizer of the first that has one.
+def of(
+    options: Options, matrix: Matrix, model_id: str, checkpoints: Sequence[Described], directory: Path
+) -> tuple[Workload, tuple[str, ...]]:
+    """Ids that all checkpoints of a model can take, and what is worth a word of them.
+
+    Texts become ids by the tokenizer of the first checkpoint that has one.
 
     Args:
         directory: the suite's workloads.
@@ -35,14 +39,32 @@ def of(options: Options, matrix: Matrix, model_id: str, checkpoints: Sequence[De
     limits: dict[str, Any] = {"vocab_size": min(vocabularies), "max_positions": room, "decode_tokens": generated}
     speaker = next((one.path for one in checkpoints if one.tokenizer and one.path.is_dir()), None)
     cache = options.checkpoints / ".tokens"
-    file = options.prompts or (options.matrix.parent / model.workload if model.workload else None)
-    if file is None:
-        made, _ = prompted.default(
+    named = model.workload if model.workload and options.prompts is None else ""
+    if options.prompts is None and not named:
+        return prompted.default(
             directory, **limits, tokenize=None if speaker is None else partial(tokenize, speaker, cache=cache)
         )
-        return made
-    given = prompts.given(file)
+    file = options.prompts or options.matrix.parent / named
+    given = workload.load(named, directory) if named and not workload.is_path(named) else prompts.given(file)
     if isinstance(given, Workload):
-        workload.check_vocab(given, min(vocabularies))
-        return given
-    return prompted.to_workload(given, tokenize(speaker or checkpoints[0].path, given, cache=cache), **limits, where=str(file))
+        return _fitting(given, min(vocabularies), room, generated), ()
+    found = tokenize(speaker or checkpoints[0].path, given, cache=cache)
+    return prompted.to_workload(given, found, **limits, where=str(file)), found.warnings
+
+
+def _fitting(given: Workload, vocabulary: int, room: int | None, generated: int) -> Workload:
+    """A workload as it is, if the model can take it.
+
+    Raises:
+        WorkloadError: it is text, has ids that the vocabulary does not have, or is too long.
+    """
+    workload.check_vocab(given, vocabulary)
+    wrong = ["is text: give its texts as lines of --prompts, or ids"] if given.has_text else []
+    wrong += [
+        f"prompts.{one.id}: needs {len(one.joined) + generated} positions with {generated} generated tokens, have {room}"
+        for one in given.prompts
+        if room is not None and len(one.joined) + generated > room
+    ]
+    if wrong:
+        raise WorkloadError(given.id, wrong)
+    return given

@@ -110,7 +110,7 @@ def _call(
     return made
 
 
-def _lengths(cell: Cell, matrix: Matrix, work: workload.Workload, claimed: workload.Workload | None) -> dict[str, Any]:
+def lengths(cell: Cell, matrix: Matrix, work: workload.Workload, claimed: workload.Workload | None) -> dict[str, Any]:
     """vLLM's arguments that follow from the requests."""
     run, claims = matrix.run_for(cell), matrix.models[cell.model_id].claims
     text, top_k = work.has_text, run.top_k
@@ -140,7 +140,7 @@ def plan_for(
     format_, run, row = matrix.formats[cell.format_id], matrix.run_for(cell), matrix.hardware[cell.hardware_id]
     vllm, model = format_.engine == "vllm", matrix.models[cell.model_id]
     claims = model.claims if claimed is not None else None
-    computed = _lengths(cell, matrix, work, claimed) if vllm else {}
+    computed = lengths(cell, matrix, work, claimed) if vllm else {}
     call = _call(cell, matrix, vllm_version, device or {}, computed)
     if isinstance(call, Missing):
         return call

@@ -26,7 +26,7 @@ class Scope:
     """What was asked for, and what the machine and the recordings have; `selected` and `claimed` are what pytest collected.
 
     `run`: what pytest-xdist's workers call the run that they share; empty without them. `workloads`: by model, of those whose
-    checkpoint decides their prompts.
+    checkpoint decides their prompts; `about`: a line about each of these.
     """
 
     options: Options
@@ -38,6 +38,7 @@ class Scope:
     inject: tuple[str, str] | None = None
     run: str = ""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
+    about: tuple[str, ...] = ()
     selected: frozenset[Cell] = frozenset()
     claimed: tuple[Claim, ...] = ()
     evidence: Evidence = field(init=False)

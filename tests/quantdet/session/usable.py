@@ -22,7 +22,7 @@ COMPUTED = ("max_model_len", "max_num_batched_tokens", "max_logprobs", "tensor_p
 RESERVED = (*ELSEWHERE, *COMPUTED)
 
 
-def unusable(matrix: Matrix, prompts: Path) -> list[str]:
+def unusable(matrix: Matrix, prompts: Path, relative_to: Path) -> list[str]:
     """Mistakes that the matrix file alone does not show: workloads that are not there, arguments that would be lost."""
     mistakes = [f"engine.args.{name}: is set per cell" for name in RESERVED if name in matrix.engine.args]
     for index, setting in enumerate(matrix.setting):
@@ -33,7 +33,7 @@ def unusable(matrix: Matrix, prompts: Path) -> list[str]:
         used = {"workload": model.workload, **({"claims.workload": model.claims.workload} if model.claims else {})}
         for key, wanted in used.items():
             try:
-                work = workload.load(wanted, prompts)
+                work = workload.find(wanted, prompts, relative_to)
                 if model.synthetic is not None:
                     workload.check_vocab(work, model.synthetic.vocab_size)
             except workload.WorkloadError as error:
@@ -56,7 +56,7 @@ def unobeyed(matrix: Matrix, known: Mapping[str, Type]) -> list[str]:
         f"{path}.{one}"
         for path, args in rows
         for one in (*arguments.mistakes(args, known), *arguments.refused(args))
-        if one.partition(":")[0] not in RESERVED
+        if one.partition(":")[0] not in ELSEWHERE
     ]
 
 

@@ -44,7 +44,7 @@ def test_arguments_that_fit() -> None:
 def test_settings_that_would_be_lost(matrix: Matrix, tmp_path: object) -> None:
     """What a cell is has keys of its own; what follows from the requests may be set."""
     row = with_setting(matrix, dtype="float16", enforce_eager=False, max_model_len=4096, tensor_parallel_size=2)
-    found = unusable(row, ROOT / "fixtures" / "prompts")
+    found = unusable(row, ROOT / "fixtures" / "prompts", ROOT)
 
     assert ["setting.0.args.dtype", "setting.0.args.enforce_eager"] == [one.partition(":")[0] for one in found]
 

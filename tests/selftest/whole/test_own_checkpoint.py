@@ -60,11 +60,15 @@ def test_a_refusal_is_told_by_one_case_of_the_cell(suite: Suite, made: Path) -> 
 
 
 def test_a_twin_does_not_count_for_its_checkpoint(suite: Suite, made: Path) -> None:
-    """It was measured, and nothing of what was asked for; the other way round nothing is missing."""
-    run = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", "bf16")
-
+    """It was measured, and nothing of what was asked for could be; who chooses other cases did not ask for it."""
+    plugin = '\n[engine.plugins]\ngptq = { "" = "no-such-package" }\n'
+    run = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", matrix=MATRIX + plugin)
     assert {} == run.failures()
     assert (1, True) == (run.code, f"--model {made / 'mine'}: nothing was measured" in run.words)
+    assert "needs no-such-package (pip install no-such-package), have none" in run.words
+
+    chosen = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", "bf16")
+    assert (0, False) == (chosen.code, "nothing was measured" in chosen.words)
     alone = suite(f"--model={made / 'mine'}", f"--base={made / 'plain'}", "-k", f"{CELL} and test_repeat")
     assert (0, False) == (alone.code, "nothing was measured" in alone.words)
 
@@ -162,11 +166,11 @@ def test_two_makers_of_one_base(suite: Suite, made: Path, tmp_path: Path) -> Non
     shutil.copytree(second, tmp_path / "second")
     run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'second'}", "--same-base", "-k", "not fake4")
 
-    case = run.cases["test_distinct[mine-vs-second/mine-gptq-int4-g128/cpu-here]"]
+    case = run.cases["test_distinct[mine-vs-second/mine/cpu-here]"]
     assert ("passed", "DISTINCT") == (case.outcome, case.verdict)
-    told = case.properties["apart.second-gptq-int4-g128"]
+    told = case.properties["apart.second"]
     assert "integers" in told and "the same kernels" in told
-    assert "mine-gptq-int4-g128 | second-gptq-int4-g128:" in run.words
+    assert "mine | second:" in run.words
 
 
 def test_a_row_of_the_matrix_does_the_same(suite: Suite, made: Path) -> None:
@@ -186,3 +190,43 @@ def test_false_green_a_repository_of_another_layout_under_a_row(suite: Suite, ma
     assert ("failure", "INVALID") == (wrong.outcome, wrong.verdict)
     assert "the row needs layout awq, the checkpoint has gptq" in wrong.message
     assert "passed" == right.outcome
+
+
+def test_a_rerun_of_one_case_passes_though_other_models_are_named(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """The command that an entry prints has every --model of its run."""
+    shutil.copytree(made / "mine", tmp_path / "other")
+    run = suite(f"--model={made / 'mine'}", f"--model={tmp_path / 'other'}", "-k", f"{CELL} and decode and test_repeat")
+
+    assert (0, 1) == (run.code, len(run.cases))
+
+
+def test_what_is_measured_is_told_at_the_head(suite: Suite, made: Path) -> None:
+    """Source, scheme, prompts and arguments; and in every case's properties."""
+    run = suite(f"--model={made / 'mine'}", *argument(numerics="7"), "-k", CELL)
+
+    assert "mine: folder mine (gptq-int4-g128); formats gptq-int4-g128, gptq-int4-g128-fake4;" in run.words
+    assert "prompts synthetic-v1-mod128; engine arguments numerics=7" in run.words
+    case = run.cases[f"test_repeat[{CELL}-decode]"]
+    assert ("folder mine", "synthetic-v1-mod128") == (case.properties["checkpoint.source"], case.properties["workload"])
+
+
+def test_rows_about_a_model_whose_formats_are_made(suite: Suite, made: Path) -> None:
+    """A setting and an expectation of the matrix may name it, and a format that it will have."""
+    rows = f'''
+[models.mine]
+title = "mine"
+checkpoint = "{made / "mine"}"
+[[setting]]
+when = {{ model = "mine" }}
+args = {{ behaviour = "refuse" }}
+reason = "r"
+[[expect]]
+when = {{ model = "mine", format = "gptq-int4-g128" }}
+outcome = "unsupported"
+match = "the fake does not take"
+reason = "r"
+source = "s"
+'''
+    run = suite("-k", f"mine and {CELL}", matrix=MATRIX + rows)
+
+    assert "passed" == run.cases[f"test_refusal[{CELL}]"].outcome

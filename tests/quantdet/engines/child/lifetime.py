@@ -42,6 +42,9 @@ _NO_CODE = re.compile(
 )
 # What an engine raises without meaning to: a mistake in its own code, or in how it is called, and no word about the format.
 _MISTAKES = (AttributeError, NameError, KeyError, IndexError)
+# What pydantic puts around an engine's own words.
+_FRAME = re.compile(r"\d+ validation errors? for \w+")
+_INPUT = re.compile(r"\s*\[type=\w+, input_value=.*$")
 _PACKAGES = (
     "transformers", "compressed-tensors", "safetensors", "numpy", "flashinfer-python", "humming-kernels", "triton",
 )  # fmt: skip
@@ -276,6 +279,6 @@ def _first_reason(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip() and "pydantic.dev" not in line]
-    if lines and lines[0].endswith("ModelConfig") and len(lines) > 1:
-        lines = lines[1:]
+    if lines and _FRAME.fullmatch(lines[0]) and len(lines) > 1:
+        lines = [_INPUT.sub("", line.removeprefix("Value error, ")) for line in lines[1:]]
     return f"{type(error).__name__}: {' '.join(lines)}"[:2000]

@@ -80,7 +80,10 @@ class Watch:
         self._wrong += [f"{name} (nothing was seen to fill this layer)" for name in self._waiting.values()]
         self._hold_rules()
         self._tell()
-        unused = sorted(set(self._dtypes) - self._used)
+        unread = {name: reason for name in set(self._dtypes) - self._used if (reason := self._rule(name))}
+        for name, reason in sorted(unread.items()):  # no kernel reads it, so that it fills nothing
+            self._by_rule.setdefault(reason, []).append(name)
+        unused = sorted(set(self._dtypes) - self._used - unread.keys())
         return Loading(
             filled=self._filled,
             tensors=len(self._used),
@@ -189,7 +192,7 @@ class Watch:
             full = f"{path}.{name}".lstrip(".")
             lacking, came = _coverage(module, name, parameter)
             filling |= came
-            rule = next((reason for glob, reason in self._rules.items() if fnmatchcase(full, glob)), None)
+            rule = self._rule(full)
             if name.endswith("g_idx") and _ordered(module):
                 rule = None
             if not lacking:
@@ -205,6 +208,10 @@ class Watch:
         self._modules.append(module)
         plain = {name: one for name, one in parameters.items() if not _made_later(one)}
         self.layers[id(module)] = stored.described(module, plain, filling, self._dtypes)
+
+    def _rule(self, name: str) -> str | None:
+        """Why a parameter, or a tensor of the checkpoint, may be left; None: it may not."""
+        return next((reason for glob, reason in self._rules.items() if fnmatchcase(name, glob)), None)
 
     def _tell_at_once(self) -> None:
         if self._at_once:

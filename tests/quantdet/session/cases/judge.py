@@ -18,7 +18,7 @@ from quantdet.observations.claims import Claim
 from quantdet.observations.observation import Observation
 from quantdet.report import evidence, speed
 from quantdet.report.junit_text import text
-from quantdet.report.record import EVIDENCE, FIGURES, JUDGEMENT
+from quantdet.report.record import DECLARED_SKIP, EVIDENCE, FIGURES, JUDGEMENT
 from quantdet.session import bundles, questions, reexecution
 from quantdet.session.cases import own_cells
 from quantdet.session.controls import Controls, Name, cause_of
@@ -27,9 +27,9 @@ from quantdet.session.session import Session
 # Every case that ran has these properties, in this order; empty where a figure does not apply.
 PROPERTIES = (
     "verdict", "expectation", "runs", "lifetimes", "distinct_outputs", "flip_rate_upper95", "first_divergence",
-    "max_abs_diff", "l2", "kernel.executed", "checkpoint.sha256", "logits.sha256", "tokens_per_second",
-    "tokens_per_second.decode", "tokens_per_second.prefill", "tokens_per_second.n", "tokens_per_second.baseline", "seconds",
-    "observation",
+    "max_abs_diff", "l2", "kernel.executed", "checkpoint.source", "checkpoint.sha256", "workload", "logits.sha256",
+    "tokens_per_second", "tokens_per_second.decode", "tokens_per_second.prefill", "tokens_per_second.n",
+    "tokens_per_second.baseline", "seconds", "observation",
 )  # fmt: skip
 
 
@@ -233,6 +233,7 @@ class Judge:
             self._missing(cell, Missing(judgement.verdict, judgement.reason))
 
     def _skip(self, verdict: Verdict, reason: str) -> None:
+        self.item.stash[DECLARED_SKIP] = own_cells.TOLD in reason
         self.item.user_properties.append(("verdict", str(verdict)))
         pytest.skip(f"{verdict} {reason}")
 
@@ -254,7 +255,9 @@ class Judge:
                 "runs": sum(o.header.repeats for o in observations if o.header.kind == "observation") or None,
                 "lifetimes": len(observations),
                 "kernel.executed": header.executed.summary if header.executed is not None else None,
+                "checkpoint.source": header.checkpoint_source or None,
                 "checkpoint.sha256": header.checkpoint_sha256,
+                "workload": header.workload or None,
                 "tokens_per_second": _rate(header.timings),
                 **speed.figures(header, self.session.matrix),
                 "seconds": _seconds(header.timings),

@@ -1,12 +1,15 @@
 """Cells of somebody's own checkpoint: where there is nothing to judge one case says why; what two of one base differ in."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from quantdet.checkpoints.difference import difference
 from quantdet.matrix.cell import Cell
 from quantdet.observations.observation import Observation
 from quantdet.session.session import Session
+
+TOLD = "(told by"
 
 
 def told_by_another(session: Session, test: str, cell: Cell, *, tried: bool = False) -> str:
@@ -22,7 +25,13 @@ def told_by_another(session: Session, test: str, cell: Cell, *, tried: bool = Fa
     if tried and session.matrix.formats[cell.format_id].kernel not in ("auto", "unquantized"):
         return " (a kernel that was tried)"
     teller = session.told.setdefault(cell, test)
-    return "" if teller == test else f" (told by {teller})"
+    return "" if teller == test else f" {TOLD} {teller})"
+
+
+@lru_cache(maxsize=64)
+def _differ(one: str, other: str) -> str:
+    """What two checkpoints' numbers differ in; each pair is read once in a run."""
+    return str(difference(Path(one), Path(other)))
 
 
 def apart(session: Session, own: Observation, peers: Mapping[Cell, Observation]) -> dict[str, str]:
@@ -45,7 +54,7 @@ def apart(session: Session, own: Observation, peers: Mapping[Cell, Observation])
     for cell, place in others.items():
         one, other = (executed.summary if (executed := seen.header.executed) else "" for seen in (own, peers[cell]))
         try:
-            numbers = str(difference(Path(str(mine)), Path(place)))
+            numbers = _differ(str(mine), place)
         except (OSError, ValueError) as error:
             numbers = f"numbers not compared ({type(error).__name__})"
         kernels = f"the same kernels ({one})" if one == other else f"other kernels ({one} against {other})"

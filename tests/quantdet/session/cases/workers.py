@@ -100,6 +100,7 @@ def require_models(session: pytest.Session) -> None:
     if hasattr(config, "workerinput") or config.getoption("collectonly") or not config.stash[SESSION].options.model:
         return
     records, matrix = config.stash[RECORDS], config.stash[SESSION].matrix
+    chosen = bool(config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args))
     for name, model in matrix.models.items():
         twin = {one for one in model.checkpoints if model.base is not None and matrix.formats[one].layout == "plain"}
         for place in dict.fromkeys(place for one, place in model.checkpoints.items() if one not in twin):
@@ -107,11 +108,13 @@ def require_models(session: pytest.Session) -> None:
             mine = [case for case in records.cases if case.model == name and case.format in formats]
             if any(case.number("runs") for case in mine):
                 continue
+            if chosen and not mine and not any(f"[{name}/{one}/" in nodeid for nodeid, _ in records.skipped for one in formats):
+                continue  # whoever chose other cases did not ask for it
             skipped = [why for nodeid, why in records.skipped if any(f"[{name}/{one}/" in nodeid for one in formats)]
             reason = next(filter(None, [*(case.message for case in mine), *skipped]), "no case of it ran")
             if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            config.get_terminal_writer().line(f"--model {place}: nothing was measured: {reason}", red=True)
+            config.get_terminal_writer().line(f"\n--model {place}: nothing was measured: {reason}", red=True)
 
 
 def require(session: pytest.Session) -> None:
