@@ -71,7 +71,21 @@ def test_what_was_not_used_is_told() -> None:
     assert {"count": 12, "first": "layers.0.t0, layers.0.t1, layers.0.t2"} == found.figures["checkpoint.unused"]
     one = judge(loading=Loading(filled=1, tensors=1, unused=("a.b",), unused_count=1).model_dump())
     assert "; 1 tensor of the checkpoint was not used (a.b)" in one.message
-    ruled = judge(loading=Loading(filled=1, tensors=1, by_rule={"tied to the embeddings": ("lm_head.weight",)}).model_dump())
+    by_rule = {"tied to the embeddings": ("lm_head.weight",)}
+    ruled = judge(loading=Loading(filled=1, tensors=1, by_rule=by_rule, unused_count=0).model_dump())
     assert {"tied to the embeddings": 1} == ruled.figures["checkpoint.by_rule"]
     assert "not used" not in ruled.message and "checkpoint.unused" not in ruled.figures
     assert not any(name.startswith("checkpoint.") for name in judge().figures)
+
+
+def test_a_loading_that_nobody_saw_is_told() -> None:
+    """A vLLM that makes its models elsewhere: its layers are told by name, what filled them is not. Older recordings have none."""
+    ran = executed("K")
+    named = ran.model_copy(update={"layers": tuple(one.model_copy(update={"names": ("a.b",)}) for one in ran.layers)})
+    seen, older = (
+        kernel.kernel(observation(executed=one.model_dump(), engine="vllm", dtype="bfloat16"), "fast", ("K",), "all")
+        for one in (named, ran)
+    )
+
+    assert "what filled its parameters was not seen" in seen.message
+    assert "not seen" not in older.message

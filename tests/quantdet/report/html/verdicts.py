@@ -1,5 +1,6 @@
 """The matrix of verdicts and what stands around it: tags, one table per model, controls, kernels that ran, noisy cells."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,11 +224,14 @@ def kernels(cases: Sequence[Case]) -> list[Kernels]:
         if case.test != "test_kernel" or not case.evidence.get("layers") or known is None:
             continue
         where = place(case)
-        executed: dict[str, list[str]] = {}
+        executed: dict[str, Counter[str]] = {}
         for kind, module, name, count in case.evidence["layers"]:
             if kind in ("linear", "moe"):
-                executed.setdefault(str(name), []).append(f"{module} \N{MULTIPLICATION SIGN}{count}")
-        parts = [(name, ", ".join(modules)) for name, modules in executed.items()]
+                executed.setdefault(str(name), Counter())[str(module)] += int(count)
+        parts = [
+            (name, ", ".join(f"{module} \N{MULTIPLICATION SIGN}{count}" for module, count in modules.items()))
+            for name, modules in executed.items()
+        ]
         row = (case.format, case.requested, known, parts,
                ", ".join(case.evidence.get("attention", ())), case.evidence.get("mode", ""))  # fmt: skip
         found.setdefault((case.model, where), Kernels(case.model, where, [])).rows.append(row)
