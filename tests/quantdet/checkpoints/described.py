@@ -134,10 +134,12 @@ def _folder(path: Path, source: str) -> Described:
     weights = _weights(path, mistakes)
     place, settings = "", dict[str, Any]()
     try:
-        place, settings = numbers.settings_in(path) if config is not None else ("", {})
+        place, settings = numbers.settings_in(path) if config is not None else (place, settings)
     except (OSError, ValueError) as error:
         mistakes.append(f"need quantization settings in JSON, have {_reason(error)}")
     told = config or {}
+    if not isinstance(told.get("quantization_config") or {}, dict) or not isinstance(settings.get("quant_method", ""), str):
+        mistakes.append("need quantization settings as an object with a text quant_method, have others")
     figures = {name: _positive(told, name, mistakes) for name in ("vocab_size", "max_position_embeddings")}
     if mistakes:
         raise Mistaken([plain(f"{source}: {mistake}") for mistake in mistakes])
@@ -195,9 +197,9 @@ def _weights(path: Path, mistakes: list[str]) -> list[Path]:
                             f"{', '.join(name[:100] for name in gone[:_MOST_NAMED])}{more}")  # fmt: skip
         return [there[name] for name in named if name in there]
     if not there:
-        pickles = [file for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)]
-        inside = list(path.glob("*.gguf"))
-        have = "pickles, which run code" if pickles else ".gguf files: name one of them" if inside else "none"
+        pickles = any(file for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+        have = "pickles, which run code" if pickles else "none"
+        have = ".gguf files: name one of them" if not pickles and any(path.glob("*.gguf")) else have
         if have != "none" or not (path / "adapter_config.json").is_file():
             mistakes.append(f"need *.safetensors, have {have}")
     return list(there.values())
@@ -207,7 +209,7 @@ def _positive(config: Mapping[str, Any], name: str, mistakes: list[str]) -> int 
     found = _either(config, name)
     if found is None or (isinstance(found, int) and not isinstance(found, bool) and found > 0):
         return found
-    mistakes.append(f"config.json: {name}: need a positive integer, have {str(found)[:40]}")
+    mistakes.append(f"config.json: {name}: need a positive integer, have {found!r:.40}")
     return None
 
 
@@ -218,11 +220,8 @@ def _either(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
-    for name in ("dtype", "torch_dtype"):
-        found = _either(config, name)
-        if isinstance(found, str) and found.removeprefix("torch.") in _DTYPES:
-            return found.removeprefix("torch.")
-    return None
+    told = (str(_either(config, name)).removeprefix("torch.") for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in told if dtype in _DTYPES), None)
 
 
 def _stored_dtype(weights: list[Path]) -> str | None:

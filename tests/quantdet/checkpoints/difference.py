@@ -13,7 +13,7 @@ from quantdet.checkpoints import numbers
 from quantdet.checkpoints.decoding import Decoder, NotDecoded, decoder, unpacked
 from quantdet.checkpoints.pool import in_order
 from quantdet.checkpoints.tensors import Array, load_folder
-from quantdet.untrusted import plain
+from quantdet.untrusted import parse_json, plain, read_bounded
 
 _MOST_NAMED = 3
 # What `Decoder.module` yields beside codes and scales, and how a message calls it.
@@ -244,3 +244,23 @@ def _count(number: int) -> str:
 def _some(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return plain(", ".join(name[:120] for name in names[:_MOST_NAMED]) + more)
+
+
+# How a checkpoint is quantized, and who wrote it with what: none of it is the model's.
+_NOT_THE_MODELS = {"quantization_config", "compression_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+
+
+def configured_apart(a: Path, b: Path) -> list[str]:
+    """Keys of `config.json` that differ, but for quantization and dtype; of files that are no folders, none.
+
+    Raises:
+        OSError, ValueError: one cannot be read.
+    """
+    if a.is_file() or b.is_file():
+        return []
+    found: list[dict[str, Any]] = []
+    for path in (a, b):
+        read = parse_json(read_bounded(path / "config.json", 16 << 20))
+        told = read.items() if isinstance(read, dict) else ()
+        found.append({key: value for key, value in told if key not in _NOT_THE_MODELS})
+    return sorted(plain(key) for key in found[0].keys() | found[1].keys() if found[0].get(key) != found[1].get(key))

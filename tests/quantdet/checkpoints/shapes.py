@@ -165,7 +165,7 @@ def _fp8(rules: Rules, module: str, parts: Parts) -> Iterator[str]:
     if weight is None or weight.ndim != 2:
         yield from _missing(parts, "weight")
         return
-    if word(weight.dtype) not in _FP8:
+    if word(weight.dtype) != _FP8[0]:  # vLLM casts the other one, which holds larger numbers
         yield f"weight is {word(weight.dtype)}, and the configuration says FP8"
     scale = "weight_scale_inv" if blocks else "weight_scale"
     yield from _missing(parts, scale)
@@ -219,6 +219,9 @@ def _scale(weights: Mapping[str, Any], parts: Parts, rows: int, columns: int) ->
     if "weight_scale" not in parts:
         return
     scale = parts["weight_scale"]
+    if word(scale.dtype)[0] == "I":
+        yield f"weight_scale is {word(scale.dtype)}, which is no dtype of scales"
+        return
     want, why = _scale_shape(weights, rows, columns)
     if want is None:
         if weights.get("strategy", "tensor") == "tensor" and scale.size != 1:
@@ -234,6 +237,9 @@ def _packed(form: str, weights: Mapping[str, Any], parts: Parts) -> Iterator[str
             yield f"weight is {word(parts['weight'].dtype)}, and format {form} asks for packed integers"
         return
     bits, packed = int(weights["num_bits"]), parts["weight_packed"]
+    if word(packed.dtype) != "I32":
+        yield f"weight_packed is {word(packed.dtype)}, and {form} asks for I32"
+        return
     if packed.ndim != 2:
         return
     rows, per_word = packed.shape[0], 32 // bits
@@ -263,7 +269,7 @@ def _plain_codes(form: str, weights: Mapping[str, Any], parts: Parts) -> Iterato
             yield f"weight_packed is {word(parts['weight_packed'].dtype)}, and format {form} asks for a plain weight"
         return
     weight, kind = parts["weight"], str(weights.get("type", "int")).lower()
-    wanted = _FP8 if kind == "float" else ("I8",)
+    wanted = _FP8[:1] if kind == "float" else ("I8",)
     if word(weight.dtype) not in wanted:
         yield f"weight is {word(weight.dtype)}, and {form} of {weights.get('num_bits')}-bit {kind} asks for {wanted[0]}"
     yield from _scale(weights, parts, *weight.shape)

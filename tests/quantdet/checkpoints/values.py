@@ -101,6 +101,12 @@ def ignored_zero_points(rules: Rules, module: str, parts: Mapping[str, Array]) -
         bits = int(weights["num_bits"])
         middle = 2 ** (bits - 1)
         zeros = unpacked(np.ascontiguousarray(parts["weight_zero_point"].T), bits)[:, : parts["weight_packed"].shape[0]]
+    elif rules.method == "awq" and "qzeros" in parts:
+        own = rules.of(module)
+        bits = int(own.get("bits", own.get("w_bit", 4)))
+        if own.get("zero_point", True) is not False or bits != 4:
+            return ""
+        middle, zeros = 8, unpacked(parts["qzeros"], bits)  # in whichever order
     else:
         return ""
     count = int(np.count_nonzero(zeros != middle))

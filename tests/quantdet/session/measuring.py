@@ -203,7 +203,11 @@ class Measuring:
         claims = self.scope.matrix.models[cell.model_id].claims
         if claims is None or self.scope.options.record is None or not matches_any(cell.format_id, claims.formats):
             return None
-        return self._workload(cell.model_id, claims.workload)
+        work = self._workload(cell.model_id, claims.workload)
+        if cell.model_id not in self.scope.workloads:
+            return work
+        # The same prompts again: in a recording each has a name of its own.
+        return workload.of_prompts(f"{work.id}-claims", tuple(replace(one, id=f"claim-{one.id}"[:64]) for one in work.prompts))
 
     def _workload(self, model_id: str, name: str) -> workload.Workload:
         if model_id in self.scope.workloads:

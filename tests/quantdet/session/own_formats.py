@@ -112,7 +112,7 @@ def described_id(one: Described, dtype: Dtype) -> str:
 
 def word(text: str) -> str:
     """Any text as a part of an id."""
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower()).strip("-")[:24] or "own"
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text.lower())[:32].strip("-") or "own"
 
 
 def alike(matrix: Matrix, row: Format) -> list[str]:

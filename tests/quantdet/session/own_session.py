@@ -48,7 +48,7 @@ def made(
     try:
         found = own.expanded(own.alone(matrix, asked, reader) if options.model else matrix, asked, reader)
     except Mistaken as error:
-        raise _usage([*mistakes, *error.mistakes]) from None
+        raise _usage(options, [*mistakes, *error.mistakes]) from None
     workloads: dict[str, Workload] = {}
     told: list[str] = []
     for name in found.matrix.models:
@@ -60,7 +60,7 @@ def made(
             except WorkloadError as error:
                 mistakes += [f"prompts of {name}: {one}" for one in error.mistakes]
     if mistakes:
-        raise _usage(mistakes)
+        raise _usage(options, mistakes)
     return found.matrix, workloads, tuple(told)
 
 
@@ -89,9 +89,10 @@ def _line(
     return plain(f"{model_id}: {sources}; formats {', '.join(matrix.models[model_id].formats)}; {asked}{given}")
 
 
-def _usage(mistakes: list[str]) -> pytest.UsageError:
+def _usage(options: Options, mistakes: list[str]) -> pytest.UsageError:
+    where = "--model" if options.model else f"{options.matrix}: models with a checkpoint"
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return pytest.UsageError(plain("\n".join([f"--model: {count}", *(f"  {one}" for one in mistakes)]), keep="\n"))
+    return pytest.UsageError(plain("\n".join([f"{where}: {count}", *(f"  {one}" for one in mistakes)]), keep="\n"))
 
 
 def _hardware(options: Options, matrix: Matrix, machine: Machine, software: Software) -> tuple[str, ...]:

@@ -273,7 +273,7 @@ def all_at_once(folder: Path) -> None:
         (list_config, ["need an object in config.json, have list"]),
         (cut_config, ["need JSON in config.json, have JSONDecodeError"]),
         (deep_config, ["config.json: a.a.a nested deeper than 32"]),
-        (odd_figures, ["config.json: vocab_size: need a positive integer, have many",
+        (odd_figures, ["config.json: vocab_size: need a positive integer, have 'many'",
                        "config.json: max_position_embeddings: need a positive integer, have -1"]),
         (odd_settings, ["need quantization settings in JSON, have JSONDecodeError"]),
         (shards_gone, ["need the 5 files that model.safetensors.index.json names, have 0: lacks 0.safetensors, 1.safetensors, "

@@ -79,7 +79,7 @@ def test_what_was_not_used_is_told() -> None:
 
 
 def test_a_loading_that_nobody_saw_is_told() -> None:
-    """A vLLM that makes its models elsewhere: layers have names, and what filled them is not known; older recordings have none."""
+    """Layers have names, and what filled them is not known; older recordings have no names."""
     ran = executed("K")
     named = ran.model_copy(update={"layers": tuple(one.model_copy(update={"names": ("a.b",)}) for one in ran.layers)})
     seen, older = (

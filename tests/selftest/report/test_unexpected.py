@@ -88,8 +88,6 @@ def test_a_refusal_that_nobody_declared_is_an_entry(suite: Suite) -> None:
     assert first.startswith(f"UNSUPPORTED {AWQ}: engine refused: ValueError: the fake does not")
     hint = "not declared: if this is right, add an [[expect]] row with outcome = 'unsupported' (--expect FILE)"
     assert hint in " ".join(section(run).split())
-        section(run).split()
-    )
     assert dict.fromkeys((*of(AWQ), f"test_distinct[{AWQ}]"), "UNSUPPORTED") == run.failures()
 
 

@@ -230,3 +230,59 @@ source = "s"
     run = suite("-k", f"mine and {CELL}", matrix=MATRIX + rows)
 
     assert "passed" == run.cases[f"test_refusal[{CELL}]"].outcome
+
+
+def same_base(suite: Suite, made: Path, other: Path, **args: str) -> tuple[str, str, str]:
+    """Outcome, verdict and what is said of `mine` against another checkpoint of its base."""
+    run = suite(f"--model={made / 'mine'}", f"--model={other}", "--same-base", "-k", "not fake4", *argument(**args))
+    case = run.cases["test_distinct[mine-vs-other/mine/cpu-here]"]
+    return case.outcome, case.verdict, case.properties["apart.other"]
+
+
+def test_false_red_other_numbers_that_are_the_same_bits(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """Scales may round to the same in the model's dtype. Whether two checkpoints differ was asked: either passes."""
+    other = tmp_path / "other"
+    shutil.copytree(made / "mine", other)
+    tensors = dict(load(other / "model.safetensors"))
+    name = next(name for name in tensors if name.endswith(".scales"))
+    tensors[name] = tensors[name] * 2
+    save(tensors, tmp_path / "new")
+    (tmp_path / "new").replace(other / "model.safetensors")
+
+    outcome, verdict, told = same_base(suite, made, other, numerics="one")
+
+    assert ("passed", "IDENTICAL") == (outcome, verdict)
+    assert told.startswith("scales differ in 1 of 14")
+
+
+def test_the_same_numbers_have_to_be_identical(suite: Suite, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "mine", tmp_path / "other")
+
+    outcome, verdict, told = same_base(suite, made, tmp_path / "other")
+
+    assert ("failure", "DISTINCT") == (outcome, verdict)  # the fake's logits follow a format's name
+    assert told.startswith("the same numbers in 14 quantized modules")
+
+
+def test_false_red_one_set_of_tensors_in_two_models(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """Another configuration is another model, which the numbers do not tell."""
+    other = tmp_path / "other"
+    shutil.copytree(made / "mine", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
+
+    outcome, verdict, told = same_base(suite, made, other)
+
+    assert ("passed", "DISTINCT") == (outcome, verdict)
+    assert "other configurations (rope_theta)" in told
+
+
+def test_a_recording_keeps_claims_of_an_own_checkpoint(suite: Suite, made: Path, tmp_path: Path) -> None:
+    """Its prompts are measured and claimed; each has a name of its own."""
+    run = suite(f"--model={made / 'mine'}", f"--record={tmp_path / 'r'}", "-k", f"{CELL} and test_repeat")
+    again = suite(f"--model={made / 'mine'}", f"--replay={tmp_path / 'r'}", "-k", f"{CELL} and test_repeat")
+
+    assert (0, 0) == (run.code, again.code)
+    assert {"passed"} == {case.outcome for case in again.ran().values()}
+    claimed = suite(f"--model={made / 'mine'}", f"--reference={tmp_path / 'r'}", "-k", "reexecution", "--collect-only")
+    assert "gptq-int4-g128" in claimed.output

@@ -105,12 +105,12 @@ class Judge:
             reason = f"distinct: needs another format of {cell.model_id} on {cell.hardware_id}, have none in this run"
             self._skip(Verdict.UNAVAILABLE, reason)
         spreads = self._spreads((cell, *peers))
-        known = self.session.expectations(cell)
-        judgement = distinct.distinctness(observations[0], peers, known, self.session.compare, spreads)
+        asked = own_cells.asked(self.session, observations[0], peers)
+        judgement = distinct.distinctness(observations[0], peers, asked, self.session.compare, spreads)
         if judgement.verdict is Verdict.INVALID:
             judgement = replace(judgement, cause=self._cause(cell))
-        judgement = replace(judgement, figures={**judgement.figures, **own_cells.apart(self.session, observations[0], peers)})
-        self._say(judgement, observations)
+        figures = {**judgement.figures, **own_cells.apart(self.session, observations[0], peers)}
+        self._say(replace(judgement, figures=figures), observations)
 
     def kernel(self, cell: Cell) -> None:
         """The executed kernel is the requested one in every layer that the checkpoint has quantized."""
@@ -258,6 +258,7 @@ class Judge:
                 "checkpoint.source": header.checkpoint_source or None,
                 "checkpoint.sha256": header.checkpoint_sha256,
                 "workload": header.workload or None,
+                **own_cells.arguments(self.session, header),
                 "tokens_per_second": _rate(header.timings),
                 **speed.figures(header, self.session.matrix),
                 "seconds": _seconds(header.timings),
@@ -291,8 +292,7 @@ class Judge:
 
 def _rate(timings: dict[str, float]) -> float | None:
     """Tokens per second of the capturing calls; None where nothing was timed (a rate of 0 was no measurement either)."""
-    rate = timings.get("tokens_per_second")
-    return rate or None
+    return timings.get("tokens_per_second") or None
 
 
 def _seconds(timings: dict[str, float]) -> dict[str, float]:
