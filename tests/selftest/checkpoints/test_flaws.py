@@ -266,6 +266,24 @@ def static_inputs(_: dict[str, Any], settings: dict[str, Any]) -> None:
     inputs |= {"strategy": "tensor", "dynamic": False}
 
 
+def as_dtype(name: str, dtype: Any) -> Callable[..., None]:
+    """A tensor's numbers in another dtype."""
+
+    def edit(tensors: dict[str, Any], _: dict[str, Any]) -> None:
+        tensors[name] = tensors[name].astype(np.float32).astype(dtype)
+
+    return edit
+
+
+def other_order(tensors: dict[str, Any], _: dict[str, Any]) -> None:
+    """Inputs of two groups exchanged, where the configuration does not say so."""
+    tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"][::-1].copy()
+
+
+def int8_of_four_bits(tensors: dict[str, Any], settings: dict[str, Any]) -> None:
+    settings["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+
+
 NAN = "NaN or infinity in 1 of"
 GPTQ, AWQ, CT, CT_ASYM = ("gptq", "int4-sym"), ("awq", "int4-asym"), ("ct", "int4-sym"), ("ct", "int4-asym")
 FP8, BLOCK, INT8 = ("fp8", "fp8-tensor", "fp8"), ("fp8", "fp8-block", "fp8"), ("ct", "int8-channel", "int8")
@@ -316,6 +334,12 @@ SEEDED = [
     ("plain-ct", INT8, stored_plain, f"{Q1}: is stored unquantized, and the configuration quantizes it"),
     ("nothing", ("plain", "bf16"), nothing_quantized, "the configuration says gptq, and no tensor is stored quantized"),
     ("cache", INT8, static_cache, "kv_cache_scheme is static, and there is no k_scale or v_scale"),
+    ("e5m2", ("ct", "fp8-channel", "fp8"), as_dtype(f"{Q}.weight", ml_dtypes.float8_e5m2), f"{Q}: weight is F8_E5M2, and"),
+    ("packed-floats", CT, as_dtype(f"{Q}.weight_packed", np.float32), f"{Q}: weight_packed is F32, and pack-quantized asks"),
+    ("integer-scales", CT, as_dtype(f"{Q}.weight_scale", np.int32), f"{Q}: weight_scale is I32, which is no dtype of scales"),
+    ("awq-sym", AWQ, settings_of(zero_point=False), "zero points are not in the middle, and the configuration says symmetric"),
+    ("other-order", GPTQ, other_order, f"{Q}: g_idx has inputs in another order than their groups', and"),
+    ("int8-range", INT8, int8_of_four_bits, "integers are outside of 4 bits"),
     ("method", AWQ, awq_method_gone, "the quantization settings have no quant_method"),
 ]  # fmt: skip
 
