@@ -83,7 +83,8 @@ def _line(
     args: Mapping[str, Any],
 ) -> str:
     """What is measured of a model, for the head of a run."""
-    sources = ", ".join(dict.fromkeys(f"{one.source} ({one.short})" for one in checkpoints))
+    words = (f"{one.short}{f', KV cache {one.kv_cache}' if one.kv_cache else ''}" for one in checkpoints)
+    sources = ", ".join(dict.fromkeys(f"{one.source} ({said})" for one, said in zip(checkpoints, words, strict=True)))
     given = f"; engine arguments {' '.join(f'{name}={value}' for name, value in args.items())}" if args else ""
     asked = f"{len(work.prompts)} prompts {work.id}{''.join(f' ({note})' for note in notes)}"
     return plain(f"{model_id}: {sources}; formats {', '.join(matrix.models[model_id].formats)}; {asked}{given}")
