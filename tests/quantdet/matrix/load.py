@@ -48,7 +48,7 @@ def load(path: Path, expect: Sequence[Path] = ()) -> Matrix:
     if wrong:
         raise wrong[0].beside(*wrong[1:])
     assert matrix is not None
-    return matrix.model_copy(update={"expect": (*more, *matrix.expect)}) if more else matrix
+    return _before(matrix, more)
 
 
 def with_expectations(matrix: Matrix, expect: Sequence[Path]) -> Matrix:
@@ -67,6 +67,11 @@ def with_expectations(matrix: Matrix, expect: Sequence[Path]) -> Matrix:
             wrong.append(error)
     if wrong:
         raise wrong[0].beside(*wrong[1:])
+    return _before(matrix, more)
+
+
+def _before(matrix: Matrix, more: Sequence[Expect]) -> Matrix:
+    """`matrix` with rows that count before its own."""
     return matrix.model_copy(update={"expect": (*more, *matrix.expect)}) if more else matrix
 
 
