@@ -15,6 +15,7 @@ from quantdet.checkpoints.tensors import load_folder, save
 from quantdet.engines.plan import Plan
 from quantdet.engines.process import process
 from quantdet.engines.process.outcome import Completed, Invalid, Outcome
+from quantdet.judging import layers
 from quantdet.matrix import load, workload
 from quantdet.matrix.cell import Cell
 from quantdet.observations.header import Header
@@ -116,5 +117,5 @@ def test_a_whole_checkpoint_and_a_tensor_too_many(measured: Measured) -> None:
     assert header.loading.filled > 0 and header.loading.tensors > header.loading.filled  # fused layers
     assert {".attn."} == {name[name.index(".attn.") :][:6] for names in header.loading.by_rule.values() for name in names}
     assert {(("weight:I8", "weight_scale:F32"), 8)} == {(layer.stored, layer.bits) for layer in header.executed.linear}
-    assert all(layer.group == layer.k and layer.quantized for layer in header.executed.linear)
+    assert all(layer.group == layer.k and layers.quantized(layer) for layer in header.executed.linear)
     assert all(layer.names for layer in header.executed.layers)
