@@ -119,10 +119,6 @@ def parse(config: pytest.Config) -> Options:
     )  # fmt: skip
 
 
-def _once(values: list[str] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values or ()))
-
-
 def _kept(config: pytest.Config, taken: dict[str, Any]) -> tuple[Path, ...]:
     """The repository's recordings, which are of the matrix's own models."""
     recordings = config.rootpath / "fixtures" / "recordings"

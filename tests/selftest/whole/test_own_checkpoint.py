@@ -285,4 +285,4 @@ def test_a_recording_keeps_claims_of_an_own_checkpoint(suite: Suite, made: Path,
     assert (0, 0) == (run.code, again.code)
     assert {"passed"} == {case.outcome for case in again.ran().values()}
     claimed = suite(f"--model={made / 'mine'}", f"--reference={tmp_path / 'r'}", "-k", "reexecution", "--collect-only")
-    assert "gptq-int4-g128" in claimed.output
+    assert "test_reexecution[mine/gptq-int4-g128/" in claimed.output

@@ -71,7 +71,10 @@ def asked(session: Session, own: Observation, peers: Mapping[Cell, Observation])
 def _configured(session: Session, one: Cell, other: Cell) -> list[str]:
     """Keys of two checkpoints' configurations that differ, but for how they are quantized."""
     places = session.matrix.models[one.model_id].checkpoints
-    return configured_apart(Path(places[one.format_id]), Path(places[other.format_id]))
+    try:
+        return configured_apart(Path(places[one.format_id]), Path(places[other.format_id]))
+    except (OSError, ValueError) as error:
+        return [f"config.json not read: {type(error).__name__}"]
 
 
 def apart(session: Session, own: Observation, peers: Mapping[Cell, Observation]) -> dict[str, str]:
